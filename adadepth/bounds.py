@@ -1,0 +1,73 @@
+"""Depth given from outside: ints shorten the loop and are branched on, tensors select per token."""
+
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from ._types import WeightRows
+
+Depth = int | Tensor | None
+
+
+@final
+class Bounds(NamedTuple):
+    """How deep a token must and may go.
+
+    `steps` is the length of the loop. `least` and `most` are depths that every token must reach
+    (an int) or that each token must reach or may not pass (tensors that broadcast to the rows).
+    """
+
+    steps: int
+    least: int
+    least_each: Tensor | None
+    most_each: Tensor | None
+
+    @classmethod
+    def of(cls, steps: int, min_depth: Depth, max_depth: Depth, shape: tuple[int, int]) -> "Bounds":
+        """Check both depths against the loop's `steps` and the rows' `(batch, seq)`."""
+        for name, depth in (("min_depth", min_depth), ("max_depth", max_depth)):
+            _check(name, depth, steps, shape)
+        return cls(
+            steps=max_depth if isinstance(max_depth, int) else steps,
+            least=min_depth if isinstance(min_depth, int) else 1,
+            least_each=min_depth if isinstance(min_depth, Tensor) else None,
+            most_each=max_depth if isinstance(max_depth, Tensor) else None,
+        )
+
+    def can_exit(self, step: int, rule: bool) -> bool:
+        """Whether a token may leave after iteration `step` (from 0), before the loop ends; no look at the data."""
+        if step + 1 >= self.steps:
+            return False
+        return self.most_each is not None or rule and not self.forced(step)
+
+    def forced(self, step: int) -> bool:
+        """Whether every token stays after iteration `step` (from 0), whatever a rule says."""
+        return step + 1 < self.least
+
+    def clamp(self, stays: WeightRows, remaining: WeightRows, step: int) -> WeightRows:
+        """What stays after iteration `step`, within what remains and within the depths of each token."""
+        # Both bounds are tensors: at a tie the gradient then goes to `stays` alone, and whole.
+        stays = stays.clamp(stays.new_zeros(()), remaining)
+        if self.least_each is not None:
+            stays = torch.where(step + 1 < self.least_each, remaining, stays)
+        if self.most_each is not None:
+            stays = torch.where(step + 1 < self.most_each, stays, 0)
+        return stays
+
+
+def _check(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> None:
+    if isinstance(depth, Tensor):
+        if depth.is_floating_point() or depth.is_complex() or depth.dtype == torch.bool:
+            raise ValueError(f"{name} expected integers, got a tensor of {depth.dtype}. Round it to the depths you mean.")
+        try:
+            fits = torch.broadcast_shapes(depth.shape, shape) == shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{name} expected an int or a tensor that broadcasts to (batch, seq) = {shape}, got shape "
+                f"{tuple(depth.shape)}. One depth per row has shape (batch, 1)."
+            )
+    elif depth is not None and (isinstance(depth, bool) or not 1 <= depth <= steps):
+        raise ValueError(f"{name} expected an int from 1 to steps={steps}, got {depth}.")

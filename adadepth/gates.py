@@ -1,0 +1,131 @@
+"""Gates score how much a token wants to go on.
+
+A gate reads the state after an iteration, the state before it and the number of the iteration, each
+token on its own; it gives one score per token. Learned gates end in a sigmoid and start open: a
+token that left gives no gradient that could bring it back. Gates know no masks and no caches.
+"""
+
+from abc import ABC, abstractmethod
+from typing import final
+
+from torch import Tensor, nn
+
+from ._types import Hidden, Score
+
+
+class Gate(nn.Module, ABC):
+    """One score per token: how much it wants to go on."""
+
+    @abstractmethod
+    def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
+        """The score.
+
+        Arguments:
+            h: `(..., dim)`, the state after iteration `step`.
+            previous: `(..., dim)`, the state before it; at step 0 the loop's first input.
+            step: an int from 0.
+
+        Returns: `(...)`; any real number, for learned gates the chance, in (0, 1), to go on.
+        """
+
+
+@final
+class LinearGate(Gate):
+    """One linear map for all iterations: `score = sigmoid(w . h + b)`.
+
+    Shapes: `h (..., dim)` to `score (...)`; any leading shape, each token on its own.
+    Unit: the chance, in (0, 1), that a token goes on. ACT's halting unit is `1 - score`.
+    Arguments: `dim`, the width of the block's state; `bias`, where `b` starts (3.0 scores a zero
+    state 0.95).
+    Raises: `ValueError` if `dim < 1` or the last axis of `h` is not `dim`.
+    Source: Graves 2016, arXiv 1603.08983, section 2, equation 5.
+    """
+
+    def __init__(self, dim: int, bias: float = 3.0) -> None:
+        super().__init__()
+        _at_least_one("LinearGate", dim=dim)
+        self.proj = nn.Linear(dim, 1)
+        nn.init.constant_(self.proj.bias, bias)
+
+    def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
+        """The score; the same map at every iteration."""
+        del previous, step
+        _check_width("LinearGate", self.proj.in_features, h)
+        return self.proj(h).sigmoid().squeeze(-1)  # type: ignore[no-any-return]
+
+
+@final
+class SharedMLPGate(Gate):
+    """One two-layer MLP for all iterations: `score = sigmoid(W2 gelu(W1 h + b1) + b2)`.
+
+    Shapes: `h (..., dim)` to `score (...)`; any leading shape, each token on its own.
+    Arguments: `dim`, the width of the block's state; `hidden`, the units between, None for 4·dim;
+    `bias`, where `b2` starts.
+    Raises: `ValueError` if `dim` or `hidden` is below 1 or the last axis of `h` is not `dim`.
+    Source: the "shared gate" ablation of AdaPonderLM, arXiv 2603.01914.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None, bias: float = 3.0) -> None:
+        super().__init__()
+        self.mlp = _mlp("SharedMLPGate", dim, hidden, bias)
+
+    def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
+        """The score; the same MLP at every iteration."""
+        del previous, step
+        return _apply("SharedMLPGate", self.mlp, h)
+
+
+@final
+class PerIterationMLPGate(Gate):
+    """A two-layer MLP of its own for each iteration but the last, whose score has no effect.
+
+    Shapes: `h (..., dim)` to `score (...)`; any leading shape, each token on its own.
+    Arguments: `dim`, the width of the block's state; `steps`, those of the loop (the gate holds
+    `steps - 1` MLPs); `hidden`, the units between, None for the paper's 4·dim, which cost a third of
+    a one-layer block (16 were as good in small models); `bias`, where the last layer's bias starts.
+    Raises: `ValueError` if a size is below 1, the last axis of `h` is not `dim`, or `step` is not
+    one of the first `steps - 1`.
+    Source: AdaPonderLM, arXiv 2603.01914: s^i = sigmoid(MLP_i(h^i)).
+    """
+
+    def __init__(self, dim: int, steps: int, hidden: int | None = None, bias: float = 3.0) -> None:
+        super().__init__()
+        _at_least_one("PerIterationMLPGate", dim=dim, steps=steps)
+        self.mlps = nn.ModuleList(_mlp("PerIterationMLPGate", dim, hidden, bias) for _ in range(steps - 1))
+
+    def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
+        """The score by the MLP of iteration `step`."""
+        del previous
+        if not 0 <= step < len(self.mlps):
+            raise ValueError(
+                f"PerIterationMLPGate(steps={len(self.mlps) + 1}) expected a step from 0 to {len(self.mlps) - 1}, got {step}. "
+                "Give the gate the steps of its RecurrentWrapper."
+            )
+        return _apply("PerIterationMLPGate", self.mlps[step], h)
+
+
+def _mlp(owner: str, dim: int, hidden: int | None, bias: float) -> nn.Sequential:
+    hidden = 4 * dim if hidden is None else hidden
+    _at_least_one(owner, dim=dim, hidden=hidden)
+    last = nn.Linear(hidden, 1)
+    nn.init.constant_(last.bias, bias)
+    return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
+
+
+def _apply(owner: str, mlp: nn.Module, h: Tensor) -> Tensor:
+    _check_width(owner, mlp[0].in_features, h)  # type: ignore[index]
+    return mlp(h).sigmoid().squeeze(-1)  # type: ignore[no-any-return]
+
+
+def _at_least_one(owner: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{owner} needs {name} >= 1, got {name}={size}.")
+
+
+def _check_width(owner: str, dim: int, h: Tensor) -> None:
+    if h.shape[-1] != dim:
+        raise ValueError(
+            f"{owner}(dim={dim}) expected h of shape (..., {dim}), got {tuple(h.shape)}. dim must be the width of the "
+            "block's state."
+        )

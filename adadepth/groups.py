@@ -1,0 +1,83 @@
+"""Packed queries regrouped by row for the attention itself.
+
+Rows that have about as many queries to ask form a group, padded to the longest of them; a row with
+nothing to ask is in none. All groups are gathered, and their answers put back, by one index each.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A row joins a group if it fills at least this share of the group's longest row.
+FILL = 0.75
+
+
+class Group(NamedTuple):
+    """Rows that ask together.
+
+    `rows (n,)` int64, None for all rows in order; `queries` per row, padded; `whole` is True where
+    in every row the j-th query stands in slot j and no slot after the last query holds a token.
+    """
+
+    rows: Tensor | None
+    size: int
+    queries: int
+    whole: bool
+
+
+class RowGroups(NamedTuple):
+    """`gather` packs tokens into the groups, `back` takes the answers to the tokens; None: no move."""
+
+    groups: list[Group]
+    gather: Tensor | None
+    back: Tensor | None
+
+
+def group_rows(row: Tensor, lengths: list[int]) -> RowGroups:
+    """Group rows by what they ask.
+
+    `row (T,)` int64, ascending: the row of each packed token; `lengths`: real tokens of each row.
+    """
+    counts = torch.bincount(row, minlength=len(lengths))
+    asked = counts.tolist()
+    groups = [_group(rows, asked, lengths, row.device) for rows in _partition(asked, lengths)]
+    if len(groups) == 1 and groups[0].rows is None and groups[0].queries * len(asked) == row.numel():
+        return RowGroups(groups, None, None)
+    first = counts.cumsum(0) - counts
+    base = torch.zeros_like(counts)
+    gathers = []
+    start = 0
+    for group in groups:
+        rows = torch.arange(len(asked), device=row.device) if group.rows is None else group.rows
+        rank = torch.arange(group.queries, device=row.device)
+        inside = torch.minimum(rank, counts[rows].unsqueeze(1) - 1)
+        gathers.append((first[rows].unsqueeze(1) + inside).flatten())
+        base[rows] = start + torch.arange(group.size, device=row.device) * group.queries
+        start += group.size * group.queries
+    back = (base - first)[row] + torch.arange(row.numel(), device=row.device)
+    return RowGroups(groups, torch.cat(gathers), back)
+
+
+def _partition(asked: list[int], lengths: list[int]) -> list[list[int]]:
+    """Row numbers, split into whole rows and others and each of them by size."""
+    parts: list[list[int]] = []
+    key = None
+    for r in sorted(range(len(asked)), key=lambda r: (asked[r] == lengths[r], -asked[r], r)):
+        if not asked[r]:
+            continue
+        whole = asked[r] == lengths[r]
+        if key is None or key[0] != whole or asked[r] < FILL * key[1]:
+            key = (whole, asked[r])
+            parts.append([])
+        parts[-1].append(r)
+    return [sorted(part) for part in parts]
+
+
+def _group(rows: list[int], asked: list[int], lengths: list[int], device: torch.device) -> Group:
+    return Group(
+        rows=None if len(rows) == len(asked) else torch.tensor(rows, device=device),
+        size=len(rows),
+        queries=max(asked[r] for r in rows),
+        whole=all(asked[r] == lengths[r] for r in rows),
+    )

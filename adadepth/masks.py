@@ -1,0 +1,240 @@
+"""Rules say what stays of what remains; and utilities on monotonic masks.
+
+A rule sees whole rows: all scores so far `(batch, seq, step + 1)`, newest last, what remains
+`(batch, seq)`, 0 where left or padding, and positions `(batch, seq)`. It is stateless and gives what
+stays, not what leaves: `remaining * s` keeps saturated gates alive where `remaining - remaining * (1 - s)`
+rounds to 0. The loop clamps it into [0, remaining], so no rule can bring a token back.
+
+A rule that looks across a row (the best k of it) makes a token's depth depend on later tokens unless
+it is written causally: for training only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ._types import PositionRows, ScoreHistoryRows, WeightRows
+
+
+class Rule(Protocol):
+    """What stays of what remains."""
+
+    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
+        """What stays.
+
+        Arguments:
+            scores: `(batch, seq, step + 1)`, all scores so far, newest last; 0 where not live.
+            remaining: `(batch, seq)` in [0, 1]; 0 where the token left, and at padding.
+            positions: `(batch, seq)` int, each token's place among its row's real tokens.
+
+        Returns: `(batch, seq)`; 0 lets the token leave.
+        """
+        ...
+
+
+def _check_tau(owner: str, tau: float | Tensor) -> None:
+    if isinstance(tau, Tensor):
+        if tau.dim() not in (0, 2) or tau.dim() == 2 and tau.shape[1] != 1:
+            raise ValueError(f"{owner} expected tau a number or of shape (batch, 1), got shape {tuple(tau.shape)}.")
+        if not tau.is_meta and bool(tau.isnan().any()):
+            raise ValueError(f"{owner} expected tau to be a number, got NaN in {tau}.")
+    elif tau != tau:
+        raise ValueError(f"{owner} expected tau to be a number, got {tau}.")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Threshold:
+    """A token stays while its newest score is at least `tau`.
+
+    Arguments: `tau`, a number or a tensor `(batch, 1)`, in the unit of the scores. 0 never halts a
+    sigmoid gate, 1.1 halts all after one iteration.
+    Raises: `ValueError` if `tau` is NaN or of another shape.
+    Source: AdaPonderLM, arXiv 2603.01914: m^{i+1} = m^i · 1(s^i ≥ τ), τ = 1e-4.
+    """
+
+    tau: float | Tensor
+
+    def __post_init__(self) -> None:
+        _check_tau("Threshold", self.tau)
+
+    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
+        """`remaining` where the newest score is at least `tau`, else 0."""
+        del positions
+        return torch.where(scores[..., -1] >= self.tau, remaining, 0)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class SurvivalThreshold:
+    """A token stays while the product of all its scores is at least `tau`.
+
+    Arguments: `tau`, a number or a tensor `(batch, 1)`, in the unit of the product.
+    Raises: `ValueError` if `tau` is NaN or of another shape.
+    Source: Ouro, arXiv 2510.25741: leave once the cumulative exit probability reaches 1 - tau.
+    """
+
+    tau: float | Tensor
+
+    def __post_init__(self) -> None:
+        _check_tau("SurvivalThreshold", self.tau)
+
+    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
+        """`remaining` where the product of the scores is at least `tau`, else 0."""
+        del positions
+        return torch.where(scores.prod(-1) >= self.tau, remaining, 0)
+
+
+@final
+@dataclass(frozen=True)
+class Survival:
+    """Of what remains, the score's share stays: a soft exit at every iteration.
+
+    The weight that leaves after iteration n is λ_n · Π_{i<n} (1 - λ_i) with λ = 1 - score.
+    Source: PonderNet, Banino et al. 2021, arXiv 2107.05407, equation 2.
+    """
+
+    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
+        """`remaining · s`."""
+        del positions
+        return remaining * scores[..., -1]
+
+
+@final
+@dataclass(frozen=True)
+class ACT:
+    """`1 - s` leaves after each iteration; once no more than `eps` is left, that leaves too.
+
+    Arguments: `eps`, in [0, 1): Graves' ε, 0.01 in the paper.
+    Raises: `ValueError` if `eps` is not in [0, 1).
+    Source: Graves 2016, arXiv 1603.08983, equations 6 to 8 (the remainder is what leaves last).
+    """
+
+    eps: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps < 1:
+            raise ValueError(f"ACT expected eps in [0, 1), got {self.eps}.")
+
+    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
+        """`remaining - (1 - s)`, or 0 where that is at most `eps`."""
+        del positions
+        stays = remaining - (1 - scores[..., -1])
+        return torch.where(stays > self.eps, stays, 0)
+
+
+@final
+@dataclass(frozen=True)
+class Lookahead:
+    """The same rule on all but the newest score: it decides one iteration late.
+
+    The decision is then known before the iteration that it cuts, and a token stays one iteration
+    more, in which others see its answer.
+    Arguments: `rule`, which after the first iteration is not asked: everything stays.
+    """
+
+    rule: Rule
+
+    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
+        """What `rule` says of the older scores."""
+        if scores.shape[-1] == 1:
+            return remaining
+        return self.rule(scores[..., :-1], remaining, positions)
+
+
+def make_monotonic(mask: Bool[Tensor, "*tokens steps"]) -> Bool[Tensor, "*tokens steps"]:
+    """The mask with every rise removed: once False along the last axis, False for good.
+
+    Shapes: `(..., steps)` bool to the same.
+    """
+    return mask.cumprod(-1).bool()
+
+
+def is_monotonic(mask: Bool[Tensor, "*tokens steps"]) -> bool:
+    """Whether no entry is True behind a False along the last axis.
+
+    Shapes: `(..., steps)` bool. Looks at the data: a host sync on a GPU.
+    """
+    return not bool((mask[..., 1:] & ~mask[..., :-1]).any())
+
+
+def mask_depth(mask: Bool[Tensor, "*tokens steps"]) -> Int[Tensor, "*tokens"]:
+    """How many iterations each token runs: int64, the number of True before the first False.
+
+    Shapes: `(..., steps)` bool to `(...)`.
+    """
+    return mask.cumprod(-1).sum(-1)
+
+
+def depth_mask(depth: Int[Tensor, "*tokens"], steps: int) -> Bool[Tensor, "*tokens steps"]:
+    """The monotonic mask of given depths, the inverse of `mask_depth`.
+
+    Shapes: `(...)` int to `(..., steps)` bool.
+    """
+    return torch.arange(steps, device=depth.device) < depth.unsqueeze(-1)
+
+
+def live_share(live: Bool[Tensor, "*tokens steps"]) -> float:
+    """The share of the fixed-depth work that is done: Σ depth / (real tokens × steps), in [0, 1].
+
+    Shapes: `(..., steps)` bool, monotonic; a token is real if its first entry is True. 0 if none is.
+    Looks at the data: a host sync on a GPU.
+    """
+    real = int(live[..., :1].sum()) * live.shape[-1]
+    return int(live.sum()) / real if real else 0.0
+
+
+def uniform_depths(
+    shape: tuple[int, ...], steps: int, mean: float, generator: torch.Generator | None = None
+) -> Int[Tensor, "..."]:
+    """Depths without learning: after every iteration equally many tokens leave, drawn at random.
+
+    The live share falls by the same amount each iteration, until nobody is left.
+
+    Arguments: `shape` of the result, int64; `steps`, the loop's; `mean`, the expected depth, in
+    [1, steps]; `generator`, whose device the result is on.
+    Raises: `ValueError` if `mean` is not in [1, steps].
+    Source: the uniform pruning baseline of AdaPonderLM, arXiv 2603.01914.
+    """
+    return _draw("uniform_depths", lambda i, rate: max(0.0, 1 - i * (1 - rate)), shape, steps, mean, generator)
+
+
+def geometric_depths(
+    shape: tuple[int, ...], steps: int, mean: float, generator: torch.Generator | None = None
+) -> Int[Tensor, "..."]:
+    """Depths without learning: after every iteration the same share of what is left leaves, drawn at random.
+
+    Arguments: `shape` of the result, int64; `steps`, the loop's; `mean`, the expected depth, in
+    [1, steps]; `generator`, whose device the result is on.
+    Raises: `ValueError` if `mean` is not in [1, steps].
+    Source: the geometric pruning baseline of AdaPonderLM, arXiv 2603.01914.
+    """
+    return _draw("geometric_depths", lambda i, rate: rate**i, shape, steps, mean, generator)
+
+
+def _draw(
+    owner: str,
+    share: Callable[[int, float], float],
+    shape: tuple[int, ...],
+    steps: int,
+    mean: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Depths whose live share in iteration i is `share(i, rate)`, rising in `rate`, with `rate` fit to the mean."""
+    if not 1 <= mean <= steps:
+        raise ValueError(f"{owner} expected a mean depth from 1 to steps={steps}, got {mean}.")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if sum(share(i, middle) for i in range(steps)) < mean:
+            low = middle
+        else:
+            high = middle
+    device = torch.device("cpu") if generator is None else generator.device
+    drawn = torch.rand(shape, generator=generator, device=device, dtype=torch.float64)
+    shares = torch.tensor([share(i, high) for i in range(1, steps)], device=device, dtype=torch.float64)
+    return 1 + (drawn.unsqueeze(-1) < shares).sum(-1)

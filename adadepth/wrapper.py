@@ -1,0 +1,194 @@
+"""`RecurrentWrapper`: the one loop that turns a block into an adaptive-depth block.
+
+The halting state is one number per token, `remaining` in [0, 1]: how much of the token has not left
+yet. A gate scores tokens, a rule says what stays of what remains, the loop clamps it, an update
+makes the next input of the tokens that go on. `TokenSet` says which tokens run and how they sit in
+the block's input; dense and packed execution differ in nothing else.
+"""
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import blocks
+from ._types import HiddenRows, MaskRows
+from .attention import KV, DenseView, PackedView
+from .bounds import Bounds
+from .gates import Gate
+from .masks import Rule
+from .tokens import DenseTokens, PackedTokens, TokenSet
+from .trace import Output, Recorder
+from .updates import Replace, Update
+
+
+@final
+class RecurrentWrapper(nn.Module):
+    """Applies a block up to `steps` times, to each token as often as its gate and rule say.
+
+    Arguments:
+        block: any module that maps `(rows, length, dim)` to the same shape and whose attention
+            calls `F.scaled_dot_product_attention`; or one with `takes_view = True`, called as
+            `block(x, view)`; or `Pointwise(block)`.
+        steps: the most iterations, at least 1.
+        gate: scores each token after each iteration but the last; None: every score is 1.
+        rule: turns scores into what stays; None: nobody leaves early.
+        update: makes the next input from the state; None: `Replace()`, the state itself.
+        causal: whether a token sees only itself and what stands before it in its row.
+        skip: True runs only the tokens that are live, packed over the batch into one sequence.
+            False computes every token and selects: static shapes, for `torch.compile`.
+        checkpoint: keeps, of each iteration, only its inputs for the backward pass.
+
+    `gate`, `rule` and `update` are plain attributes, to be reassigned between stages of training.
+
+    Raises: `ValueError` if `steps < 1`, or if the block holds an `nn.MultiheadAttention` that
+    cannot be looped.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        steps: int,
+        gate: Gate | None = None,
+        rule: Rule | None = None,
+        update: Update | None = None,
+        *,
+        causal: bool = True,
+        skip: bool = True,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        if steps < 1:
+            raise ValueError(f"RecurrentWrapper needs steps >= 1, got steps={steps}.")
+        blocks.prepare(block)
+        self.block, self.steps = block, steps
+        self.gate, self.rule, self.update = gate, rule, Replace() if update is None else update
+        self.causal, self.skip, self.checkpoint = causal, skip, checkpoint
+
+    def extra_repr(self) -> str:
+        """The settings that are not modules."""
+        return f"steps={self.steps}, rule={self.rule}, causal={self.causal}, skip={self.skip}, checkpoint={self.checkpoint}"
+
+    def forward(
+        self,
+        x: HiddenRows,
+        *,
+        mask: MaskRows | None = None,
+        start: HiddenRows | None = None,
+        min_depth: int | Tensor | None = None,
+        max_depth: int | Tensor | None = None,
+        states: bool = False,
+    ) -> Output:
+        """Run the loop.
+
+        Arguments:
+            x: `(batch, seq, dim)`, the first input; padding in it is not read.
+            mask: `(batch, seq)` bool, True for real tokens, anywhere in the row; None: all are real.
+            start: `(batch, seq, dim)`, what input injection reads; None: `x`.
+            min_depth: an int in 1..steps, or an integer tensor that broadcasts to `(batch, seq)`:
+                the token stays this long whatever the rule says.
+            max_depth: the same from above; it wins over `min_depth`. An int shortens the loop, and
+                with it every `steps` axis. Tensors are clamped to 1..steps, not checked.
+            states: whether to return every iteration's state.
+
+        Raises: `ValueError` for arguments of another shape or type, a depth outside 1..steps, a
+            score, stay or state of another shape, and, in eager evaluation, a score that is NaN.
+        """
+        self._check(x, mask, start)
+        bounds = Bounds.of(self.steps, min_depth, max_depth, (x.shape[0], x.shape[1]))
+        tokens: TokenSet = (PackedTokens if self.skip else DenseTokens).start(mask, x)
+        record = Recorder(x, tokens, bounds.steps, scored=self.gate is not None, states=states)
+        remaining = tokens.live.to(record.dtype)
+        x = tokens.take(x)
+        start = x if start is None else tokens.take(start)
+        previous, past = x, None
+        for step in range(bounds.steps):
+            if tokens.empty:
+                break
+            exits = bounds.can_exit(step, self.rule is not None)
+            h, past = self._iterate(x, tokens, step, past, keep=exits)
+            h = tokens.settle(h, previous)
+            record.ran(tokens, h)
+            if step == bounds.steps - 1:
+                record.left(tokens, remaining, h)
+                break
+            if self.gate is not None:
+                record.scored(tokens, self._score(h, previous, step))
+            if exits:
+                stays = self._stays(record.history, remaining, tokens, bounds, step)
+                record.left(tokens, remaining - stays, h)
+                remaining = stays
+                tokens, select = tokens.narrow(stays > 0)
+                x, h, start = select(x), select(h), select(start)
+            if not tokens.empty:
+                x = tokens.settle(self._next(x, h, start, record, tokens, step), x)
+            previous = h
+        return record.output()
+
+    def _iterate(
+        self, x: Tensor, tokens: TokenSet, step: int, past: list[KV] | None, keep: bool
+    ) -> tuple[Tensor, list[KV] | None]:
+        """The block's output, and all tokens' keys and values if the next iteration may need them."""
+        args = (x, tokens, step, past, keep)
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._run, *args, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._run(*args)
+
+    def _run(
+        self, x: Tensor, tokens: TokenSet, step: int, past: list[KV] | None, keep: bool
+    ) -> tuple[Tensor, list[KV] | None]:
+        view = (PackedView if self.skip else DenseView)(tokens, step, self.causal, past, keep)
+        out = blocks.run(self.block, x, view)
+        return out, view.present if keep else None
+
+    def _score(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        score = self.gate(h, previous, step)  # type: ignore[misc]
+        if score.shape != h.shape[:-1]:
+            raise ValueError(
+                f"{type(self.gate).__name__} expected to return one score per token, shape {tuple(h.shape[:-1])} for h of "
+                f"shape {tuple(h.shape)}, got {tuple(score.shape)} at iteration {step}."
+            )
+        if not self.training and not torch.compiler.is_compiling() and bool(score.isnan().any()):
+            raise ValueError(
+                f"{type(self.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the block's output there: "
+                "looped(x, states=True).states holds every iteration's."
+            )
+        return score
+
+    def _stays(self, history: Tensor, remaining: Tensor, tokens: TokenSet, bounds: Bounds, step: int) -> Tensor:
+        stays = remaining
+        if self.rule is not None and not bounds.forced(step):
+            stays = self.rule(history, remaining, tokens.positions)
+            if stays.shape != remaining.shape:
+                raise ValueError(
+                    f"{type(self.rule).__name__} expected to return what stays of each token, shape {tuple(remaining.shape)}, "
+                    f"got {tuple(stays.shape)} at iteration {step}."
+                )
+        return bounds.clamp(stays, remaining, step)
+
+    def _next(self, x: Tensor, h: Tensor, start: Tensor, record: Recorder, tokens: TokenSet, step: int) -> Tensor:
+        if self.gate is None:
+            scores = x.new_ones(()).expand(*x.shape[:-1], step + 1)
+        else:
+            scores = tokens.take(record.history).to(x.dtype)
+        new = self.update(x, h, start, scores, step)
+        if new.shape != x.shape:
+            raise ValueError(
+                f"{type(self.update).__name__} expected to return the next input, shape {tuple(x.shape)}, got "
+                f"{tuple(new.shape)} at iteration {step}."
+            )
+        return new.to(x.dtype)
+
+    def _check(self, x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
+        if x.dim() != 3 or not x.is_floating_point():
+            raise ValueError(f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {tuple(x.shape)} {x.dtype}.")
+        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+            raise ValueError(
+                f"mask expected shape (batch, seq) = {tuple(x.shape[:2])} and dtype torch.bool, True for real tokens, got "
+                f"{tuple(mask.shape)} {mask.dtype}."
+            )
+        if start is not None and (start.shape != x.shape or start.dtype != x.dtype):
+            raise ValueError(
+                f"start expected the shape and dtype of x, {tuple(x.shape)} {x.dtype}, got {tuple(start.shape)} {start.dtype}."
+            )
