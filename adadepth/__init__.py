@@ -1,14 +1,21 @@
 """adadepth: composable primitives of adaptive depth. Each token decides how often a block is applied to it."""
 
+from .attention import TokenView as TokenView
+from . import testing as testing
+from .attention import TokenView as TokenView
 from .blocks import CausalEncoder as CausalEncoder
 from .blocks import Pointwise as Pointwise
 from .blocks import iteration as iteration
 from .blocks import positions as positions
+from .criteria import ConvergenceGate as ConvergenceGate
+from .criteria import EntropyGate as EntropyGate
+from .criteria import KLGate as KLGate
+from .criteria import MarginGate as MarginGate
+from .criteria import MaxProbGate as MaxProbGate
 from .gates import Gate as Gate
 from .gates import LinearGate as LinearGate
 from .gates import PerIterationMLPGate as PerIterationMLPGate
 from .gates import SharedMLPGate as SharedMLPGate
-from .attention import TokenView as TokenView
 from .masks import ACT as ACT
 from .masks import Lookahead as Lookahead
 from .masks import Rule as Rule
@@ -22,12 +29,15 @@ from .masks import live_share as live_share
 from .masks import make_monotonic as make_monotonic
 from .masks import mask_depth as mask_depth
 from .masks import uniform_depths as uniform_depths
+from .probe import check_block as check_block
 from .selection import bottom_k as bottom_k
+from .probe import check_block as check_block
 from .selection import top_k as top_k
 from .trace import Output as Output
 from .trace import Trace as Trace
 from .updates import InputInjection as InputInjection
 from .updates import Interpolate as Interpolate
+from .updates import Ponder as Ponder
 from .updates import Replace as Replace
 from .updates import Residual as Residual
 from .updates import SurvivalScaled as SurvivalScaled

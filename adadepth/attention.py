@@ -7,17 +7,17 @@ queries. It knows nothing of gates and losses.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from ._lazy import lazy
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
+from ._lazy import lazy
 from ._types import Attended, Keys, Queries, Values
 from .groups import Group
-from .tokens import DenseTokens, PackedTokens, TokenSet
+from .tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens
 
 KV = tuple[Tensor, Tensor]
 
@@ -46,7 +46,8 @@ class TokenView(ABC):
         self.calls = 0
         self.present: list[KV] = []
         self._grad = torch.is_grad_enabled()
-        self._saving = _checkpointing()
+        self._saving = _checkpointing() if self._grad else None
+        self._shape = tokens.shape
 
     @lazy
     def iteration(self) -> Int[Tensor, "rows length"]:
@@ -94,20 +95,22 @@ class TokenView(ABC):
             self.present.append(kv)
         return self._attend(q, *kv, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa)
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        if self._grad != torch.is_grad_enabled() or self._saving is not _checkpointing():
+    def _check(self, *qkv: Tensor) -> None:
+        grad = torch.is_grad_enabled()
+        if grad != self._grad or grad and self._saving is not _checkpointing():
             raise ValueError(
-                "The block checkpoints its own attention, or runs it under torch.no_grad(). A recomputation in the backward "
-                "pass would no longer know which tokens ran. Switch checkpointing off inside the block and let the loop "
-                "checkpoint whole iterations: RecurrentWrapper(..., checkpoint=True)."
+                "The block checkpoints its own attention, or runs it under torch.no_grad(). A recomputation in the "
+                "backward pass would no longer know which tokens ran. Switch checkpointing off inside the block and let "
+                "the loop checkpoint whole iterations: RecurrentWrapper(..., checkpoint=True)."
             )
-        rows, length = self.tokens.shape
-        for name, t in (("q", q), ("k", k), ("v", v)):
-            if t.dim() != 4 or t.shape[0] != rows or t.shape[2] != length:
+        rows, length = self._shape
+        for name, t in zip("qkv", qkv, strict=True):
+            shape = t.shape
+            if len(shape) != 4 or shape[0] != rows or shape[2] != length:
                 raise ValueError(
-                    f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {tuple(t.shape)}: "
-                    "queries, keys and values must be those of the block's own input, one per token. Cross-attention "
-                    "and keys of another length cannot be looped; batch and heads must be separate axes."
+                    f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {tuple(shape)}: queries, "
+                    "keys and values must be those of the block's own input, one per token. Cross-attention and keys of "
+                    "another length cannot be looped; batch and heads must be separate axes."
                 )
 
     @abstractmethod
@@ -115,42 +118,54 @@ class TokenView(ABC):
         """All tokens' keys and values, given those of the tokens that run."""
 
     @abstractmethod
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: float | bool | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """The answers to the queries of the tokens that run."""
 
 
 @final
+class WholeView(TokenView):
+    """Everything runs: the block's own attention."""
+
+    tokens: WholeTokens
+
+    def _merge(self, k: Tensor, v: Tensor, past: KV | None) -> KV:
+        del past  # replaced whole
+        return k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, **options)
+
+
+@final
 class DenseView(TokenView):
-    """All tokens ask and are computed; keys and values are `(batch, kv_heads, seq, head_dim)`."""
+    """All tokens ask and are computed."""
 
     tokens: DenseTokens
 
     def _merge(self, k: Tensor, v: Tensor, past: KV | None) -> KV:
-        if self.tokens.everyone:
-            return k, v
         live = self.tokens.live[:, None, :, None]
-        old_k, old_v = (k.new_zeros(()), v.new_zeros(())) if past is None else past
+        old_k, old_v = (0, 0) if past is None else past
         return torch.where(live, k, old_k), torch.where(live, v, old_v)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: float | bool | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if self.tokens.mask is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, **options)  # type: ignore[arg-type]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._allowed, **options)  # type: ignore[arg-type]
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, **options)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._allowed, **options)
 
     @lazy
     def _allowed(self) -> Tensor:
         """`(batch, 1, seq, seq)` bool. A padded query sees itself: a row of nothing would be NaN."""
         assert self.tokens.mask is not None
         seq = self.tokens.mask.shape[1]
-        itself = torch.ones(seq, seq, dtype=torch.bool, device=self.tokens.mask.device)
+        ones = torch.ones(seq, seq, dtype=torch.bool, device=self.tokens.mask.device)
         real = self.tokens.mask[:, None, None, :]
-        seen = real & itself.tril() if self.causal else real
-        return seen | itself.tril().triu()
+        seen = real & ones.tril() if self.causal else real
+        return seen | ones.tril().triu()
 
 
 @final
 class PackedView(TokenView):
-    """Only the tokens that run ask; keys and values are a grid `(batch, width, kv_heads, head_dim)`."""
+    """Only the tokens that run ask, of a grid in which each row's real tokens stand at its left."""
 
     tokens: PackedTokens
 
@@ -159,17 +174,16 @@ class PackedView(TokenView):
         return self._scatter(k, old_k), self._scatter(v, old_v)
 
     def _scatter(self, new: Tensor, old: Tensor | None) -> Tensor:
-        batch, width = self.tokens.live.shape[0], self.tokens.width
+        """The grid `(batch, kv_heads, width, head_dim)`, token by token in memory: one copy is one run."""
+        grid = (self.tokens.live.shape[0], self.tokens.width)
         new = new.squeeze(0).transpose(0, 1)
-        if self.tokens.index is None:
-            return new.unflatten(0, (batch, width))
         if old is None:
-            grid = new.new_zeros(batch * width, *new.shape[1:]).index_copy_(0, self.tokens.slots, new)
+            flat = new.new_zeros(grid[0] * grid[1], *new.shape[1:]).index_copy_(0, self.tokens.slots, new)
         else:
-            grid = old.flatten(0, 1).index_copy(0, self.tokens.slots, new)
-        return grid.unflatten(0, (batch, width))
+            flat = old.transpose(1, 2).flatten(0, 1).index_copy(0, self.tokens.slots, new)
+        return flat.unflatten(0, grid).transpose(1, 2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: float | bool | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         groups, gather, back = self.tokens.groups
         q = q.squeeze(0).transpose(0, 1)
         if gather is not None:
@@ -181,26 +195,21 @@ class PackedView(TokenView):
             out = out.index_select(0, back)
         return out.transpose(0, 1).unsqueeze(0)
 
-    def _ask(self, g: int, q: Tensor, k: Tensor, v: Tensor, options: dict[str, float | bool | None]) -> Tensor:
+    def _ask(self, g: int, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
         group = self.tokens.groups.groups[g]
         if group.rows is not None:
             k, v = k.index_select(0, group.rows), v.index_select(0, group.rows)
         allowed = self._allowed(g, group, q)
         if allowed is None and self.causal and group.queries < self.tokens.width:
-            k, v = k[:, : group.queries], v[:, : group.queries]
-        out = F.scaled_dot_product_attention(
-            q.unflatten(0, (group.size, group.queries)).transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=allowed,
-            is_causal=self.causal and allowed is None,
-            **options,  # type: ignore[arg-type]
-        )
+            k, v = k[:, :, : group.queries], v[:, :, : group.queries]
+        q = q.unflatten(0, (group.size, group.queries)).transpose(1, 2)
+        causal = self.causal and allowed is None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, **options)
         return out.transpose(1, 2).flatten(0, 1)
 
     def _allowed(self, g: int, group: Group, q: Tensor) -> Tensor | None:
         """What the group's queries may see, added to the scores; None: what `is_causal` says."""
-        if group.whole and self.causal or not self.causal and self.tokens.mask is None:
+        if (group.whole and self.causal) or (not self.causal and self.tokens.mask is None):
             return None
         if g not in self._masks:
             self._masks[g] = self._bias(self._seen(g, group), q.dtype)
@@ -228,3 +237,13 @@ class PackedView(TokenView):
     def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
         # Added once here: a bool mask would be turned into this by every attention call.
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def view_of(tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> TokenView:
+    """The view of one iteration."""
+    kinds: dict[type[TokenSet], type[TokenView]] = {
+        WholeTokens: WholeView,
+        DenseTokens: DenseView,
+        PackedTokens: PackedView,
+    }
+    return kinds[type(tokens)](tokens, step, causal, past, keep)

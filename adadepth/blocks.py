@@ -1,38 +1,13 @@
-"""How a block is run under a view: as it is, if it takes one; else with its attention calls caught.
+"""How a block is run under a view: as it is, if it takes one; else with its attention calls caught."""
 
-Unmodified blocks call `F.scaled_dot_product_attention`, and what catches that call must see nothing
-else, must not care how the block got hold of the function, and must be safe under threads, nesting
-and compilation. In eager this is a kernel on a dispatch key that no tensor has and that is included,
-for this thread only, while the block runs: all other operators fall through it at no cost. Dynamo
-does not trace dispatch keys; there a `TorchFunctionMode` sees every call, at trace time only.
-"""
+from typing import final
 
-import threading
-from typing import Any, final
-
-import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ._types import Hidden
 from .attention import TokenView
-
-
-class _Active(threading.local):
-    """The view under which this thread runs a block, if it does."""
-
-    view: TokenView | None = None
-
-
-_active = _Active()
-
-
-def _view(caller: str) -> TokenView:
-    if _active.view is None:
-        raise RuntimeError(f"{caller}() was called outside a looped block: it is known only while a RecurrentWrapper runs its block.")
-    return _active.view
+from .catch import active, catching, current_view
 
 
 def iteration() -> Int[Tensor, "rows length"]:
@@ -41,7 +16,7 @@ def iteration() -> Int[Tensor, "rows length"]:
     Shapes: `(rows, length)`, the first two axes of the block's input.
     Raises: `RuntimeError` outside a looped block.
     """
-    return _view("iteration").iteration
+    return current_view("iteration").iteration
 
 
 def positions() -> Int[Tensor, "rows length"]:
@@ -53,7 +28,7 @@ def positions() -> Int[Tensor, "rows length"]:
     Shapes: `(rows, length)`, the first two axes of the block's input.
     Raises: `RuntimeError` outside a looped block.
     """
-    return _view("positions").positions
+    return current_view("positions").positions
 
 
 @final
@@ -72,7 +47,7 @@ class Pointwise(nn.Module):
     def forward(self, x: Hidden, view: TokenView) -> Hidden:
         """`block(x)`; the view is not needed."""
         del view
-        return self.block(x)  # type: ignore[no-any-return]
+        return self.block(x)
 
 
 @final
@@ -92,43 +67,21 @@ class CausalEncoder(nn.Module):
 
     def forward(self, x: Hidden) -> Hidden:
         """`encoder(x)`, each token seeing itself and what stands before it."""
-        return self.encoder(x, x.new_zeros(1, 1), is_causal=True)  # type: ignore[no-any-return]
-
-
-def prepare(block: nn.Module) -> None:
-    """Check what can be checked before any data, and keep PyTorch's fused layers off their fast path."""
-    for name, module in block.named_modules():
-        if not isinstance(module, nn.MultiheadAttention):
-            continue
-        if not module.batch_first:
-            raise ValueError(
-                f"RecurrentWrapper gives its block (batch, seq, dim), but {name or 'the block'} is an "
-                "nn.MultiheadAttention with batch_first=False, which would mix the rows. Build it with batch_first=True."
-            )
-        if module.bias_k is not None or module.add_zero_attn:
-            raise ValueError(
-                f"{name or 'the block'} is an nn.MultiheadAttention with add_bias_kv or add_zero_attn: keys that belong "
-                "to no token cannot be looped. Build it without."
-            )
-        if _multihead_hook not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_multihead_hook, with_kwargs=True)
+        return self.encoder(x, x.new_zeros(1, 1), is_causal=True)
 
 
 def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
     """`block` on the tokens `x` of a view."""
     takes_view = getattr(block, "takes_view", False)
-    outer, _active.view = _active.view, view
+    outer, active.view = active.view, view
     try:
         if takes_view:
             out = block(x, view)
-        elif torch.compiler.is_compiling():
-            with _AttentionMode():
-                out = block(x)
         else:
-            with torch._C._IncludeDispatchKeyGuard(_KEY):
+            with catching():
                 out = block(x)
     finally:
-        _active.view = outer
+        active.view = outer
     if not isinstance(out, Tensor) or out.shape != x.shape:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
@@ -141,129 +94,6 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
             "attention must call F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention "
             "with need_weights=True). If it mixes no tokens, say so: adadepth.Pointwise(block)."
         )
-    return out.to(x.dtype)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def _caught(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """What an unmodified block's `F.scaled_dot_product_attention` does."""
-    view = _view("attend")
-    _check_mask(view, attn_mask, is_causal)
-    return view.attend(q, k, v, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa)
-
-
-def _check_mask(view: TokenView, attn_mask: Tensor | None, is_causal: bool) -> None:
-    if attn_mask is not None and not is_causal:
-        raise ValueError(
-            f"The block passes an attention mask of its own, of shape {tuple(attn_mask.shape)}. In a loop only the wrapper "
-            "knows which tokens run and which are padding: pass is_causal=True instead of a causal mask, and padding as "
-            "looped(x, mask=...). Other masks (windows, ALiBi, prefixes) cannot be looped."
-        )
-    if is_causal != view.causal:
-        said = "causal" if view.causal else "not causal"
-        raise ValueError(
-            f"RecurrentWrapper(causal={view.causal}) expected {said} attention, but the block calls it with "
-            f"is_causal={is_causal}. Pass causal={is_causal} to the wrapper, or is_causal={view.causal} in the block"
-            + (" (adadepth.CausalEncoder does it for nn.TransformerEncoderLayer)." if view.causal else ".")
-        )
-
-
-_KEY = torch._C._parse_dispatch_key("TESTING_ONLY_GenericMode")
-_KEYS = torch._C.DispatchKeySet(_KEY)
-
-
-def _caught_kernel(*args: Any, **kwargs: Any) -> Tensor:
-    with torch._C._ExcludeDispatchKeyGuard(_KEYS):
-        return _caught(*args, **kwargs)
-
-
-def _register() -> list[torch.library.Library]:
-    """The registrations, which hold as long as the returned libraries live."""
-    every = torch.library.Library("_", "IMPL", "TESTING_ONLY_GenericMode")
-    every.fallback(torch.library.fallthrough_kernel)
-    aten = torch.library.Library("aten", "IMPL", "TESTING_ONLY_GenericMode")
-    aten.impl("scaled_dot_product_attention", _caught_kernel)
-    return [every, aten]
-
-
-_libraries = _register()
-
-
-@final
-class _AttentionMode(TorchFunctionMode):
-    """The catch for Dynamo, which traces function modes and so leaves nothing of it in the graph."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _caught(*args, **(kwargs or {}))
-        if func is F.multi_head_attention_forward:
-            return _multihead(*args, **(kwargs or {})), None
-        return func(*args, **(kwargs or {}))
-
-
-def _multihead(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim: int,
-    heads: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    bias_k: Tensor | None,
-    bias_v: Tensor | None,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    *,
-    training: bool,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    q_proj_weight: Tensor | None = None,
-    k_proj_weight: Tensor | None = None,
-    v_proj_weight: Tensor | None = None,
-    **checked: Any,
-) -> Tensor:
-    """`F.multi_head_attention_forward`, whose inner attention call a function mode does not see."""
-    del embed_dim, bias_k, bias_v, add_zero_attn, checked
-    view = _view("attend")
-    _check_mask(view, attn_mask, is_causal)
-    weights = [q_proj_weight, k_proj_weight, v_proj_weight] if weight is None else list(weight.chunk(3))
-    biases = [None] * 3 if bias is None else list(bias.chunk(3))
-    q, k, v = (
-        F.linear(x, w, b).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)  # type: ignore[arg-type]
-        for x, w, b in zip((query, key, value), weights, biases, strict=True)
-    )
-    out = view.attend(q, k, v, dropout_p=dropout_p if training else 0.0)
-    return F.linear(out.permute(2, 0, 1, 3).flatten(2), out_weight, out_bias)
-
-
-def _multihead_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Before an `nn.MultiheadAttention` runs: refuse what cannot be looped, and avoid its fast path."""
-    if _active.view is None:
-        return None
-    names = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
-    given = {"need_weights": True, "key_padding_mask": None, **dict(zip(names, args, strict=False)), **kwargs}
-    if given["need_weights"]:
-        raise ValueError(
-            "nn.MultiheadAttention was called with need_weights=True (its default), which computes attention over the "
-            "packed tokens of all rows. Pass need_weights=False."
-        )
-    if given["key_padding_mask"] is not None:
-        raise ValueError(
-            "nn.MultiheadAttention was called with a key_padding_mask. In a loop only the wrapper knows which tokens run: "
-            "pass padding as looped(x, mask=...)."
-        )
-    if not module.training and given["key"] is given["query"]:
-        # The fast path is for self-attention, which it tells by identity.
-        given["key"] = given["value"] = given["query"].view_as(given["query"])
-    return (), given

@@ -39,7 +39,7 @@ class Bounds(NamedTuple):
         """Whether a token may leave after iteration `step` (from 0), before the loop ends; no look at the data."""
         if step + 1 >= self.steps:
             return False
-        return self.most_each is not None or rule and not self.forced(step)
+        return self.most_each is not None or (rule and not self.forced(step))
 
     def forced(self, step: int) -> bool:
         """Whether every token stays after iteration `step` (from 0), whatever a rule says."""
@@ -59,7 +59,9 @@ class Bounds(NamedTuple):
 def _check(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> None:
     if isinstance(depth, Tensor):
         if depth.is_floating_point() or depth.is_complex() or depth.dtype == torch.bool:
-            raise ValueError(f"{name} expected integers, got a tensor of {depth.dtype}. Round it to the depths you mean.")
+            raise ValueError(
+                f"{name} expected integers, got a tensor of {depth.dtype}. Round it to the depths you mean."
+            )
         try:
             fits = torch.broadcast_shapes(depth.shape, shape) == shape
         except RuntimeError:

@@ -51,7 +51,7 @@ class LinearGate(Gate):
         """The score; the same map at every iteration."""
         del previous, step
         _check_width("LinearGate", self.proj.in_features, h)
-        return self.proj(h).sigmoid().squeeze(-1)  # type: ignore[no-any-return]
+        return self.proj(h).sigmoid().squeeze(-1)
 
 
 @final
@@ -114,7 +114,7 @@ def _mlp(owner: str, dim: int, hidden: int | None, bias: float) -> nn.Sequential
 
 def _apply(owner: str, mlp: nn.Module, h: Tensor) -> Tensor:
     _check_width(owner, mlp[0].in_features, h)  # type: ignore[index]
-    return mlp(h).sigmoid().squeeze(-1)  # type: ignore[no-any-return]
+    return mlp(h).sigmoid().squeeze(-1)
 
 
 def _at_least_one(owner: str, **sizes: int) -> None:

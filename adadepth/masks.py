@@ -38,7 +38,7 @@ class Rule(Protocol):
 
 def _check_tau(owner: str, tau: float | Tensor) -> None:
     if isinstance(tau, Tensor):
-        if tau.dim() not in (0, 2) or tau.dim() == 2 and tau.shape[1] != 1:
+        if tau.dim() not in (0, 2) or (tau.dim() == 2 and tau.shape[1] != 1):
             raise ValueError(f"{owner} expected tau a number or of shape (batch, 1), got shape {tuple(tau.shape)}.")
         if not tau.is_meta and bool(tau.isnan().any()):
             raise ValueError(f"{owner} expected tau to be a number, got NaN in {tau}.")

@@ -45,5 +45,3 @@ def _choose(owner: str, values: Tensor, k: float, valid: Tensor | None, largest:
     # The product is exact only up to rounding: 0.1 · 30 must choose 3.
     count = min(values.numel(), math.ceil(k * values.numel() - 1e-9))
     return values.flatten().topk(count, largest=largest).values
-
-

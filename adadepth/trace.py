@@ -70,6 +70,7 @@ class Recorder:
 
     def __init__(self, x: HiddenRows, tokens: TokenSet, steps: int, *, scored: bool, states: bool) -> None:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self.one = x.new_ones(())
         self._x, self._steps, self._has_scores = x, steps, scored
         self._none = torch.zeros_like(tokens.live)
         self._live: list[Tensor] = []

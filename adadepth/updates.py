@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ._types import Hidden, ScoreHistory
+from ._vocabulary import expected_embedding, referring
 
 
 class Update(nn.Module, ABC):
@@ -88,6 +89,53 @@ class InputInjection(Update):
 
 
 @final
+class Ponder(Update):
+    """The input, and by the newest score the embedding of what is predicted: `x + scale·s·softmax(h Wᵀ + b) E`.
+
+    It never holds a (tokens × vocabulary) matrix. Trains a gate by itself.
+
+    Shapes: `(..., dim)` to the same.
+    Arguments: `embedding`, of E `(vocabulary, dim)`, and `head`, of W and b; tied weights are as good.
+    They are the model's: referred to, not registered, and to be reassigned here when the model's are
+    replaced. `scale`: some models multiply E by √dim.
+    Raises: `ValueError` if they are not an `nn.Embedding` and an `nn.Linear` with weights of one shape.
+    Source: PonderLM, Zeng et al. 2025, arXiv 2505.20674; scaled by s: AdaPonderLM, arXiv 2603.01914.
+    """
+
+    embedding: nn.Embedding
+    head: nn.Linear
+    __setattr__ = referring("embedding", "head")
+
+    def __init__(self, embedding: nn.Embedding, head: nn.Linear, scale: float = 1.0) -> None:
+        super().__init__()
+        self.embedding, self.head, self.scale = embedding, head, scale
+        self._check()
+
+    def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
+        """`x + scale·s·softmax(head(h)) E`."""
+        del start, step
+        self._check()
+        mixed = expected_embedding(h, self.head, self.embedding).to(x.dtype)
+        return torch.addcmul(x, scores[..., -1:], mixed, value=self.scale)
+
+    def _check(self) -> None:
+        """At every call: both may have been reassigned."""
+        embedding, head = self.embedding, self.head
+        if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"Ponder expected an nn.Embedding and an nn.Linear, whose weights it reads, got "
+                f"embedding={type(embedding).__name__} and head={type(head).__name__}. Give it the linear map itself; "
+                "a norm before it belongs in the block."
+            )
+        if embedding.weight.shape != head.weight.shape:
+            raise ValueError(
+                f"Ponder expected embedding.weight and head.weight of one shape (vocabulary, dim), got "
+                f"{tuple(embedding.weight.shape)} and {tuple(head.weight.shape)}. Resize both and reassign "
+                "ponder.embedding and ponder.head."
+            )
+
+
+@final
 class SurvivalScaled(Update):
     """Another update, given the product of all scores so far as the newest score.
 
@@ -103,7 +151,7 @@ class SurvivalScaled(Update):
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`update` with the running product in place of the scores."""
-        return self.update(x, h, start, scores.cumprod(-1), step)  # type: ignore[no-any-return]
+        return self.update(x, h, start, scores.cumprod(-1), step)
 
 
 @final
@@ -119,4 +167,4 @@ class Ungated(Update):
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`update` at full scale."""
-        return self.update(x, h, start, torch.ones_like(scores), step)  # type: ignore[no-any-return]
+        return self.update(x, h, start, torch.ones_like(scores), step)

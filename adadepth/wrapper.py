@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import blocks
 from ._types import HiddenRows, MaskRows
-from .attention import KV, DenseView, PackedView
+from .attention import KV, view_of
+from .blocks import run
 from .bounds import Bounds
+from .catch import prepare
 from .gates import Gate
 from .masks import Rule
-from .tokens import DenseTokens, PackedTokens, TokenSet
+from .tokens import TokenSet, all_tokens
 from .trace import Output, Recorder
 from .updates import Replace, Update
 
@@ -61,7 +62,7 @@ class RecurrentWrapper(nn.Module):
         super().__init__()
         if steps < 1:
             raise ValueError(f"RecurrentWrapper needs steps >= 1, got steps={steps}.")
-        blocks.prepare(block)
+        prepare(block)
         self.block, self.steps = block, steps
         self.gate, self.rule, self.update = gate, rule, Replace() if update is None else update
         self.causal, self.skip, self.checkpoint = causal, skip, checkpoint
@@ -97,7 +98,7 @@ class RecurrentWrapper(nn.Module):
         """
         self._check(x, mask, start)
         bounds = Bounds.of(self.steps, min_depth, max_depth, (x.shape[0], x.shape[1]))
-        tokens: TokenSet = (PackedTokens if self.skip else DenseTokens).start(mask, x)
+        tokens: TokenSet = all_tokens(x, mask, self.skip)
         record = Recorder(x, tokens, bounds.steps, scored=self.gate is not None, states=states)
         remaining = tokens.live.to(record.dtype)
         x = tokens.take(x)
@@ -132,14 +133,14 @@ class RecurrentWrapper(nn.Module):
         """The block's output, and all tokens' keys and values if the next iteration may need them."""
         args = (x, tokens, step, past, keep)
         if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._run, *args, use_reentrant=False)  # type: ignore[no-any-return]
+            return checkpoint(self._run, *args, use_reentrant=False)
         return self._run(*args)
 
     def _run(
         self, x: Tensor, tokens: TokenSet, step: int, past: list[KV] | None, keep: bool
     ) -> tuple[Tensor, list[KV] | None]:
-        view = (PackedView if self.skip else DenseView)(tokens, step, self.causal, past, keep)
-        out = blocks.run(self.block, x, view)
+        view = view_of(tokens, step, self.causal, past, keep)
+        out = run(self.block, x, view)
         return out, view.present if keep else None
 
     def _score(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
@@ -169,7 +170,7 @@ class RecurrentWrapper(nn.Module):
 
     def _next(self, x: Tensor, h: Tensor, start: Tensor, record: Recorder, tokens: TokenSet, step: int) -> Tensor:
         if self.gate is None:
-            scores = x.new_ones(()).expand(*x.shape[:-1], step + 1)
+            scores = record.one.expand(*x.shape[:-1], step + 1)
         else:
             scores = tokens.take(record.history).to(x.dtype)
         new = self.update(x, h, start, scores, step)
@@ -178,11 +179,13 @@ class RecurrentWrapper(nn.Module):
                 f"{type(self.update).__name__} expected to return the next input, shape {tuple(x.shape)}, got "
                 f"{tuple(new.shape)} at iteration {step}."
             )
-        return new.to(x.dtype)
+        return new if new.dtype == x.dtype else new.to(x.dtype)
 
     def _check(self, x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
         if x.dim() != 3 or not x.is_floating_point():
-            raise ValueError(f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {tuple(x.shape)} {x.dtype}.")
+            raise ValueError(
+                f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {tuple(x.shape)} {x.dtype}."
+            )
         if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
             raise ValueError(
                 f"mask expected shape (batch, seq) = {tuple(x.shape[:2])} and dtype torch.bool, True for real tokens, got "

@@ -1,0 +1,37 @@
+# The environment is made here, with torch pinned by constraints.txt. To use one of your own, with its
+# build of torch (a GPU one, say): make test VENV=/path/to/it CONSTRAINTS=/dev/null
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+RUN = $(VENV)/bin/python
+# Two threads that spin while another process is busy collapse.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lint docs bench
+INSTALLED = $(VENV)/.adadepth-installed
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## train a small adaptive model on real text and show what it does
+	$(RUN) -m examples.adaponderlm $(ARGS)
+
+# Shapes are checked by jaxtyping's hook, which Dynamo cannot trace: compiled code runs in a second call.
+test: $(INSTALLED)  ## everything that CI runs
+	$(MAKE) lint
+	$(RUN) -m pytest -q -m "not compiled" --jaxtyping-packages=adadepth,beartype.beartype
+	$(RUN) -m pytest -q -m compiled
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+docs: $(INSTALLED)  ## build the documentation into site/
+	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'
+	$(RUN) -m mkdocs build --strict
+
+bench: $(INSTALLED)  ## all benchmarks, into benchmarks/RESULTS.md
+	for b in skip overhead ponder; do $(RUN) -m benchmarks.$$b || exit 1; done

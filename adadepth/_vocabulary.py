@@ -1,0 +1,172 @@
+"""What passes over a vocabulary in tiles, so that no (tokens × vocabulary) matrix is ever held.
+
+`expected_embedding` is attention over the vocabulary with scale 1, and is computed like it: one pass
+with a running maximum, and a backward pass that makes each tile again. Tiles are slices of the
+vocabulary, so that each tile of the weights' gradients is written once. It is an operator of its own:
+Dynamo takes it as one node and unrolls nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._types import Hidden, Score
+
+# Logits held at a time: fastest on the CPUs tried at 512 to 4,096 columns of 2,048 tokens.
+TILE = 2**21
+# Fewer columns than this are slow; with so many a tile is no larger than the states themselves.
+COLUMNS = 256
+
+
+def referring(*names: str) -> Any:
+    """A module's `__setattr__` that holds the attributes `names` without registering them as its own.
+
+    A head that a model owns must not be saved, moved or counted twice. What is held so is deep-copied
+    and pickled together with its owner, and stays shared there.
+    """
+
+    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
+        (object if name in names else nn.Module).__setattr__(self, name, value)
+
+    return __setattr__
+
+
+@torch.no_grad()
+def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Module, *states: Hidden) -> Score:
+    """`measure` of each token's log-probabilities under `head`, without gradients.
+
+    Shapes: `states`, each `(..., dim)`; `measure` gets for each of them `(n, vocabulary)`, in float32
+    or wider, and returns `(n,)`; the result is `(...)`.
+    """
+    dtype = torch.promote_types(states[0].dtype, torch.float32)
+    tokens = [state.flatten(0, -2) for state in states]
+    rows = max(1, TILE // _vocabulary(owner, head, tokens[0][:0]))
+    chunks = zip(*(state.split(rows) for state in tokens), strict=True)
+    scores = [measure(*(head(state).log_softmax(-1, dtype=dtype) for state in chunk)) for chunk in chunks]
+    return torch.cat(scores).view(states[0].shape[:-1])
+
+
+def _vocabulary(owner: str, head: nn.Module, nothing: Tensor) -> int:
+    """The size of the head's vocabulary, found by asking it about no tokens."""
+    logits = head(nothing)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(
+            f"{owner} expected a head that maps (n, dim) to logits (n, vocabulary) over at least 2 words, got {got} "
+            f"from {type(head).__name__} for {tuple(nothing.shape)}. Give it what makes logits, with the norm where "
+            "that stands outside the loop: nn.Sequential(norm, lm_head)."
+        )
+    return logits.shape[1]
+
+
+def expected_embedding(h: Hidden, head: nn.Linear, embedding: nn.Embedding) -> Hidden:
+    """`softmax(head(h)) E` in float32 or wider; matrix products in the dtype of autocast, or else of `h`.
+
+    Shapes: `h (..., dim)` to the same. Differentiable once.
+    """
+    kind = h.device.type
+    lower = torch.is_autocast_enabled(kind) and h.dtype != torch.float64
+    dtype = torch.get_autocast_dtype(kind) if lower else h.dtype
+    mixed, _ = _mix(h.reshape(-1, h.shape[-1]), head.weight, head.bias, embedding.weight, dtype)
+    return mixed.view(*h.shape[:-1], -1)
+
+
+def _tiles(tokens: int, *tables: Tensor | None) -> Iterator[list[Any]]:
+    """The tables' rows, in slices for one tile; None gives None."""
+    rows = max(COLUMNS, TILE // max(1, tokens))
+    size = next(table.shape[0] for table in tables if table is not None)
+    for start in range(0, size, rows):
+        yield [None if table is None else table[start : start + rows] for table in tables]
+
+
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: torch.dtype) -> Tensor:
+    return F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype)).to(out)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
+
+
+@torch.library.custom_op("adadepth::expected_embedding", mutates_args=())
+def _mix(h: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mixed rows `(T, dim)`, and the logarithm of each softmax's denominator `(T, 1)`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    mixed = h.new_zeros(h.shape[0], table.shape[1], dtype=wide)
+    total = mixed.new_zeros(h.shape[0], 1)
+    top = torch.full_like(total, torch.finfo(wide).min)  # not -inf, which may be all that a tile holds
+    h = h.to(dtype)
+    with torch.autocast(h.device.type, enabled=False):
+        for w, b, e in _tiles(h.shape[0], weight, bias, table):
+            p = _logits(h, w, b, wide)
+            higher = torch.maximum(top, p.amax(-1, keepdim=True))
+            p.sub_(higher).exp_()
+            shrink = (top - higher).exp_()
+            total.mul_(shrink).add_(p.sum(-1, keepdim=True))
+            mixed.mul_(shrink).add_(p.to(dtype) @ e.to(dtype))
+            top = higher
+    return mixed.div_(total), total.log_().add_(top)
+
+
+@torch.library.custom_op("adadepth::expected_embedding_backward", mutates_args=())
+def _unmix(
+    grad: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    mixed: Tensor,
+    log_total: Tensor,
+    dtype: torch.dtype,
+    needed: list[bool],
+) -> list[Tensor]:
+    """The gradients of those of `h`, `weight`, `bias` and `table` that are needed, in this order."""
+    dh, own = torch.zeros_like(mixed), (grad * mixed).sum(-1, keepdim=True)
+    tables = zip((weight, bias, table), needed[1:], strict=True)
+    dw, db, de = (torch.empty_like(t) if t is not None and need else None for t, need in tables)
+    x, g = h.to(dtype), grad.to(dtype)
+    with torch.autocast(h.device.type, enabled=False):
+        for w, b, e, dw_tile, db_tile, de_tile in _tiles(h.shape[0], weight, bias, table, dw, db, de):
+            p = _logits(x, w, b, mixed.dtype).sub_(log_total).exp_()
+            d = _logits(g, e, None, mixed.dtype).sub_(own).mul_(p)
+            if de_tile is not None:
+                _product(p.to(dtype).T, g, out=de_tile)
+            if db_tile is not None:
+                db_tile.copy_(d.sum(0))
+            d = d.to(dtype)
+            if dw_tile is not None:
+                _product(d.T, x, out=dw_tile)
+            dh.add_(d @ w.to(dtype))
+    return [t for t in (dh.to(h.dtype) if needed[0] else None, dw, db, de) if t is not None]
+
+
+@_mix.register_fake
+def _mix_like(h: Tensor, weight: Tensor, bias: Any, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    del weight, bias
+    wide = torch.promote_types(dtype, torch.float32)
+    return h.new_empty(h.shape[0], table.shape[1], dtype=wide), h.new_empty(h.shape[0], 1, dtype=wide)
+
+
+@_unmix.register_fake
+def _unmix_like(*args: Any) -> list[Tensor]:
+    return [torch.empty_like(t) for t, need in zip(args[1:5], args[-1], strict=True) if need]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    needed = list(ctx.needs_input_grad[:4])
+    grads = iter(_unmix(grad, *ctx.saved_tensors, ctx.dtype, needed))
+    return *(next(grads) if need else None for need in needed), None
+
+
+_mix.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,158 @@
+"""Exit criteria: gates without parameters, which measure how far a token still is from its answer.
+
+Like every score theirs says how much a token wants to go on, so that `Threshold(tau)` means: go on
+while it is at least `tau`. They give no gradient, and they are no scale: give the loop an update that
+does not use the score, `Replace()` or `Ungated(...)`.
+
+A criterion that reads predictions is given the model's head, any module that maps `(n, dim)` to logits
+`(n, vocabulary)`: an `nn.Linear`, or `nn.Sequential(norm, lm_head)` where the norm stands outside the
+loop. It refers to it and does not register it, so the head is saved, moved and trained by its owner
+alone; reassign `gate.head` when the model's is replaced. Logits are never held for all tokens.
+"""
+
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from ._types import Hidden, Score
+from ._vocabulary import referring, score_predictions
+from .gates import Gate
+
+
+@final
+class ConvergenceGate(Gate):
+    """How much the last iteration changed the state: `‖h - previous‖ / ‖previous‖`.
+
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
+    Unit: a share, from 0. A `previous` shorter than the dtype's epsilon counts as that long.
+    Source: the latent difference of Geiping et al. 2025, arXiv 2502.05171; hidden-state saturation in
+    Schuster et al. 2022 (CALM), arXiv 2207.07061, is its cosine.
+    """
+
+    @torch.no_grad()
+    def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
+        """The relative change."""
+        del step
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        h, previous = h.to(dtype), previous.to(dtype)
+        before = torch.linalg.vector_norm(previous, dim=-1).clamp_min(torch.finfo(dtype).eps)
+        return torch.linalg.vector_norm(h - previous, dim=-1) / before
+
+
+@final
+class KLGate(Gate):
+    """How much the last iteration changed the prediction: `KL(p_previous ‖ p)`.
+
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
+    Unit: nats, from 0. At step 0 the previous prediction is that of the loop's input.
+    Arguments: `head`, referred to, not registered.
+    Raises: `ValueError` if `head` does not map `(n, dim)` to `(n, vocabulary)`.
+    Source: Geiping et al. 2025, arXiv 2502.05171, zero-shot adaptive compute; they leave below 5e-4.
+    """
+
+    head: nn.Module
+    __setattr__ = referring("head")
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
+        """The divergence of the new prediction from the one before."""
+        del step
+        return score_predictions("KLGate", _divergence, self.head, previous, h)
+
+
+@final
+class MaxProbGate(Gate):
+    """How unsure the prediction is of its first choice: `1 - p1`, p1 the highest probability.
+
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
+    Unit: a probability, in [0, 1).
+    Arguments: `head`, referred to, not registered.
+    Raises: `ValueError` if `head` does not map `(n, dim)` to `(n, vocabulary)`.
+    Source: Schwartz et al. 2020, arXiv 2004.07453 (confidence as the largest softmax probability).
+    """
+
+    head: nn.Module
+    __setattr__ = referring("head")
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
+        """All but the highest probability."""
+        del previous, step
+        return score_predictions("MaxProbGate", _doubt, self.head, h)
+
+
+@final
+class MarginGate(Gate):
+    """How close the second choice comes to the first: `1 - (p1 - p2)`, the two highest probabilities.
+
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
+    Unit: from 0, sure, to 1, a tie.
+    Arguments: `head`, referred to, not registered; of a vocabulary of at least 2.
+    Raises: `ValueError` if `head` does not map `(n, dim)` to `(n, vocabulary)`.
+    Source: the softmax response of Schuster et al. 2022 (CALM), arXiv 2207.07061.
+    """
+
+    head: nn.Module
+    __setattr__ = referring("head")
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
+        """One less the margin."""
+        del previous, step
+        return score_predictions("MarginGate", _closeness, self.head, h)
+
+
+@final
+class EntropyGate(Gate):
+    """How much the prediction leaves open: its entropy, `-Σ p log p`.
+
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
+    Unit: nats, from 0 to log(vocabulary).
+    Arguments: `head`, referred to, not registered.
+    Raises: `ValueError` if `head` does not map `(n, dim)` to `(n, vocabulary)`.
+    Source: Teerapittayanon et al. 2016 (BranchyNet), arXiv 1709.01686.
+    """
+
+    head: nn.Module
+    __setattr__ = referring("head")
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
+        """The entropy."""
+        del previous, step
+        return score_predictions("EntropyGate", _entropy, self.head, h)
+
+
+# Each takes log-probabilities (n, vocabulary). A logit of -inf is a word that cannot be: it adds nothing.
+
+
+def _divergence(before: Tensor, now: Tensor) -> Tensor:
+    p = before.exp()
+    # Rounding can make the sum of a prediction that did not change negative.
+    return torch.where(p > 0, p * (before - now), 0).sum(-1).clamp_min(0)
+
+
+def _doubt(now: Tensor) -> Tensor:
+    return -now.amax(-1).expm1()
+
+
+def _closeness(now: Tensor) -> Tensor:
+    first, second = now.topk(2, dim=-1).values.unbind(-1)
+    return second.exp() - first.expm1()
+
+
+def _entropy(now: Tensor) -> Tensor:
+    return torch.special.entr(now.exp()).sum(-1)
