@@ -1,6 +1,5 @@
 """adadepth: composable primitives of adaptive depth. Each token decides how often a block is applied to it."""
 
-from .attention import TokenView as TokenView
 from . import testing as testing
 from .attention import TokenView as TokenView
 from .blocks import CausalEncoder as CausalEncoder
@@ -31,7 +30,6 @@ from .masks import mask_depth as mask_depth
 from .masks import uniform_depths as uniform_depths
 from .probe import check_block as check_block
 from .selection import bottom_k as bottom_k
-from .probe import check_block as check_block
 from .selection import top_k as top_k
 from .trace import Output as Output
 from .trace import Trace as Trace

@@ -97,20 +97,20 @@ class TokenView(ABC):
 
     def _check(self, *qkv: Tensor) -> None:
         grad = torch.is_grad_enabled()
-        if grad != self._grad or grad and self._saving is not _checkpointing():
+        if grad != self._grad or (grad and self._saving is not _checkpointing()):
             raise ValueError(
                 "The block checkpoints its own attention, or runs it under torch.no_grad(). A recomputation in the "
-                "backward pass would no longer know which tokens ran. Switch checkpointing off inside the block and let "
-                "the loop checkpoint whole iterations: RecurrentWrapper(..., checkpoint=True)."
+                "backward pass would no longer know which tokens ran. Switch checkpointing off inside the block and "
+                "let the loop checkpoint whole iterations: RecurrentWrapper(..., checkpoint=True)."
             )
         rows, length = self._shape
         for name, t in zip("qkv", qkv, strict=True):
             shape = t.shape
             if len(shape) != 4 or shape[0] != rows or shape[2] != length:
                 raise ValueError(
-                    f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {tuple(shape)}: queries, "
-                    "keys and values must be those of the block's own input, one per token. Cross-attention and keys of "
-                    "another length cannot be looped; batch and heads must be separate axes."
+                    f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {tuple(shape)}: "
+                    "queries, keys and values must be those of the block's own input, one per token. Cross-attention and "
+                    "keys of another length cannot be looped; batch and heads must be separate axes."
                 )
 
     @abstractmethod

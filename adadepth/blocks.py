@@ -86,7 +86,8 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
             f"A looped block must map (rows, length, dim) to the same shape: expected a tensor of shape "
-            f"{tuple(x.shape)}, got {got} from {type(block).__name__}. Wrap it in a module that returns the state alone."
+            f"{tuple(x.shape)}, got {got} from {type(block).__name__}. Wrap it in a module that returns the state "
+            "alone."
         )
     if not view.calls and not takes_view:
         raise ValueError(
@@ -95,5 +96,3 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
             "with need_weights=True). If it mixes no tokens, say so: adadepth.Pointwise(block)."
         )
     return out if out.dtype == x.dtype else out.to(x.dtype)
-
-

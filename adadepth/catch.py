@@ -52,12 +52,13 @@ def prepare(block: nn.Module) -> None:
         if not module.batch_first:
             raise ValueError(
                 f"RecurrentWrapper gives its block (batch, seq, dim), but {name or 'the block'} is an "
-                "nn.MultiheadAttention with batch_first=False, which would mix the rows. Build it with batch_first=True."
+                "nn.MultiheadAttention with batch_first=False, which would mix the rows. Build it with "
+                "batch_first=True."
             )
         if module.bias_k is not None or module.add_zero_attn:
             raise ValueError(
-                f"{name or 'the block'} is an nn.MultiheadAttention with add_bias_kv or add_zero_attn: keys that belong "
-                "to no token cannot be looped. Build it without."
+                f"{name or 'the block'} is an nn.MultiheadAttention with add_bias_kv or add_zero_attn: keys that "
+                "belong to no token cannot be looped. Build it without."
             )
         if _multihead_hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(_multihead_hook, with_kwargs=True)
@@ -83,9 +84,9 @@ def _caught(
 def _check_mask(view: TokenView, attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None and not is_causal:
         raise ValueError(
-            f"The block passes an attention mask of its own, of shape {tuple(attn_mask.shape)}. In a loop only the wrapper "
-            "knows which tokens run and which are padding: pass is_causal=True instead of a causal mask, and padding as "
-            "looped(x, mask=...). Other masks (windows, ALiBi, prefixes) cannot be looped."
+            f"The block passes an attention mask of its own, of shape {tuple(attn_mask.shape)}. In a loop only the "
+            "wrapper knows which tokens run and which are padding: pass is_causal=True instead of a causal mask, and "
+            "padding as looped(x, mask=...). Other masks (windows, ALiBi, prefixes) cannot be looped."
         )
     if is_causal != view.causal:
         said = "causal" if view.causal else "not causal"
@@ -191,8 +192,8 @@ def _multihead_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         )
     if given["key_padding_mask"] is not None:
         raise ValueError(
-            "nn.MultiheadAttention was called with a key_padding_mask. In a loop only the wrapper knows which tokens run: "
-            "pass padding as looped(x, mask=...)."
+            "nn.MultiheadAttention was called with a key_padding_mask. In a loop only the wrapper knows which tokens "
+            "run: pass padding as looped(x, mask=...)."
         )
     if not module.training and given["key"] is given["query"]:
         # The fast path is for self-attention, which it tells by identity.

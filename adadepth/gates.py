@@ -98,8 +98,8 @@ class PerIterationMLPGate(Gate):
         del previous
         if not 0 <= step < len(self.mlps):
             raise ValueError(
-                f"PerIterationMLPGate(steps={len(self.mlps) + 1}) expected a step from 0 to {len(self.mlps) - 1}, got {step}. "
-                "Give the gate the steps of its RecurrentWrapper."
+                f"PerIterationMLPGate(steps={len(self.mlps) + 1}) expected a step from 0 to {len(self.mlps) - 1}, got "
+                f"{step}. Give the gate the steps of its RecurrentWrapper."
             )
         return _apply("PerIterationMLPGate", self.mlps[step], h)
 

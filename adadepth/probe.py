@@ -86,6 +86,10 @@ def _culprit(block: nn.Module, causal: bool, x: Tensor, mask: Tensor) -> str:
 def _alike(packed: Tensor, dense: Tensor, mask: Tensor) -> bool:
     """Whether one module's outputs agree token by token, whichever axis the tokens are on."""
     for axis in range(1, dense.dim()):
-        if (packed.shape[0], packed.shape[axis], *dense.shape[:1], dense.shape[axis]) == (1, int(mask.sum()), *mask.shape):
+        if (packed.shape[0], packed.shape[axis], *dense.shape[:1], dense.shape[axis]) == (
+            1,
+            int(mask.sum()),
+            *mask.shape,
+        ):
             return _off(packed.movedim(axis, 1)[0], dense.movedim(axis, 1)[mask]) <= 1e-9
     return True  # no axis holds the tokens

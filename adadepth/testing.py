@@ -43,8 +43,16 @@ def check_gate(gate: Gate, dim: int, steps: int = 4) -> None:
         _each_alone("gate", partial(_last, gate, step), h, previous)
         for name, state in (("zeros", torch.zeros_like(h)), ("a state equal to the one before", previous)):
             score = gate(state, state, step)
-            assert bool(score.isfinite().all()), f"A gate must be finite for {name}, got {score.tolist()} at step {step}."
-    _agree(dim, steps, gate, Threshold(float(gate(_random(64, dim), _random(64, dim, seed=1), 0).detach().median())), Interpolate())
+            assert bool(score.isfinite().all()), (
+                f"A gate must be finite for {name}, got {score.tolist()} at step {step}."
+            )
+    _agree(
+        dim,
+        steps,
+        gate,
+        Threshold(float(gate(_random(64, dim), _random(64, dim, seed=1), 0).detach().median())),
+        Interpolate(),
+    )
 
 
 def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
@@ -120,7 +128,9 @@ def _agree(dim: int, steps: int, gate: Gate, rule: Rule, update: Update) -> None
     mask = depth_mask(torch.tensor([7, 4, 0]), 7).roll(1, 1)
     most = 1 + torch.arange(7) % steps
     outputs = [
-        RecurrentWrapper(block, steps, gate, rule, update, skip=skip).eval()(_random(3, 7, dim), mask=mask, max_depth=most)
+        RecurrentWrapper(block, steps, gate, rule, update, skip=skip).eval()(
+            _random(3, 7, dim), mask=mask, max_depth=most
+        )
         for skip in (True, False)
     ]
     _same("loop", "packed execution", outputs[0].hidden, outputs[1].hidden)
@@ -157,4 +167,6 @@ def _same(piece: str, what: str, got: Tensor, expected: Tensor) -> None:
     got, expected = got.detach(), expected.detach()
     off = float((got - expected).abs().max()) if got.numel() else 0.0
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    assert off <= 1e-10 * max(scale, 1.0), f"The {piece} gave another result for {what}: off by {off:.1e} of {scale:.1e}."
+    assert off <= 1e-10 * max(scale, 1.0), (
+        f"The {piece} gave another result for {what}: off by {off:.1e} of {scale:.1e}."
+    )

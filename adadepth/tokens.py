@@ -74,7 +74,7 @@ class TokenSet(ABC):
 
 def all_tokens(x: Tensor, mask: MaskRows | None, skip: bool) -> TokenSet:
     """The real tokens of the rows `x (batch, seq, dim)`; `skip` packs them as soon as some do not run."""
-    if mask is None or skip and bool(mask.all()):
+    if mask is None or (skip and bool(mask.all())):
         return WholeTokens(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), skip)
     return PackedTokens.of(mask, mask) if skip else DenseTokens(mask, mask)
 

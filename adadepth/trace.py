@@ -87,9 +87,9 @@ class Recorder:
             before = self._states[-1] if self._states else torch.zeros_like(self._x)
             self._states.append(tokens.over(before, h))
 
-    def scored(self, tokens: TokenSet, score: Tensor) -> None:
-        """A gate scored the tokens that ran."""
-        self._scores.append(tokens.rows(score.to(self.dtype)))
+    def scored(self, rows: WeightRows) -> None:
+        """A gate scored the tokens that ran; 0 elsewhere."""
+        self._scores.append(rows.to(self.dtype))
 
     def left(self, tokens: TokenSet, weight: WeightRows, h: Tensor) -> None:
         """`weight` of each token left with the state `h` after the newest iteration."""

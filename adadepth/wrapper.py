@@ -17,6 +17,7 @@ from .attention import KV, view_of
 from .blocks import run
 from .bounds import Bounds
 from .catch import prepare
+from .checks import check_piece, check_rows
 from .gates import Gate
 from .masks import Rule
 from .tokens import TokenSet, all_tokens
@@ -69,7 +70,8 @@ class RecurrentWrapper(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings that are not modules."""
-        return f"steps={self.steps}, rule={self.rule}, causal={self.causal}, skip={self.skip}, checkpoint={self.checkpoint}"
+        names = ("steps", "rule", "causal", "skip", "checkpoint")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def forward(
         self,
@@ -96,7 +98,7 @@ class RecurrentWrapper(nn.Module):
         Raises: `ValueError` for arguments of another shape or type, a depth outside 1..steps, a
             score, stay or state of another shape, and, in eager evaluation, a score that is NaN.
         """
-        self._check(x, mask, start)
+        check_rows(x, mask, start)
         bounds = Bounds.of(self.steps, min_depth, max_depth, (x.shape[0], x.shape[1]))
         tokens: TokenSet = all_tokens(x, mask, self.skip)
         record = Recorder(x, tokens, bounds.steps, scored=self.gate is not None, states=states)
@@ -115,7 +117,7 @@ class RecurrentWrapper(nn.Module):
                 record.left(tokens, remaining, h)
                 break
             if self.gate is not None:
-                record.scored(tokens, self._score(h, previous, step))
+                record.scored(self._score(h, previous, tokens, step))
             if exits:
                 stays = self._stays(record.history, remaining, tokens, bounds, step)
                 record.left(tokens, remaining - stays, h)
@@ -143,29 +145,22 @@ class RecurrentWrapper(nn.Module):
         out = run(self.block, x, view)
         return out, view.present if keep else None
 
-    def _score(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+    def _score(self, h: Tensor, previous: Tensor, tokens: TokenSet, step: int) -> Tensor:
         score = self.gate(h, previous, step)  # type: ignore[misc]
-        if score.shape != h.shape[:-1]:
+        check_piece(self.gate, "one score per token", h.shape[:-1], score, step)
+        rows = tokens.rows(score)
+        if not self.training and not torch.compiler.is_compiling() and bool(rows.isnan().any()):
             raise ValueError(
-                f"{type(self.gate).__name__} expected to return one score per token, shape {tuple(h.shape[:-1])} for h of "
-                f"shape {tuple(h.shape)}, got {tuple(score.shape)} at iteration {step}."
+                f"{type(self.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the gate's parameters, "
+                "or in the block's output: without a gate, looped(x, states=True).states holds every iteration's."
             )
-        if not self.training and not torch.compiler.is_compiling() and bool(score.isnan().any()):
-            raise ValueError(
-                f"{type(self.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the block's output there: "
-                "looped(x, states=True).states holds every iteration's."
-            )
-        return score
+        return rows
 
     def _stays(self, history: Tensor, remaining: Tensor, tokens: TokenSet, bounds: Bounds, step: int) -> Tensor:
         stays = remaining
         if self.rule is not None and not bounds.forced(step):
             stays = self.rule(history, remaining, tokens.positions)
-            if stays.shape != remaining.shape:
-                raise ValueError(
-                    f"{type(self.rule).__name__} expected to return what stays of each token, shape {tuple(remaining.shape)}, "
-                    f"got {tuple(stays.shape)} at iteration {step}."
-                )
+            check_piece(self.rule, "what stays of each token", remaining.shape, stays, step)
         return bounds.clamp(stays, remaining, step)
 
     def _next(self, x: Tensor, h: Tensor, start: Tensor, record: Recorder, tokens: TokenSet, step: int) -> Tensor:
@@ -174,24 +169,5 @@ class RecurrentWrapper(nn.Module):
         else:
             scores = tokens.take(record.history).to(x.dtype)
         new = self.update(x, h, start, scores, step)
-        if new.shape != x.shape:
-            raise ValueError(
-                f"{type(self.update).__name__} expected to return the next input, shape {tuple(x.shape)}, got "
-                f"{tuple(new.shape)} at iteration {step}."
-            )
+        check_piece(self.update, "the next input", x.shape, new, step)
         return new if new.dtype == x.dtype else new.to(x.dtype)
-
-    def _check(self, x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
-        if x.dim() != 3 or not x.is_floating_point():
-            raise ValueError(
-                f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {tuple(x.shape)} {x.dtype}."
-            )
-        if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-            raise ValueError(
-                f"mask expected shape (batch, seq) = {tuple(x.shape[:2])} and dtype torch.bool, True for real tokens, got "
-                f"{tuple(mask.shape)} {mask.dtype}."
-            )
-        if start is not None and (start.shape != x.shape or start.dtype != x.dtype):
-            raise ValueError(
-                f"start expected the shape and dtype of x, {tuple(x.shape)} {x.dtype}, got {tuple(start.shape)} {start.dtype}."
-            )
