@@ -18,11 +18,11 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 demo: $(INSTALLED)  ## train a small adaptive model on real text and show what it does
 	$(RUN) -m examples.adaponderlm $(ARGS)
 
-# Shapes are checked by jaxtyping's hook, which Dynamo cannot trace: compiled code runs in a second call.
+# Shapes are checked by jaxtyping's hook; what must run without it has a call of its own.
 test: $(INSTALLED)  ## everything that CI runs
 	$(MAKE) lint
-	$(RUN) -m pytest -q -m "not compiled" --jaxtyping-packages=adadepth,beartype.beartype
-	$(RUN) -m pytest -q -m compiled
+	$(RUN) -m pytest -q -m "not plain" --jaxtyping-packages=adadepth,beartype.beartype
+	$(RUN) -m pytest -q -m plain
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -109,8 +109,8 @@ class TokenView(ABC):
             if len(shape) != 4 or shape[0] != rows or shape[2] != length:
                 raise ValueError(
                     f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {tuple(shape)}: "
-                    "queries, keys and values must be those of the block's own input, one per token. Cross-attention and "
-                    "keys of another length cannot be looped; batch and heads must be separate axes."
+                    "queries, keys and values must be those of the block's own input, one per token. Cross-attention "
+                    "and keys of another length cannot be looped; batch and heads must be separate axes."
                 )
 
     @abstractmethod

@@ -70,12 +70,17 @@ class CausalEncoder(nn.Module):
         return self.encoder(x, x.new_zeros(1, 1), is_causal=True)
 
 
+def takes_view(block: nn.Module) -> bool:
+    """Whether a block is written for adadepth."""
+    return getattr(block, "takes_view", False)
+
+
 def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
     """`block` on the tokens `x` of a view."""
-    takes_view = getattr(block, "takes_view", False)
+    written_for_us = takes_view(block)
     outer, active.view = active.view, view
     try:
-        if takes_view:
+        if written_for_us:
             out = block(x, view)
         else:
             with catching():
@@ -89,7 +94,7 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
             f"{tuple(x.shape)}, got {got} from {type(block).__name__}. Wrap it in a module that returns the state "
             "alone."
         )
-    if not view.calls and not takes_view:
+    if not view.calls and not written_for_us:
         raise ValueError(
             f"No attention call was seen in {type(block).__name__}, so its tokens would mix unseen or not at all. Its "
             "attention must call F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention "

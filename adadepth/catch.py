@@ -30,6 +30,7 @@ active = Active()
 
 
 def current_view(caller: str) -> TokenView:
+    """The view under which this thread runs a block; an error that names `caller` if it does not."""
     if active.view is None:
         raise RuntimeError(
             f"{caller}() was called outside a looped block: only a RecurrentWrapper that runs one knows it."
@@ -47,6 +48,11 @@ def catching() -> AbstractContextManager[Any]:
 def prepare(block: nn.Module) -> None:
     """Check what can be checked before any data, and keep PyTorch's fused layers off their fast path."""
     for name, module in block.named_modules():
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule":
+            raise ValueError(
+                f"{name or 'The block'} is compiled by itself, and a loop cannot reach the attention calls inside its "
+                "graph. Compile the wrapper instead, with skip=False, or write the block to take the view."
+            )
         if not isinstance(module, nn.MultiheadAttention):
             continue
         if not module.batch_first:

@@ -17,7 +17,8 @@ def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
         )
     if start is not None and (start.shape != x.shape or start.dtype != x.dtype):
         raise ValueError(
-            f"start expected the shape and dtype of x, {tuple(x.shape)} {x.dtype}, got {tuple(start.shape)} {start.dtype}."
+            f"start expected the shape and dtype of x, {tuple(x.shape)} {x.dtype}, got {tuple(start.shape)} "
+            f"{start.dtype}."
         )
 
 

@@ -11,7 +11,7 @@ it is written causally: for training only.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -20,6 +20,7 @@ from torch import Tensor
 from ._types import PositionRows, ScoreHistoryRows, WeightRows
 
 
+@runtime_checkable
 class Rule(Protocol):
     """What stays of what remains."""
 

@@ -40,8 +40,8 @@ def check_block(block: nn.Module, dim: int, *, causal: bool = True) -> None:
             mode = "training" if training else "evaluation"
             raise ValueError(
                 f"{type(block).__name__} mixes tokens outside its attention calls: in {mode} mode packed and dense "
-                f"execution differ by {off:.1e} relative, first in {_culprit(block, causal, x, mask)}. A looped block may "
-                "mix tokens in attention only, and must read positions from adadepth.positions() or view.positions."
+                f"execution differ by {off:.1e} relative, first in {_culprit(block, causal, x, mask)}. A looped block "
+                "may mix tokens in attention only, and must read positions from adadepth.positions() or view.positions."
             )
 
 
@@ -69,7 +69,8 @@ def _culprit(block: nn.Module, causal: bool, x: Tensor, mask: Tensor) -> str:
     """The first module to finish whose output differs token by token in a single iteration."""
     seen: dict[bool, list[tuple[str, Tensor]]] = {}
     for skip in (True, False):
-        copied, outputs = copy.deepcopy(block), []
+        copied = copy.deepcopy(block)
+        outputs: list[tuple[str, Tensor]] = []
         for name, module in copied.named_modules():
             label = f"{name or 'the block itself'} ({type(module).__name__})"
             module.register_forward_hook(lambda _m, _args, out, label=label, to=outputs: to.append((label, out)))
@@ -86,10 +87,7 @@ def _culprit(block: nn.Module, causal: bool, x: Tensor, mask: Tensor) -> str:
 def _alike(packed: Tensor, dense: Tensor, mask: Tensor) -> bool:
     """Whether one module's outputs agree token by token, whichever axis the tokens are on."""
     for axis in range(1, dense.dim()):
-        if (packed.shape[0], packed.shape[axis], *dense.shape[:1], dense.shape[axis]) == (
-            1,
-            int(mask.sum()),
-            *mask.shape,
-        ):
+        in_rows = (dense.shape[0], dense.shape[axis]) == mask.shape
+        if in_rows and (packed.shape[0], packed.shape[axis]) == (1, int(mask.sum())):
             return _off(packed.movedim(axis, 1)[0], dense.movedim(axis, 1)[mask]) <= 1e-9
     return True  # no axis holds the tokens

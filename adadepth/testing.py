@@ -1,6 +1,7 @@
 """The contract suites, for your own pieces too: what every gate, rule, update and block must keep.
 
-Each check raises `AssertionError` that says what was expected and what came; `check_block` raises
+Each check runs in the dtype of the piece's parameters, or else the default dtype (1e-10 in float64, 1e-5
+elsewhere), and raises `AssertionError` that says what was expected and what came; `check_block` raises
 `ValueError`, as a loop does. torch is all that they need.
 """
 
@@ -29,30 +30,25 @@ def check_gate(gate: Gate, dim: int, steps: int = 4) -> None:
     Raises: `AssertionError`.
     """
     assert isinstance(gate, Gate), f"A gate must be a subclass of adadepth.Gate, got {type(gate).__name__}."
-    gate = copy.deepcopy(gate).double().eval()
+    gate, dtype = copy.deepcopy(gate).eval(), _dtype(gate)
     for step in range(steps - 1):
         for leading in _LEADING:
-            h, previous = _random(*leading, dim, seed=1), _random(*leading, dim, seed=2)
+            h, previous = _random(*leading, dim, seed=1, dtype=dtype), _random(*leading, dim, seed=2, dtype=dtype)
             score = _untouched(gate, h, previous, step)
             assert score.shape == leading, (
                 f"A gate must give one score per token: expected shape {leading} for h of shape {tuple(h.shape)}, got "
                 f"{tuple(score.shape)} at step {step}."
             )
             assert score.is_floating_point(), f"A score must be floating point, got {score.dtype}."
-        h, previous = _random(6, dim, seed=3), _random(6, dim, seed=4)
+        h, previous = _random(6, dim, seed=3, dtype=dtype), _random(6, dim, seed=4, dtype=dtype)
         _each_alone("gate", partial(_last, gate, step), h, previous)
         for name, state in (("zeros", torch.zeros_like(h)), ("a state equal to the one before", previous)):
             score = gate(state, state, step)
             assert bool(score.isfinite().all()), (
                 f"A gate must be finite for {name}, got {score.tolist()} at step {step}."
             )
-    _agree(
-        dim,
-        steps,
-        gate,
-        Threshold(float(gate(_random(64, dim), _random(64, dim, seed=1), 0).detach().median())),
-        Interpolate(),
-    )
+    middle = gate(_random(64, dim, seed=5, dtype=dtype), _random(64, dim, seed=6, dtype=dtype), 0).detach().median()
+    _agree(dim, steps, gate, Threshold(float(middle)), Interpolate(), dtype)
 
 
 def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
@@ -69,7 +65,8 @@ def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
         positions = torch.arange(7).expand(3, 7)
         stays = _untouched(rule, scores, remaining, positions)
         assert stays.shape == remaining.shape, (
-            f"A rule must say what stays of each token: expected shape {tuple(remaining.shape)}, got {tuple(stays.shape)}."
+            f"A rule must say what stays of each token: expected shape {tuple(remaining.shape)}, got "
+            f"{tuple(stays.shape)}."
         )
         assert bool(stays.isfinite().all()), f"A rule must be finite, got {stays.tolist()}."
         again = rule(scores, remaining, positions)
@@ -80,7 +77,7 @@ def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
         if causal:
             before = rule(scores[:, :4], remaining[:, :4], positions[:, :4])
             _same("rule", "the first tokens without the later ones", before, stays[:, :4])
-    _agree(8, steps, LinearGate(8, bias=0.0), rule, Interpolate())
+    _agree(8, steps, LinearGate(8, bias=0.0).double(), rule, Interpolate(), torch.float64)
 
 
 def check_update(update: Update, dim: int, steps: int = 4) -> None:
@@ -91,18 +88,21 @@ def check_update(update: Update, dim: int, steps: int = 4) -> None:
     Raises: `AssertionError`.
     """
     assert isinstance(update, Update), f"An update must be a subclass of adadepth.Update, got {type(update).__name__}."
-    update = copy.deepcopy(update).double().eval()
+    update, dtype = copy.deepcopy(update).eval(), _dtype(update)
     for step in range(steps - 1):
         for leading in _LEADING:
-            x, h, start = (_random(*leading, dim, seed=seed) for seed in (1, 2, 3))
-            new = _untouched(update, x, h, start, _random(*leading, step + 1).sigmoid(), step)
+            x, h, start = (_random(*leading, dim, seed=seed, dtype=dtype) for seed in (1, 2, 3))
+            new = _untouched(update, x, h, start, _random(*leading, step + 1, dtype=dtype).sigmoid(), step)
             assert new.shape == x.shape, (
                 f"An update must give the next input: expected shape {tuple(x.shape)}, got {tuple(new.shape)}."
             )
-        x, h, start, scores = (*(_random(6, dim, seed=seed) for seed in (1, 2, 3)), _random(6, step + 1).sigmoid())
+        x, h, start, scores = (
+            *(_random(6, dim, seed=seed, dtype=dtype) for seed in (1, 2, 3)),
+            _random(6, step + 1, dtype=dtype).sigmoid(),
+        )
         _each_alone("update", partial(_last, update, step), x, h, start, scores)
-    _agree(dim, steps, LinearGate(dim, bias=0.0), Survival(), update)
-    _agree(dim, steps, LinearGate(dim, bias=0.0), Threshold(0.5), update)
+    _agree(dim, steps, LinearGate(dim, bias=0.0).to(dtype), Survival(), update, dtype)
+    _agree(dim, steps, LinearGate(dim, bias=0.0).to(dtype), Threshold(0.5), update, dtype)
 
 
 class _Mixer(nn.Module):
@@ -119,17 +119,16 @@ class _Mixer(nn.Module):
         return x + view.attend(q, k, v).squeeze(1)
 
 
-def _agree(dim: int, steps: int, gate: Gate, rule: Rule, update: Update) -> None:
+def _agree(dim: int, steps: int, gate: Gate, rule: Rule, update: Update, dtype: torch.dtype) -> None:
     """Packed and dense execution agree, on padded rows of mixed depth."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        block = _Mixer(dim).double()
-        gate = gate.double()
+        block = _Mixer(dim).to(dtype)
     mask = depth_mask(torch.tensor([7, 4, 0]), 7).roll(1, 1)
     most = 1 + torch.arange(7) % steps
     outputs = [
         RecurrentWrapper(block, steps, gate, rule, update, skip=skip).eval()(
-            _random(3, 7, dim), mask=mask, max_depth=most
+            _random(3, 7, dim, dtype=dtype), mask=mask, max_depth=most
         )
         for skip in (True, False)
     ]
@@ -141,8 +140,13 @@ def _last(piece: Callable[..., Tensor], step: int, *rows: Tensor) -> Tensor:
     return piece(*rows, step)
 
 
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def _dtype(piece: nn.Module) -> torch.dtype:
+    """That of its parameters; a piece may hold others by reference, so it is not cast."""
+    return next((p.dtype for p in piece.parameters()), torch.get_default_dtype())
+
+
+def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def _untouched(piece: Callable[..., Tensor], *args: Tensor | int) -> Tensor:
@@ -167,6 +171,7 @@ def _same(piece: str, what: str, got: Tensor, expected: Tensor) -> None:
     got, expected = got.detach(), expected.detach()
     off = float((got - expected).abs().max()) if got.numel() else 0.0
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    assert off <= 1e-10 * max(scale, 1.0), (
+    exact = 1e-10 if expected.dtype == torch.float64 else 1e-5
+    assert off <= exact * max(scale, 1.0), (
         f"The {piece} gave another result for {what}: off by {off:.1e} of {scale:.1e}."
     )

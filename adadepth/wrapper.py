@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._types import HiddenRows, MaskRows
 from .attention import KV, view_of
-from .blocks import run
+from .blocks import run, takes_view
 from .bounds import Bounds
 from .catch import prepare
 from .checks import check_piece, check_rows
@@ -63,7 +63,8 @@ class RecurrentWrapper(nn.Module):
         super().__init__()
         if steps < 1:
             raise ValueError(f"RecurrentWrapper needs steps >= 1, got steps={steps}.")
-        prepare(block)
+        if not takes_view(block):
+            prepare(block)
         self.block, self.steps = block, steps
         self.gate, self.rule, self.update = gate, rule, Replace() if update is None else update
         self.causal, self.skip, self.checkpoint = causal, skip, checkpoint
@@ -151,8 +152,9 @@ class RecurrentWrapper(nn.Module):
         rows = tokens.rows(score)
         if not self.training and not torch.compiler.is_compiling() and bool(rows.isnan().any()):
             raise ValueError(
-                f"{type(self.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the gate's parameters, "
-                "or in the block's output: without a gate, looped(x, states=True).states holds every iteration's."
+                f"{type(self.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the gate's "
+                "parameters, or in the block's output: without a gate, looped(x, states=True).states holds every "
+                "iteration's."
             )
         return rows
 

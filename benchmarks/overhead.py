@@ -43,7 +43,9 @@ def loop(block: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def timed(call: Callable[[Tensor], Tensor], x: Tensor, backward: bool, params: list[nn.Parameter]) -> Callable[[], None]:
+def timed(
+    call: Callable[[Tensor], Tensor], x: Tensor, backward: bool, params: list[nn.Parameter]
+) -> Callable[[], None]:
     def once() -> None:
         with torch.set_grad_enabled(backward):
             out = call(x)
@@ -53,7 +55,9 @@ def timed(call: Callable[[Tensor], Tensor], x: Tensor, backward: bool, params: l
     return once
 
 
-def ratio(block: nn.Module, shape: tuple[int, int, int], backward: bool, skip: bool, compiled: bool, repeats: int) -> tuple[float, float]:
+def ratio(
+    block: nn.Module, shape: tuple[int, int, int], backward: bool, skip: bool, compiled: bool, repeats: int
+) -> tuple[float, float]:
     """Wrapper over loop, and the loop's seconds for one pass of the block."""
     looped = ad.RecurrentWrapper(block, STEPS, skip=skip).eval()
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))

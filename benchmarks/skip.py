@@ -42,7 +42,8 @@ def measure(block: nn.Module, dim: int, steps: int, depth: Tensor, backward: boo
     x = torch.randn(*depth.shape, dim, generator=torch.Generator().manual_seed(1))
     gate = ad.LinearGate(dim)
     both = {
-        skip: ad.RecurrentWrapper(block, steps, gate, update=ad.Interpolate(), skip=skip).eval() for skip in (True, False)
+        skip: ad.RecurrentWrapper(block, steps, gate, update=ad.Interpolate(), skip=skip).eval()
+        for skip in (True, False)
     }
     best = interleave({str(skip): lambda m=m: run(m, x, depth, backward) for skip, m in both.items()}, repeats)
     return best["True"] / best["False"]

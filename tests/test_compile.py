@@ -1,0 +1,178 @@
+"""The dense execution compiles to one graph, whatever the block, and gives what eager gives."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import adadepth as ad
+
+pytestmark = [
+    pytest.mark.plain,
+    # Inductor and Dynamo warn of their own deprecations.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
+]
+DIM = 8
+
+
+class Attends(nn.Module):
+    """Grouped-query attention with methods of tensors that are written in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (1, 8)).transpose(1, 2).split(4, -1)
+        return x + F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+
+
+class Views(nn.Module):
+    takes_view = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(DIM, 3 * DIM)
+
+    def forward(self, x: Tensor, view: ad.TokenView) -> Tensor:
+        x = x + 0.1 * ad.iteration().unsqueeze(-1) + 0.1 * view.positions.unsqueeze(-1)
+        q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)
+        return x + view.attend(q, k, v).squeeze(1)
+
+
+def encoder(**options: Any) -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(DIM, 2, 16, 0.0, batch_first=True, **options)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "sdpa": Attends,
+    "view": Views,
+    "pointwise": lambda: ad.Pointwise(nn.Linear(DIM, DIM)),
+    "encoder": lambda: ad.CausalEncoder(encoder()),
+    "encoder, norm first": lambda: ad.CausalEncoder(encoder(norm_first=True)),
+    "stack": lambda: ad.CausalEncoder(nn.TransformerEncoder(encoder(), 2)),
+}
+
+
+def looped(block: nn.Module, **options: Any) -> ad.RecurrentWrapper:
+    gate = ad.PerIterationMLPGate(DIM, 3, hidden=4, bias=0.0)
+    pieces = {"gate": gate, "rule": ad.Threshold(0.5), "update": ad.Interpolate(), "skip": False, **options}
+    return ad.RecurrentWrapper(block, 3, **pieces).double()
+
+
+def compiled(module: nn.Module) -> tuple[Callable[..., ad.Output], CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(module, backend=counter, fullgraph=True), counter
+
+
+def given() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(3, 6, DIM, generator=generator, dtype=torch.float64)
+    return x, torch.rand(3, 6, generator=generator) > 0.3
+
+
+def agree(a: ad.Output, b: ad.Output) -> None:
+    assert torch.equal(a.trace.live, b.trace.live)
+    for got, expected in zip((a.hidden, *a.trace[1:]), (b.hidden, *b.trace[1:]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_graph_equal_to_eager(name: str, grad: bool, training: bool) -> None:
+    module = looped(BLOCKS[name]()).train(training)
+    x, mask = given()
+    fast, counter = compiled(module)
+    with torch.set_grad_enabled(grad):
+        got, expected = fast(x, mask=mask), module(x, mask=mask)
+    agree(got, expected)
+    assert counter.frame_count == 1
+    if grad:
+        for a, b in zip(
+            *(torch.autograd.grad(o.hidden.sum(), module.block.parameters()) for o in (got, expected)), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["encoder", "encoder, norm first", "stack"])
+def test_frozen_layers_do_not_slip_onto_their_fast_path(name: str) -> None:
+    module = looped(BLOCKS[name]()).eval().requires_grad_(False)
+    x, mask = given()
+    fast, _ = compiled(module)
+    agree(fast(x, mask=mask), module(x, mask=mask))
+    packed = looped(module.block, gate=module.gate, skip=True).eval()
+    agree(packed(x, mask=mask), module(x, mask=mask))
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        {"rule": ad.ACT(0.1)},
+        {"rule": ad.Survival(), "update": ad.SurvivalScaled(ad.Residual())},
+        {"rule": ad.Lookahead(ad.SurvivalThreshold(0.3)), "update": ad.Ungated(ad.Interpolate())},
+        {"rule": None, "gate": None, "update": ad.InputInjection()},
+        {"gate": ad.ConvergenceGate(), "update": ad.Replace()},
+        {"gate": ad.KLGate(nn.Linear(DIM, 11)), "rule": ad.Threshold(0.01), "update": ad.Replace()},
+        {"update": ad.Ponder(nn.Embedding(11, DIM), nn.Linear(DIM, 11, bias=False))},
+    ],
+    ids=lambda pieces: "-".join(type(piece).__name__ for piece in pieces.values()),
+)
+def test_every_piece_compiles(pieces: dict[str, Any]) -> None:
+    for piece in pieces.values():
+        for held in vars(piece).values() if isinstance(piece, nn.Module) else ():
+            if isinstance(held, nn.Module):
+                held.double()  # held by reference: the loop does not move it
+    module = looped(Attends(), **pieces).eval()
+    x, mask = given()
+    fast, counter = compiled(module)
+    agree(fast(x, mask=mask), module(x, mask=mask))
+    assert counter.frame_count == 1
+
+
+def test_depths_as_tensors_need_one_graph_and_ints_one_each() -> None:
+    module = looped(Attends()).eval()
+    x, mask = given()
+    fast, counter = compiled(module)
+    for most in (1, 2, 3):
+        depth = torch.full((3, 1), most)
+        agree(fast(x, mask=mask, max_depth=depth), module(x, mask=mask, max_depth=depth))
+    assert counter.frame_count == 1
+    for most in (1, 2, 3):
+        agree(fast(x, mask=mask, max_depth=most), module(x, mask=mask, max_depth=most))
+
+
+def test_inductor_too() -> None:
+    module = looped(Attends()).eval()
+    x, mask = given()
+    torch._dynamo.reset()
+    agree(torch.compile(module, fullgraph=True)(x, mask=mask), module(x, mask=mask))
+
+
+def test_a_block_compiled_by_itself_is_refused() -> None:
+    in_place = Attends()
+    in_place.compile()
+    for block, name in ((torch.compile(Attends()), "The block"), (nn.Sequential(in_place), "0")):
+        with pytest.raises(ValueError, match="compiled by itself") as error:
+            looped(block)
+        assert str(error.value) == (
+            f"{name} is compiled by itself, and a loop cannot reach the attention calls inside its graph. Compile the "
+            "wrapper instead, with skip=False, or write the block to take the view."
+        )
+
+
+def test_a_compiled_block_that_takes_the_view_is_served() -> None:
+    torch._dynamo.reset()
+    block = Views().double()
+    fast = looped(torch.compile(block, backend="aot_eager"), skip=True).eval()
+    slow = looped(block, gate=fast.gate, skip=True).eval()
+    x, mask = given()
+    agree(fast(x, mask=mask), slow(x, mask=mask))

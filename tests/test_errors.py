@@ -1,0 +1,261 @@
+"""Every error of the loop and of blocks that cannot be served, message by message."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adadepth as ad
+
+pytestmark = pytest.mark.plain
+
+
+class Block(nn.Module):
+    """Attends as told."""
+
+    def __init__(self, attend: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.attend, self.weight = attend, nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x * self.weight)
+
+
+def heads(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, 4)).transpose(1, 2)
+
+
+def sdpa(x: Tensor, **options: object) -> Tensor:
+    h = heads(x)
+    return F.scaled_dot_product_attention(h, h, h, **{"is_causal": True, **options}).transpose(1, 2).flatten(2)
+
+
+def merged(x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+
+def cross(x: Tensor) -> Tensor:
+    h = heads(x)
+    memory = h.new_ones(h.shape[0], 2, 3, 4)
+    return F.scaled_dot_product_attention(h, memory, memory).transpose(1, 2).flatten(2)
+
+
+class Twice(nn.Module):
+    """Attends once more at every later iteration."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(1 + int(ad.iteration().max())):
+            x = sdpa(x)
+        return x
+
+
+class NoGrad(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return sdpa(x * self.weight)
+
+
+class Multihead(nn.Module):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.inner, self.options = nn.MultiheadAttention(8, 2, batch_first=True), options
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, **self.options)[0]
+
+
+class Bad(ad.Gate):
+    def __init__(self, value: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return self.value(h)
+
+
+class BadUpdate(ad.Update):
+    def forward(self, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> Tensor:
+        return h[..., :3]
+
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+GOOD = Block(sdpa)
+
+
+def loop(block: nn.Module = GOOD, **options: object) -> ad.RecurrentWrapper:
+    return ad.RecurrentWrapper(block, **{"steps": 3, **options}).eval()
+
+
+def row_mask() -> Tensor:
+    return torch.ones(2, 4, dtype=torch.bool)
+
+
+ERRORS: dict[str, tuple[Callable[[], object], str]] = {
+    "steps": (lambda: loop(steps=0), "RecurrentWrapper needs steps >= 1, got steps=0."),
+    "rank": (
+        lambda: loop()(X[0]),
+        "RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got (5, 8) torch.float32.",
+    ),
+    "integers": (
+        lambda: loop()(X.long()),
+        "RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got (2, 5, 8) torch.int64.",
+    ),
+    "mask shape": (
+        lambda: loop()(X, mask=row_mask()),
+        "mask expected shape (batch, seq) = (2, 5) and dtype torch.bool, True for real tokens, got (2, 4) torch.bool.",
+    ),
+    "mask dtype": (
+        lambda: loop()(X, mask=torch.ones(2, 5)),
+        "mask expected shape (batch, seq) = (2, 5) and dtype torch.bool, True for real tokens, got (2, 5) torch.float32.",
+    ),
+    "start": (
+        lambda: loop()(X, start=X.double()),
+        "start expected the shape and dtype of x, (2, 5, 8) torch.float32, got (2, 5, 8) torch.float64.",
+    ),
+    "max_depth": (lambda: loop()(X, max_depth=4), "max_depth expected an int from 1 to steps=3, got 4."),
+    "min_depth": (lambda: loop()(X, min_depth=0), "min_depth expected an int from 1 to steps=3, got 0."),
+    "depth dtype": (
+        lambda: loop()(X, max_depth=torch.ones(2, 1)),
+        "max_depth expected integers, got a tensor of torch.float32. Round it to the depths you mean.",
+    ),
+    "depth shape": (
+        lambda: loop()(X, max_depth=torch.ones(3, 1, dtype=torch.int64)),
+        "max_depth expected an int or a tensor that broadcasts to (batch, seq) = (2, 5), got shape (3, 1). One depth per "
+        "row has shape (batch, 1).",
+    ),
+    "gate shape": (
+        lambda: loop(gate=Bad(lambda h: h))(X),
+        "Bad expected to return one score per token, shape (2, 5), got (2, 5, 8) at iteration 0.",
+    ),
+    "gate NaN": (
+        lambda: loop(gate=Bad(lambda h: h.sum(-1) * torch.nan))(X),
+        "Bad scored NaN at iteration 0. Look for inf or NaN in the gate's parameters, or in the block's output: without a "
+        "gate, looped(x, states=True).states holds every iteration's.",
+    ),
+    "rule shape": (
+        lambda: loop(rule=lambda scores, remaining, positions: remaining[:1])(X),
+        "function expected to return what stays of each token, shape (2, 5), got (1, 5) at iteration 0.",
+    ),
+    "update shape": (
+        lambda: loop(update=BadUpdate())(X),
+        "BadUpdate expected to return the next input, shape (2, 5, 8), got (2, 5, 3) at iteration 0.",
+    ),
+    "no attention": (
+        lambda: loop(nn.Linear(8, 8))(X),
+        "No attention call was seen in Linear, so its tokens would mix unseen or not at all. Its attention must call "
+        "F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention with need_weights=True). If "
+        "it mixes no tokens, say so: adadepth.Pointwise(block).",
+    ),
+    "output shape": (
+        lambda: loop(Block(lambda x: sdpa(x)[..., :3]))(X),
+        "A looped block must map (rows, length, dim) to the same shape: expected a tensor of shape (2, 5, 8), got shape "
+        "(2, 5, 3) from Block. Wrap it in a module that returns the state alone.",
+    ),
+    "output tuple": (
+        lambda: loop(Block(lambda x: (sdpa(x), None)))(X),
+        "A looped block must map (rows, length, dim) to the same shape: expected a tensor of shape (2, 5, 8), got tuple "
+        "from Block. Wrap it in a module that returns the state alone.",
+    ),
+    "own mask": (
+        lambda: loop(Block(lambda x: sdpa(x, is_causal=False, attn_mask=torch.ones(5, 5).tril().bool())))(X),
+        "The block passes an attention mask of its own, of shape (5, 5). In a loop only the wrapper knows which tokens run "
+        "and which are padding: pass is_causal=True instead of a causal mask, and padding as looped(x, mask=...). Other "
+        "masks (windows, ALiBi, prefixes) cannot be looped.",
+    ),
+    "not causal": (
+        lambda: loop(Block(lambda x: sdpa(x, is_causal=False)))(X),
+        "RecurrentWrapper(causal=True) expected causal attention, but the block calls it with is_causal=False. Pass "
+        "causal=False to the wrapper, or is_causal=True in the block (adadepth.CausalEncoder does it for "
+        "nn.TransformerEncoderLayer).",
+    ),
+    "causal": (
+        lambda: loop(causal=False)(X),
+        "RecurrentWrapper(causal=False) expected not causal attention, but the block calls it with is_causal=True. Pass "
+        "causal=True to the wrapper, or is_causal=False in the block.",
+    ),
+    "cross-attention": (
+        lambda: loop(Block(cross), causal=False)(X),
+        "Attention expected k of shape (2, heads, 5, head_dim), got (2, 2, 3, 4): queries, keys and values must be those of "
+        "the block's own input, one per token. Cross-attention and keys of another length cannot be looped; batch and heads "
+        "must be separate axes.",
+    ),
+    "heads merged": (
+        lambda: loop(Block(merged))(X),
+        "Attention expected q of shape (2, heads, 5, head_dim), got (2, 5, 8): queries, keys and values must be those of the "
+        "block's own input, one per token. Cross-attention and keys of another length cannot be looped; batch and heads must "
+        "be separate axes.",
+    ),
+    "more calls": (
+        lambda: loop(Twice())(X, max_depth=torch.tensor([[3], [2]])),
+        "Iteration 1 made more than the 1 attention calls of the iteration before. A looped block must call attention "
+        "equally often every time; which layer a call is, is told by their order.",
+    ),
+    "no_grad inside": (
+        lambda: loop(NoGrad())(X),
+        "The block checkpoints its own attention, or runs it under torch.no_grad(). A recomputation in the backward pass "
+        "would no longer know which tokens ran. Switch checkpointing off inside the block and let the loop checkpoint whole "
+        "iterations: RecurrentWrapper(..., checkpoint=True).",
+    ),
+    "batch first": (
+        lambda: loop(nn.MultiheadAttention(8, 2)),
+        "RecurrentWrapper gives its block (batch, seq, dim), but the block is an nn.MultiheadAttention with "
+        "batch_first=False, which would mix the rows. Build it with batch_first=True.",
+    ),
+    "bias_kv": (
+        lambda: loop(nn.Sequential(nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True))),
+        "0 is an nn.MultiheadAttention with add_bias_kv or add_zero_attn: keys that belong to no token cannot be looped. "
+        "Build it without.",
+    ),
+    "need_weights": (
+        lambda: loop(Multihead(), causal=False)(X),
+        "nn.MultiheadAttention was called with need_weights=True (its default), which computes attention over the packed "
+        "tokens of all rows. Pass need_weights=False.",
+    ),
+    "key_padding_mask": (
+        lambda: loop(Multihead(need_weights=False, key_padding_mask=torch.zeros(2, 5).bool()), causal=False)(X),
+        "nn.MultiheadAttention was called with a key_padding_mask. In a loop only the wrapper knows which tokens run: pass "
+        "padding as looped(x, mask=...).",
+    ),
+    "gate width": (
+        lambda: ad.LinearGate(7)(X, X, 0),
+        "LinearGate(dim=7) expected h of shape (..., 7), got (2, 5, 8). dim must be the width of the block's state.",
+    ),
+    "gate step": (
+        lambda: ad.PerIterationMLPGate(8, 3)(X, X, 2),
+        "PerIterationMLPGate(steps=3) expected a step from 0 to 1, got 2. Give the gate the steps of its RecurrentWrapper.",
+    ),
+    "gate size": (lambda: ad.SharedMLPGate(8, hidden=0), "SharedMLPGate needs hidden >= 1, got hidden=0."),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_the_message(name: str) -> None:
+    call, message = ERRORS[name]
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        call()
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["iteration", "positions"])
+def test_outside_a_loop_there_is_no_iteration(name: str) -> None:
+    with pytest.raises(RuntimeError) as error:
+        getattr(ad, name)()
+    assert str(error.value) == (
+        f"{name}() was called outside a looped block: only a RecurrentWrapper that runs one knows it."
+    )
+
+
+def test_an_error_leaves_no_view_behind() -> None:
+    with pytest.raises(ValueError, match="attention"):
+        loop(Block(merged))(X)
+    x = heads(X)
+    assert F.scaled_dot_product_attention(x, x, x).shape == x.shape
+    with pytest.raises(RuntimeError):
+        ad.iteration()
