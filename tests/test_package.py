@@ -1,0 +1,58 @@
+"""What a user gets: few imports, one version, a README that runs, errors that name an extra."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import adadepth
+from adadepth._extras import need
+
+ROOT = Path(__file__).parent.parent
+CORE = {"torch", "einops", "jaxtyping", "beartype"}
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.plain
+def test_the_import_needs_only_the_four_core_packages() -> None:
+    listing = "import sys; before = set(sys.modules); import {}; print(*{{m.partition('.')[0] for m in sys.modules}})"
+    ours, theirs = (
+        set(python(listing.format(what)).split()) for what in ("adadepth", "torch, einops, jaxtyping, beartype")
+    )
+    assert ours - theirs - set(sys.stdlib_module_names) == {"adadepth"}
+
+
+def test_the_declared_dependencies_are_these() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {re.match(r"\w+", line)[0] for line in project["dependencies"]} == CORE
+    assert "version" in project["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", adadepth.__version__)
+
+
+def test_a_missing_extra_is_named() -> None:
+    with pytest.raises(ImportError) as error:
+        need("no_such_package.inside", "viz")
+    assert str(error.value) == ("no_such_package.inside is not installed. Install it with: pip install 'adadepth[viz]'")
+    assert need("json", "viz").dumps(1) == "1"
+
+
+@pytest.mark.plain
+def test_the_readme_runs_and_prints_what_it_says() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (printed,) = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+    assert python(code) == printed
+
+
+def test_wrapper_reads_in_one_sitting_and_names_no_paper() -> None:
+    text = (ROOT / "adadepth" / "wrapper.py").read_text()
+    assert text.count("\n") <= 220
+    assert not re.search(r"arXiv|et al|ponder|huggingface|adaponder", text, re.IGNORECASE)
