@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._types import Hidden, Score
 
-# Logits held at a time: fastest on the CPUs tried at 512 to 4,096 columns of 2,048 tokens.
-TILE = 2**21
-# Fewer columns than this are slow; with so many a tile is no larger than the states themselves.
-COLUMNS = 256
+# Logits held at a time: 512 words of 2,048 tokens are as fast as any more, measured on a CPU.
+TILE = 2**20
+# A tile has at least so many words, however many tokens: it is then about as large as their states.
+WORDS = 256
 
 
 def referring(*names: str) -> Any:
@@ -74,43 +73,49 @@ def expected_embedding(h: Hidden, head: nn.Linear, embedding: nn.Embedding) -> H
     return mixed.view(*h.shape[:-1], mixed.shape[-1])
 
 
-def _tiles(tokens: int, *tables: Tensor | None) -> Iterator[list[Any]]:
-    """The tables' rows, in slices for one tile; None gives None."""
-    rows = max(COLUMNS, TILE // max(1, tokens))
-    size = next(table.shape[0] for table in tables if table is not None)
-    for start in range(0, size, rows):
-        yield [None if table is None else table[start : start + rows] for table in tables]
+def _words(tokens: int, vocabulary: int) -> int:
+    return min(vocabulary, max(WORDS, TILE // max(1, tokens)))
 
 
-def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: torch.dtype) -> Tensor:
-    return F.linear(h, weight.to(h.dtype), None if bias is None else bias.to(h.dtype)).to(out)
+def _tiles(words: int, *tables: Tensor | None) -> Iterator[list[Any]]:
+    """The tables' rows, so many words at a time; None gives None."""
+    vocabulary = next(table.shape[0] for table in tables if table is not None)
+    for start in range(0, vocabulary, words):
+        yield [None if table is None else table[start : start + words] for table in tables]
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
+    """`out = a b` or `out += a b`, where `out` may be wider than the product."""
     if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
+        return out.addmm_(a, b, beta=int(add))
+    return out.add_(a @ b) if add else out.copy_(a @ b)
+
+
+def _logits(space: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
+    """`(words, T)`, written into `space`."""
+    logits = _product(space[: weight.shape[0]], weight.to(h.dtype), h.T)
+    return logits if bias is None else logits.add_(bias.unsqueeze(1))
 
 
 @torch.library.custom_op("adadepth::expected_embedding", mutates_args=())
 def _mix(h: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The mixed rows `(T, dim)`, and the logarithm of each softmax's denominator `(T, 1)`."""
+    """The mixed rows `(T, dim)`, and the logarithm of each softmax's denominator `(T,)`."""
     wide = torch.promote_types(dtype, torch.float32)
     mixed = h.new_zeros(h.shape[0], table.shape[1], dtype=wide)
-    total = mixed.new_zeros(h.shape[0], 1)
+    total = mixed.new_zeros(h.shape[0])
     top = torch.full_like(total, torch.finfo(wide).min)  # not -inf, which may be all that a tile holds
-    h = h.to(dtype)
+    x, words = h.to(dtype), _words(h.shape[0], weight.shape[0])
+    space = mixed.new_empty(words, h.shape[0])
     with torch.autocast(h.device.type, enabled=False):
-        for w, b, e in _tiles(h.shape[0], weight, bias, table):
-            p = _logits(h, w, b, wide)
-            higher = torch.maximum(top, p.amax(-1, keepdim=True))
+        for w, b, e in _tiles(words, weight, bias, table):
+            p = _logits(space, w, b, x)
+            higher = torch.maximum(top, p.amax(0))
             p.sub_(higher).exp_()
             shrink = (top - higher).exp_()
-            total.mul_(shrink).add_(p.sum(-1, keepdim=True))
-            mixed.mul_(shrink).add_(p.to(dtype) @ e.to(dtype))
+            total.mul_(shrink).add_(p.sum(0))
+            _product(mixed.mul_(shrink.unsqueeze(1)), p.to(dtype).T, e.to(dtype), add=True)
             top = higher
-    return mixed.div_(total), total.log_().add_(top)
+    return mixed.div_(total.unsqueeze(1)), total.log_().add_(top)
 
 
 @torch.library.custom_op("adadepth::expected_embedding_backward", mutates_args=())
@@ -126,22 +131,23 @@ def _unmix(
     needed: list[bool],
 ) -> list[Tensor]:
     """The gradients of those of `h`, `weight`, `bias` and `table` that are needed, in this order."""
-    dh, own = torch.zeros_like(mixed), (grad * mixed).sum(-1, keepdim=True)
+    dh, own = torch.zeros_like(mixed), (grad * mixed).sum(-1)
     tables = zip((weight, bias, table), needed[1:], strict=True)
     dw, db, de = (torch.empty_like(t) if t is not None and need else None for t, need in tables)
-    x, g = h.to(dtype), grad.to(dtype)
+    x, g, words = h.to(dtype), grad.to(dtype), _words(h.shape[0], weight.shape[0])
+    spaces = mixed.new_empty(2, words, h.shape[0])
     with torch.autocast(h.device.type, enabled=False):
-        for w, b, e, dw_tile, db_tile, de_tile in _tiles(h.shape[0], weight, bias, table, dw, db, de):
-            p = _logits(x, w, b, mixed.dtype).sub_(log_total).exp_()
-            d = _logits(g, e, None, mixed.dtype).sub_(own).mul_(p)
+        for w, b, e, dw_tile, db_tile, de_tile in _tiles(words, weight, bias, table, dw, db, de):
+            p = _logits(spaces[0], w, b, x).sub_(log_total).exp_()
+            d = _logits(spaces[1], e, None, g).sub_(own).mul_(p)
             if de_tile is not None:
-                _product(p.to(dtype).T, g, out=de_tile)
+                _product(de_tile, p.to(dtype), g)
             if db_tile is not None:
-                db_tile.copy_(d.sum(0))
+                db_tile.copy_(d.sum(1))
             d = d.to(dtype)
             if dw_tile is not None:
-                _product(d.T, x, out=dw_tile)
-            dh.add_(d @ w.to(dtype))
+                _product(dw_tile, d, x)
+            _product(dh, d.T, w.to(dtype), add=True)
     return [t for t in (dh.to(h.dtype) if needed[0] else None, dw, db, de) if t is not None]
 
 
@@ -149,7 +155,7 @@ def _unmix(
 def _mix_like(h: Tensor, weight: Tensor, bias: Any, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     del weight, bias
     wide = torch.promote_types(dtype, torch.float32)
-    return h.new_empty(h.shape[0], table.shape[1], dtype=wide), h.new_empty(h.shape[0], 1, dtype=wide)
+    return h.new_empty(h.shape[0], table.shape[1], dtype=wide), h.new_empty(h.shape[0], dtype=wide)
 
 
 @_unmix.register_fake

@@ -42,7 +42,8 @@ class RecurrentWrapper(nn.Module):
             False computes every token and selects: static shapes, for `torch.compile`.
         checkpoint: keeps, of each iteration, only its inputs for the backward pass.
 
-    `gate`, `rule` and `update` are plain attributes, to be reassigned between stages of training.
+    `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes, to be reassigned between
+    stages of training.
 
     Raises: `ValueError` if `steps < 1`, or if the block holds an `nn.MultiheadAttention` that
     cannot be looped.
@@ -97,7 +98,7 @@ class RecurrentWrapper(nn.Module):
             states: whether to return every iteration's state.
 
         Raises: `ValueError` for arguments of another shape or type, a depth outside 1..steps, a
-            score, stay or state of another shape, and, in eager evaluation, a score that is NaN.
+        score, stay or state of another shape, and, in eager evaluation, a score that is NaN.
         """
         check_rows(x, mask, start)
         bounds = Bounds.of(self.steps, min_depth, max_depth, (x.shape[0], x.shape[1]))
