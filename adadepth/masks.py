@@ -39,8 +39,10 @@ class Rule(Protocol):
 
 def _check_tau(owner: str, tau: float | Tensor) -> None:
     if isinstance(tau, Tensor):
-        if tau.dim() not in (0, 2) or (tau.dim() == 2 and tau.shape[1] != 1):
-            raise ValueError(f"{owner} expected tau a number or of shape (batch, 1), got shape {tuple(tau.shape)}.")
+        if tau.dim() not in (0, 2):
+            raise ValueError(
+                f"{owner} expected tau a number or of shape (batch, 1) or (batch, seq), got shape {tuple(tau.shape)}."
+            )
         if not tau.is_meta and bool(tau.isnan().any()):
             raise ValueError(f"{owner} expected tau to be a number, got NaN in {tau}.")
     elif tau != tau:
@@ -52,7 +54,7 @@ def _check_tau(owner: str, tau: float | Tensor) -> None:
 class Threshold:
     """A token stays while its newest score is at least `tau`.
 
-    Arguments: `tau`, a number or a tensor `(batch, 1)`, in the unit of the scores. 0 never halts a
+    Arguments: `tau`, a number or a tensor `(batch, 1)` or `(batch, seq)`, in the unit of the scores. 0 never halts a
     sigmoid gate, 1.1 halts all after one iteration.
     Raises: `ValueError` if `tau` is NaN or of another shape.
     Source: AdaPonderLM, arXiv 2603.01914: m^{i+1} = m^i · 1(s^i ≥ τ), τ = 1e-4.
@@ -74,7 +76,8 @@ class Threshold:
 class SurvivalThreshold:
     """A token stays while the product of all its scores is at least `tau`.
 
-    Arguments: `tau`, a number or a tensor `(batch, 1)`, in the unit of the product.
+    Arguments: `tau`, a number or a tensor `(batch, 1)` or `(batch, seq)`, in the unit of the product.
+    Drawn uniformly for each token, it samples exits with the probabilities of `Survival`.
     Raises: `ValueError` if `tau` is NaN or of another shape.
     Source: Ouro, arXiv 2510.25741: leave once the cumulative exit probability reaches 1 - tau.
     """

@@ -143,13 +143,14 @@ class DenseTokens(TokenSet):
         return self.rows(rows)
 
     def settle(self, new: Tensor, old: Tensor) -> Tensor:
-        return torch.where(_like(self.live, new), new, old)
+        # Nothing reads what is merely present, so its graph need not be kept.
+        return torch.where(_like(self.live, new), new, old.detach())
 
     def rows(self, tokens: Tensor) -> Tensor:
         return torch.where(_like(self.live, tokens), tokens, 0)
 
     def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        return self.settle(tokens, rows)
+        return torch.where(_like(self.live, tokens), tokens, rows)
 
     def add(self, rows: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
         return rows + weight.unsqueeze(-1) * tokens

@@ -113,7 +113,7 @@ class RecurrentWrapper(nn.Module):
                 break  # but the first iteration runs even on nothing: parameters then get a gradient, of zero
             exits = bounds.can_exit(step, self.rule is not None)
             h, past = self._iterate(x, tokens, step, past, keep=exits)
-            h = tokens.settle(h, previous)
+            h = tokens.settle(h, x)
             record.ran(tokens, h)
             if step == bounds.steps - 1:
                 record.left(tokens, remaining, h)
@@ -128,7 +128,8 @@ class RecurrentWrapper(nn.Module):
                 x, h, start = select(x), select(h), select(start)
             if not tokens.empty:
                 x = tokens.settle(self._next(x, h, start, record, tokens, step), x)
-            previous = h
+            previous = x if self.gate is None else h
+            del h  # only a gate reads it: without one its graph does not outlive the iteration
         return record.output()
 
     def _iterate(

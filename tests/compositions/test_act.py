@@ -1,0 +1,101 @@
+"""ACT (Graves 2016, arXiv 1603.08983) in a Universal Transformer (Dehghani et al. 2018, arXiv 1807.03819).
+
+One difference: the Universal Transformer copies a halted token's state on, so that others see keys
+and values made of it; here they go on seeing those of its last iteration.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import toy
+from torch import Tensor, nn
+
+import adadepth as ad
+
+
+class StepBlock(nn.Module):
+    """A block that is told where each token is and in which iteration."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.block, self.time, self.place = toy.Block(), nn.Embedding(steps, toy.DIM), nn.Embedding(toy.LENGTH, toy.DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x + self.time(ad.iteration()) + self.place(ad.positions()))
+
+
+class UniversalTransformer(nn.Module):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(toy.NUMBERS, toy.DIM), toy.make_head()
+        self.looped = ad.RecurrentWrapper(StepBlock(steps), steps, ad.LinearGate(toy.DIM, bias=1.0), ad.ACT(eps=0.01))
+
+    def forward(self, ids: Tensor, **call: Any) -> ad.Output:
+        return self.looped(self.embed(ids), **call)
+
+
+def ponder_cost(trace: ad.Trace) -> Tensor:
+    """N + R of each token, (batch, seq): the iterations, and the weight that left at the last of them."""
+    remainder = trace.exit_probs.gather(-1, (trace.depth - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return trace.depth + remainder
+
+
+def act_loss(model: UniversalTransformer, out: ad.Output, labels: Tensor, time_penalty: float) -> Tensor:
+    return (toy.losses(model.head(out.hidden), labels) + time_penalty * ponder_cost(out.trace)).mean()
+
+
+@pytest.fixture
+def model() -> UniversalTransformer:
+    model = UniversalTransformer(steps=4)
+    toy.spread(model.looped.gate)
+    return model
+
+
+def cost_by_definition(halting: Tensor, steps: int) -> Tensor:
+    """N + R of one token, of its halting units: N is the first n whose sum reaches 1 - eps, R what is then left."""
+    left = torch.ones((), dtype=halting.dtype)
+    for n in range(1, steps):
+        if left - halting[n - 1] <= 0.01:
+            return n + left
+        left = left - halting[n - 1]
+    return steps + left
+
+
+def test_ponder_cost_and_its_gradient_are_those_of_the_definition(model: UniversalTransformer) -> None:
+    trace = model.double()(toy.batch(0)[0]).trace
+    halting = (1 - trace.scores).flatten(0, 1)
+    want = torch.stack([cost_by_definition(token, steps=4) for token in halting]).view(trace.depth.shape)
+    torch.testing.assert_close(ponder_cost(trace), want, rtol=1e-12, atol=0)
+    weight = next(model.looped.gate.parameters())
+    got, want = (torch.autograd.grad(cost.sum(), weight, retain_graph=True)[0] for cost in (ponder_cost(trace), want))
+    assert got.any()
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
+
+
+def test_a_higher_time_penalty_lowers_the_ponder_cost() -> None:
+    ids, labels = toy.batch(toy.HELD_OUT, rows=128)
+    costs, depths, answered = [], [], []
+    for penalty in (0.0, 0.03, 0.3):
+        torch.manual_seed(0)
+        model = UniversalTransformer(steps=4)
+        toy.train(lambda i, y, m=model, p=penalty: act_loss(m, m(i), y, p), [model], steps=60)
+        with torch.no_grad():
+            out = model(ids)
+        costs.append(ponder_cost(out.trace).mean().item())
+        depths.append(out.trace.depth.double().mean().item())
+        answered.append(toy.losses(model.head(out.hidden), labels).mean().item())
+    assert costs[0] > costs[1] + 0.3 > costs[2] + 0.6
+    assert depths[0] > depths[1] > depths[2]
+    assert answered[0] < answered[2]
+
+
+def test_packed_equals_dense(model: UniversalTransformer) -> None:
+    ids, labels = toy.batch(0)
+    mask, labels = toy.ragged(labels)
+
+    def run() -> tuple[ad.Output, Tensor]:
+        out = model(ids, mask=mask, states=True)
+        return out, act_loss(model, out, labels, 0.1)
+
+    toy.assert_packed_equals_dense(model, run)

@@ -1,0 +1,112 @@
+"""PonderNet (Banino et al. 2021, arXiv 2107.05407): a distribution of exits, the loss expected under it, and a prior.
+
+One difference: the paper halts whole inputs, this halts tokens.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import toy
+from torch import Tensor, nn
+
+import adadepth as ad
+
+
+class PonderNet(nn.Module):
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.embed, self.head = toy.Embed(), toy.make_head()
+        self.looped = ad.RecurrentWrapper(toy.Block(), steps, ad.LinearGate(toy.DIM, bias=0.0), ad.Survival())
+
+    def forward(self, ids: Tensor, **call: Any) -> ad.Output:
+        return self.looped(self.embed(ids), states=True, **call)
+
+
+def geometric_prior(rate: float, steps: int) -> Tensor:
+    """(steps,); like the loop's, the last entry is all that remains."""
+    survival = (1 - rate) ** torch.arange(steps)
+    return survival - torch.cat([survival[1:], torch.zeros(1)])
+
+
+def ponder_loss(model: PonderNet, out: ad.Output, labels: Tensor, prior: Tensor, beta: float) -> Tensor:
+    p = out.trace.exit_probs
+    expected = (p * toy.losses(model.head(out.states), labels)).sum(-1)
+    divergence = (p * (p.clamp_min(1e-9) / prior).log()).sum(-1)
+    return (expected + beta * divergence).mean()
+
+
+class Draw:
+    """At inference each token leaves at an iteration drawn from its exits: once its survival falls below its draw."""
+
+    def __init__(self, draws: Tensor) -> None:
+        self.draws = draws
+
+    def __call__(self, scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        return torch.where(scores.prod(-1) > self.draws, remaining, 0)
+
+
+@pytest.fixture
+def model() -> PonderNet:
+    model = PonderNet(steps=4)
+    toy.spread(model.looped.gate)
+    return model
+
+
+def test_exits_are_the_products_of_the_definition(model: PonderNet) -> None:
+    trace = model.double()(toy.batch(0)[0]).trace
+    halting = torch.cat([1 - trace.scores, torch.ones_like(trace.scores[..., :1])], -1)
+    before = torch.cat([torch.ones_like(halting[..., :1]), (1 - halting[..., :-1]).cumprod(-1)], -1)
+    torch.testing.assert_close(trace.exit_probs, halting * before, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_exits_move_to_the_prior_when_the_loss_is_flat(model: PonderNet, rate: float) -> None:
+    prior, ids = geometric_prior(rate, steps=4), toy.batch(toy.HELD_OUT)[0]
+    for p in model.head.parameters():
+        nn.init.zeros_(p)  # every iteration predicts the same
+
+    def distance() -> float:
+        with torch.no_grad():
+            return (model(ids).trace.exit_probs - prior).abs().sum(-1).mean().item() / 2
+
+    at_first = distance()
+    toy.train(lambda i, y: ponder_loss(model, model(i), y, prior, 0.1), [model.looped.gate], steps=100, lr=2e-2)
+    assert at_first > 0.15
+    assert distance() < 0.06
+
+
+def test_exits_leave_the_prior_for_the_iterations_that_answer() -> None:
+    prior, (ids, labels) = geometric_prior(0.5, steps=4), toy.batch(toy.HELD_OUT)
+    model = PonderNet(steps=4)
+    toy.train(lambda i, y: ponder_loss(model, model(i), y, prior, 0.05), [model], steps=60)
+    with torch.no_grad():
+        out = model(ids)
+    each = toy.losses(model.head(out.states), labels)
+    expected, by_prior = (out.trace.exit_probs * each).sum(-1).mean(), (prior * each).sum(-1).mean()
+    assert out.trace.exit_probs[..., 0].mean() < prior[0] - 0.05
+    assert expected < by_prior - 0.02
+
+
+def test_drawn_exits_are_as_frequent_as_their_probabilities() -> None:
+    model, ids = PonderNet(steps=4), torch.full((4000, 1), 3)
+    soft = model(ids[:1]).trace.exit_probs[0, 0]
+    model.looped.rule = Draw(torch.rand(ids.shape))
+    frequencies = model(ids).trace.exit_probs.mean((0, 1))
+    assert soft.min() > 0.05
+    assert (frequencies - soft).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_packed_equals_dense(model: PonderNet, drawn: bool) -> None:
+    ids, labels = toy.batch(0)
+    mask, labels = toy.ragged(labels)
+    prior, most = geometric_prior(0.3, steps=4).double(), torch.randint(1, 5, ids.shape)
+    if drawn:
+        model.looped.rule = Draw(torch.rand(ids.shape))
+
+    def run() -> tuple[ad.Output, Tensor]:
+        out = model(ids, mask=mask, max_depth=most)
+        return out, ponder_loss(model, out, labels, prior, 0.1)
+
+    toy.assert_packed_equals_dense(model, run)

@@ -1,0 +1,106 @@
+"""Every composition is made of public pieces, in about 30 lines: what stands above the first test of its file."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+import toy
+
+import adadepth as ad
+
+FILES = [path for path in sorted(Path(__file__).parent.glob("test_*.py")) if path != Path(__file__)]
+
+
+def public_names() -> set[str]:
+    return {name for name, value in vars(ad).items() if not (name.startswith("_") or inspect.ismodule(value))}
+
+
+def private_uses(source: str) -> list[str]:
+    """What a source uses of adadepth, or of any object, that is not public."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                found += [n.name for n in names if "adadepth" in n.name and ast.unparse(n) != "adadepth as ad"]
+            case ast.ImportFrom(module=str(module)) if "adadepth" in module:
+                found.append(module)
+            case ast.Attribute(value=ast.Name(id="ad"), attr=name) if name not in public_names():
+                found.append(f"ad.{name}")
+            case ast.Attribute(attr=name) if name.startswith("_") and name != "__init__":
+                found.append(name)
+            case ast.Call(func=ast.Name(id="getattr" | "setattr" | "vars" as name)):
+                found.append(name)
+    return found
+
+
+def composition(source: str) -> list[str]:
+    """Its lines without imports, docstrings, comments and blank ones."""
+    lines: set[int] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and (node.name.startswith("test_") or node.decorator_list):
+            break
+        if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr):
+            lines |= set(range(node.lineno, node.end_lineno + 1)) - docstrings(node)
+    stripped = [line.strip() for i, line in enumerate(source.splitlines(), 1) if i in lines]
+    return [line for line in stripped if line and not line.startswith("#")]
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    found: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            found |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return found
+
+
+@pytest.mark.parametrize("path", [*FILES, Path(toy.__file__)], ids=lambda path: path.stem)
+def test_public_pieces_are_enough(path: Path) -> None:
+    assert private_uses(path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_method_is_about_thirty_lines(path: Path) -> None:
+    lines = composition(path.read_text())
+    assert any("ad.RecurrentWrapper(" in line for line in lines)
+    assert len(lines) <= 32
+
+
+def test_all_methods_are_here() -> None:
+    methods = "act fixed_prior huginn loop_transformer mixture_of_recursions ouro ponder_lm pondernet think_at_hard"
+    assert [path.stem for path in FILES] == [f"test_{method}" for method in methods.split()]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import adadepth as ad\nad.RecurrentWrapper(block, 2).steps", []),
+        ("import adadepth", ["adadepth"]),
+        ("from adadepth.tokens import TokenSet", ["adadepth.tokens"]),
+        ("ad.wrapper.RecurrentWrapper", ["ad.wrapper"]),
+        ("ad.DenseTokens", ["ad.DenseTokens"]),
+        ("looped._iterate(x)", ["_iterate"]),
+        ("getattr(looped, name)", ["getattr"]),
+    ],
+)
+def test_private_uses_are_found(source: str, found: list[str]) -> None:
+    assert private_uses(source) == found
+
+
+def test_lines_are_counted_without_what_explains_them() -> None:
+    source = '''
+"""Doc."""
+import torch
+
+class A:
+    """Doc.
+
+    More."""
+
+    # why
+    x = 1
+
+def test_a():
+    pass
+'''
+    assert composition(source) == ["class A:", "x = 1"]
