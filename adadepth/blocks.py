@@ -2,6 +2,7 @@
 
 from typing import final
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -77,16 +78,38 @@ def takes_view(block: nn.Module) -> bool:
 
 def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
     """`block` on the tokens `x` of a view."""
-    written_for_us = takes_view(block)
-    outer, active.view = active.view, view
+    if active.view is not None:
+        raise ValueError(
+            "A RecurrentWrapper runs inside the block of another: it would take the packed tokens of all rows for one "
+            "row of its own. Let one loop hold the whole stack, or run one loop after the other."
+        )
+    # Inference tensors do not tell whether they were written to, so the block gets one of its own.
+    given = x.clone() if x.is_inference() else x
+    before = _version(given)
+    active.view = view
     try:
-        if written_for_us:
-            out = block(x, view)
+        if takes_view(block):
+            out = block(given, view)
         else:
             with catching():
-                out = block(x)
+                out = block(given)
     finally:
-        active.view = outer
+        active.view = None
+    if _version(given) != before:
+        raise ValueError(
+            f"{type(block).__name__} writes into its input, which the update reads after it. Write x = x + ... in "
+            "place of x += ..., or start with x = x.clone()."
+        )
+    _check_output(block, x, out, view)
+    return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def _version(x: Tensor) -> int:
+    """How often `x` was written to, where that can be known."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView) -> None:
     if not isinstance(out, Tensor) or out.shape != x.shape:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
@@ -94,10 +117,9 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
             f"{tuple(x.shape)}, got {got} from {type(block).__name__}. Wrap it in a module that returns the state "
             "alone."
         )
-    if not view.calls and not written_for_us:
+    if not view.calls and not takes_view(block):
         raise ValueError(
             f"No attention call was seen in {type(block).__name__}, so its tokens would mix unseen or not at all. Its "
             "attention must call F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention "
             "with need_weights=True). If it mixes no tokens, say so: adadepth.Pointwise(block)."
         )
-    return out if out.dtype == x.dtype else out.to(x.dtype)
