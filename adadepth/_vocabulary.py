@@ -67,7 +67,7 @@ def expected_embedding(h: Hidden, head: nn.Linear, embedding: nn.Embedding) -> H
     Shapes: `h (..., dim)` to the same. Differentiable once.
     """
     kind = h.device.type
-    lower = torch.is_autocast_enabled(kind) and h.dtype != torch.float64
+    lower = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and h.dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if lower else h.dtype
     mixed, _ = _mix(h.reshape(-1, h.shape[-1]), head.weight, head.bias, embedding.weight, dtype)
     return mixed.view(*h.shape[:-1], mixed.shape[-1])

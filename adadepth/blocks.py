@@ -83,9 +83,7 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
             "A RecurrentWrapper runs inside the block of another: it would take the packed tokens of all rows for one "
             "row of its own. Let one loop hold the whole stack, or run one loop after the other."
         )
-    # Inference tensors do not tell whether they were written to, so the block gets one of its own.
-    given = x.clone() if x.is_inference() else x
-    before = _version(given)
+    given, written = _guarded(x)
     active.view = view
     try:
         if takes_view(block):
@@ -95,7 +93,7 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
                 out = block(given)
     finally:
         active.view = None
-    if _version(given) != before:
+    if written is not None and x._version != written:
         raise ValueError(
             f"{type(block).__name__} writes into its input, which the update reads after it. Write x = x + ... in "
             "place of x += ..., or start with x = x.clone()."
@@ -104,9 +102,11 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def _version(x: Tensor) -> int:
-    """How often `x` was written to, where that can be known."""
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _guarded(x: Tensor) -> tuple[Tensor, int | None]:
+    """The block's input, and how often it was written to; where that is not known, a copy of the block's own."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return x.clone(), None
+    return x, x._version
 
 
 def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView) -> None:

@@ -86,7 +86,9 @@ def cases() -> list[tuple[str, nn.Module, tuple[int, int, int], bool, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1, help="more hide the overhead behind their own")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     lines = ["| block | input | pass | one iteration, ms | packed | dense | limit |", "|---|---|---|---|---|---|---|"]
     print(machine(), *lines, sep="\n", flush=True)
     for name, block, shape, compiled, limit in cases():

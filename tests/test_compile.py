@@ -150,6 +150,26 @@ def test_depths_as_tensors_need_one_graph_and_ints_one_each() -> None:
         agree(fast(x, mask=mask, max_depth=most), module(x, mask=mask, max_depth=most))
 
 
+class InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attends()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.inner(x)
+        return x
+
+
+def test_a_compiled_block_that_writes_into_its_input_has_a_copy() -> None:
+    module = looped(InPlace(), update=ad.Residual()).eval()
+    x, mask = given()
+    fast, _ = compiled(module)
+    with torch.no_grad():
+        got = fast(x, mask=mask)
+    with torch.inference_mode():
+        agree(got, module(x, mask=mask))
+
+
 def test_inductor_too() -> None:
     module = looped(Attends()).eval()
     x, mask = given()
