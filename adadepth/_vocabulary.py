@@ -41,7 +41,7 @@ def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Modul
     or wider, and returns `(n,)`; the result is `(...)`.
     """
     dtype = torch.promote_types(states[0].dtype, torch.float32)
-    tokens = [state.flatten(0, -2) for state in states]
+    tokens = [state.reshape(-1, state.shape[-1]) for state in states]
     rows = max(1, TILE // _vocabulary(owner, head, tokens[0][:0]))
     chunks = zip(*(state.split(rows) for state in tokens), strict=True)
     scores = [measure(*(head(state).log_softmax(-1, dtype=dtype) for state in chunk)) for chunk in chunks]

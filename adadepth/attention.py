@@ -7,7 +7,7 @@ queries. It knows nothing of gates and losses.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import torch
 import torch.nn.functional as F
@@ -79,46 +79,59 @@ class TokenView(ABC):
         Raises: `ValueError` if the shapes are not those of the block's input, or if the block
         attends more often than in the iteration before.
         """
-        self._check(q, k, v)
-        past = None
-        if self.past is not None:
-            if self.calls >= len(self.past):
-                raise ValueError(
-                    f"Iteration {self.step} made more than the {len(self.past)} attention calls of the iteration "
-                    "before. A looped block must call attention equally often every time; which layer a call is, "
-                    "is told by their order."
-                )
-            past = self.past[self.calls]
-        self.calls += 1
-        kv = self._merge(k, v, past)
-        if self.keep:
-            self.present.append(kv)
-        return self._attend(q, *kv, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa)
-
-    def _check(self, *qkv: Tensor) -> None:
+        # Plain comparisons: this runs once for every layer of every iteration.
         grad = torch.is_grad_enabled()
-        if grad != self._grad or (grad and self._saving is not _checkpointing()):
+        if grad is not self._grad or (grad and self._saving is not _checkpointing()):
             raise ValueError(
                 "The block checkpoints its own attention, or runs it under torch.no_grad(). A recomputation in the "
                 "backward pass would no longer know which tokens ran. Switch checkpointing off inside the block and "
                 "let the loop checkpoint whole iterations: RecurrentWrapper(..., checkpoint=True)."
             )
         rows, length = self._shape
-        for name, t in zip("qkv", qkv, strict=True):
-            shape = t.shape
-            if len(shape) != 4 or shape[0] != rows or shape[2] != length:
-                raise ValueError(
-                    f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {tuple(shape)}: "
-                    "queries, keys and values must be those of the block's own input, one per token. Cross-attention "
-                    "and keys of another length cannot be looped; batch and heads must be separate axes."
-                )
+        if not (
+            (q.dim() == k.dim() == v.dim() == 4)
+            and (q.size(0) == k.size(0) == v.size(0) == rows)
+            and (q.size(2) == k.size(2) == v.size(2) == length)
+        ):
+            self._refuse(q, k, v)
+        past = None if self.past is None else self._past(self.past)
+        self.calls += 1
+        k, v = self._merge(k, v, past)
+        if self.keep:
+            self.present.append((k, v))
+        return self._attend(q, k, v, dropout_p, scale, enable_gqa)
+
+    def _past(self, past: Sequence[KV]) -> KV:
+        """The keys and values of this layer in the iteration before."""
+        if self.calls >= len(past):
+            raise ValueError(
+                f"Iteration {self.step} made more than the {len(past)} attention calls of the iteration before. A "
+                "looped block must call attention equally often every time; which layer a call is, is told by their "
+                "order."
+            )
+        return past[self.calls]
+
+    def _refuse(self, *qkv: Tensor) -> NoReturn:
+        rows, length = self._shape
+        name, shape = next(
+            (name, tuple(t.shape))
+            for name, t in zip("qkv", qkv, strict=True)
+            if t.dim() != 4 or t.shape[0] != rows or t.shape[2] != length
+        )
+        raise ValueError(
+            f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {shape}: queries, keys and "
+            "values must be those of the block's own input, one per token. Cross-attention and keys of another length "
+            "cannot be looped; batch and heads must be separate axes."
+        )
 
     @abstractmethod
     def _merge(self, k: Tensor, v: Tensor, past: KV | None) -> KV:
         """All tokens' keys and values, given those of the tokens that run."""
 
     @abstractmethod
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, enable_gqa: bool
+    ) -> Tensor:
         """The answers to the queries of the tokens that run."""
 
 
@@ -132,8 +145,10 @@ class WholeView(TokenView):
         del past  # replaced whole
         return k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, **options)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, enable_gqa: bool
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, self.causal, scale=scale, enable_gqa=enable_gqa)
 
 
 @final
@@ -147,10 +162,12 @@ class DenseView(TokenView):
         old_k, old_v = (0, 0) if past is None else past
         return torch.where(live, k, old_k), torch.where(live, v, old_v)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        if self.tokens.mask is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, **options)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self._allowed, **options)
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, enable_gqa: bool
+    ) -> Tensor:
+        allowed = None if self.tokens.mask is None else self._allowed
+        causal = self.causal and allowed is None
+        return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, causal, scale=scale, enable_gqa=enable_gqa)
 
     @lazy
     def _allowed(self) -> Tensor:
@@ -183,12 +200,15 @@ class PackedView(TokenView):
             flat = old.transpose(1, 2).flatten(0, 1).index_copy(0, self.tokens.slots, new)
         return flat.unflatten(0, grid).transpose(1, 2)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, enable_gqa: bool
+    ) -> Tensor:
         groups, gather, back = self.tokens.groups
         q = q.squeeze(0).transpose(0, 1)
         if gather is not None:
             q = q.index_select(0, gather)
         parts = q.split([group.size * group.queries for group in groups])
+        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
         answers = [self._ask(g, part, k, v, options) for g, part in enumerate(parts)]
         out = answers[0] if len(answers) == 1 else torch.cat(answers)
         if back is not None:
@@ -239,11 +259,13 @@ class PackedView(TokenView):
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
+_KINDS: dict[type[TokenSet], type[TokenView]] = {
+    WholeTokens: WholeView,
+    DenseTokens: DenseView,
+    PackedTokens: PackedView,
+}
+
+
 def view_of(tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> TokenView:
     """The view of one iteration."""
-    kinds: dict[type[TokenSet], type[TokenView]] = {
-        WholeTokens: WholeView,
-        DenseTokens: DenseView,
-        PackedTokens: PackedView,
-    }
-    return kinds[type(tokens)](tokens, step, causal, past, keep)
+    return _KINDS[type(tokens)](tokens, step, causal, past, keep)

@@ -146,12 +146,12 @@ def _divergence(before: Tensor, now: Tensor) -> Tensor:
 
 
 def _doubt(now: Tensor) -> Tensor:
-    return -now.amax(-1).expm1()
+    return 1 - now.amax(-1).exp()
 
 
 def _closeness(now: Tensor) -> Tensor:
-    first, second = now.topk(2, dim=-1).values.unbind(-1)
-    return second.exp() - first.expm1()
+    first, second = now.topk(2, dim=-1).values.exp().unbind(-1)
+    return 1 - (first - second)
 
 
 def _entropy(now: Tensor) -> Tensor:

@@ -72,7 +72,6 @@ class Recorder:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.one = x.new_ones(())
         self._x, self._steps, self._has_scores = x, steps, scored
-        self._none = torch.zeros_like(tokens.live)
         self._live: list[Tensor] = []
         self._scores: list[Tensor] = []
         self._exits: list[Tensor | None] = []
@@ -107,8 +106,8 @@ class Recorder:
 
     def output(self) -> Output:
         """The result; iterations that nobody ran are filled in."""
-        none = self._none.to(self.dtype)
-        live = _stack(self._live, self._steps, self._none)
+        none = self._x.new_zeros(self._x.shape[:2], dtype=self.dtype)
+        live = _stack(self._live, self._steps, none.bool() if len(self._live) < self._steps else none)
         scores = _stack(self._scores, self._steps - 1, none) if self._has_scores else live[..., :-1].to(self.dtype)
         exits = _stack([none if weight is None else weight for weight in self._exits], self._steps, none)
         hidden = torch.zeros_like(self._x) if self._hidden is None else self._hidden
