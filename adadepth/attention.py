@@ -38,11 +38,13 @@ class TokenView(ABC):
     `F.scaled_dot_product_attention`. `x (rows, length, dim)` holds the tokens that run.
 
     `present` fills with the keys and values of each attention call, in call order, as the next
-    iteration will need them.
+    iteration will need them. `bare` is True where the block's own attention is all there is to do:
+    everything runs, nothing is kept, and the first iteration has shown what the block's calls are like.
     """
 
     def __init__(self, tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> None:
         self.tokens, self.step, self.causal, self.past, self.keep = tokens, step, causal, past, keep
+        self.bare = step > 0 and not keep and isinstance(tokens, WholeTokens)
         self.calls = 0
         self.present: list[KV] = []
         self._grad = torch.is_grad_enabled()
@@ -79,7 +81,8 @@ class TokenView(ABC):
         Raises: `ValueError` if the shapes are not those of the block's input, or if the block
         attends more often than in the iteration before.
         """
-        # Plain comparisons: this runs once for every layer of every iteration.
+        if self.bare:
+            return self._attend(q, k, v, dropout_p, scale, enable_gqa)
         grad = torch.is_grad_enabled()
         if grad is not self._grad or (grad and self._saving is not _checkpointing()):
             raise ValueError(

@@ -88,6 +88,8 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
     try:
         if takes_view(block):
             out = block(given, view)
+        elif view.bare:
+            out = block(given)
         else:
             with catching():
                 out = block(given)
@@ -117,7 +119,7 @@ def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView) -> 
             f"{tuple(x.shape)}, got {got} from {type(block).__name__}. Wrap it in a module that returns the state "
             "alone."
         )
-    if not view.calls and not takes_view(block):
+    if not (view.calls or view.bare or takes_view(block)):
         raise ValueError(
             f"No attention call was seen in {type(block).__name__}, so its tokens would mix unseen or not at all. Its "
             "attention must call F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention "

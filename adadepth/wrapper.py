@@ -172,6 +172,6 @@ class RecurrentWrapper(nn.Module):
             scores = record.one.expand(*x.shape[:-1], step + 1)
         else:
             scores = tokens.take(record.history).to(x.dtype)
-        new = self.update(x, h, start, scores, step)
+        new: Tensor = self.update(x, h, start, scores, step)
         check_piece(self.update, "the next input", x.shape, new, step)
         return new if new.dtype == x.dtype else new.to(x.dtype)

@@ -94,7 +94,7 @@ def row(case: Case, uneven: bool, ratios: dict[tuple[bool, float], float]) -> st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="cases whose description contains this")
     args = parser.parse_args()
     lines = ["| model | steps | batch × seq | pass | rows | " + " | ".join(f"{s:.0%}" for s in SHARES) + " |"]
