@@ -86,7 +86,7 @@ def _tiles(words: int, *tables: Tensor | None) -> Iterator[list[Any]]:
 
 def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     """`out = a b` or `out += a b`, where `out` may be wider than the product."""
-    if out.dtype == a.dtype:
+    if out.dtype == a.dtype:  # in place, and so no business of autocast
         return out.addmm_(a, b, beta=int(add))
     return out.add_(a @ b) if add else out.copy_(a @ b)
 
@@ -106,15 +106,14 @@ def _mix(h: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, dtype: t
     top = torch.full_like(total, torch.finfo(wide).min)  # not -inf, which may be all that a tile holds
     x, words = h.to(dtype), _words(h.shape[0], weight.shape[0])
     space = mixed.new_empty(words, h.shape[0])
-    with torch.autocast(h.device.type, enabled=False):
-        for w, b, e in _tiles(words, weight, bias, table):
-            p = _logits(space, w, b, x)
-            higher = torch.maximum(top, p.amax(0))
-            p.sub_(higher).exp_()
-            shrink = (top - higher).exp_()
-            total.mul_(shrink).add_(p.sum(0))
-            _product(mixed.mul_(shrink.unsqueeze(1)), p.to(dtype).T, e.to(dtype), add=True)
-            top = higher
+    for w, b, e in _tiles(words, weight, bias, table):
+        p = _logits(space, w, b, x)
+        higher = torch.maximum(top, p.amax(0))
+        p.sub_(higher).exp_()
+        shrink = (top - higher).exp_()
+        total.mul_(shrink).add_(p.sum(0))
+        _product(mixed.mul_(shrink.unsqueeze(1)), p.to(dtype).T, e.to(dtype), add=True)
+        top = higher
     return mixed.div_(total.unsqueeze(1)), total.log_().add_(top)
 
 
@@ -136,18 +135,17 @@ def _unmix(
     dw, db, de = (torch.empty_like(t) if t is not None and need else None for t, need in tables)
     x, g, words = h.to(dtype), grad.to(dtype), _words(h.shape[0], weight.shape[0])
     spaces = mixed.new_empty(2, words, h.shape[0])
-    with torch.autocast(h.device.type, enabled=False):
-        for w, b, e, dw_tile, db_tile, de_tile in _tiles(words, weight, bias, table, dw, db, de):
-            p = _logits(spaces[0], w, b, x).sub_(log_total).exp_()
-            d = _logits(spaces[1], e, None, g).sub_(own).mul_(p)
-            if de_tile is not None:
-                _product(de_tile, p.to(dtype), g)
-            if db_tile is not None:
-                db_tile.copy_(d.sum(1))
-            d = d.to(dtype)
-            if dw_tile is not None:
-                _product(dw_tile, d, x)
-            _product(dh, d.T, w.to(dtype), add=True)
+    for w, b, e, dw_tile, db_tile, de_tile in _tiles(words, weight, bias, table, dw, db, de):
+        p = _logits(spaces[0], w, b, x).sub_(log_total).exp_()
+        d = _logits(spaces[1], e, None, g).sub_(own).mul_(p)
+        if de_tile is not None:
+            _product(de_tile, p.to(dtype), g)
+        if db_tile is not None:
+            db_tile.copy_(d.sum(1))
+        d = d.to(dtype)
+        if dw_tile is not None:
+            _product(dw_tile, d, x)
+        _product(dh, d.T, w.to(dtype), add=True)
     return [t for t in (dh.to(h.dtype) if needed[0] else None, dw, db, de) if t is not None]
 
 

@@ -1,4 +1,4 @@
-"""What `Ponder` costs beside softmax(h Wᵀ) E written plainly: time and peak memory.
+"""What `Ponder` costs beside x + s·softmax(h Wᵀ) E written plainly: time and peak memory.
 
 `python -m benchmarks.ponder` interleaves both in one run, at 2,048 tokens of 512 and a vocabulary of
 50,304. Memory is the kernel's high-water mark of a process of its own for each, less what the process
@@ -22,32 +22,32 @@ import adadepth as ad
 from ._measure import interleave, machine, write_section
 
 TOKENS, VOCABULARY, DIM = 2048, 50304, 512
-Update = Callable[[Tensor, Tensor, Tensor], Tensor]
+NAMES = ("plain", "Ponder")
+COLUMNS = ["threads", "pass", "plain, s", "Ponder, s", "ratio", "plain, MiB", "Ponder, MiB", "ratio"]
 
 
-def make(
-    tokens: int, vocabulary: int, dim: int, tied: bool
-) -> tuple[dict[str, Update], Callable[[Update, bool], None]]:
-    """Both updates of one input, and what runs one of them."""
+def make(name: str, tokens: int, vocabulary: int, dim: int) -> Callable[[bool], None]:
+    """What runs one of both once, with or without its backward pass."""
     torch.manual_seed(0)
     embedding, head = nn.Embedding(vocabulary, dim), nn.Linear(dim, vocabulary, bias=False)
-    if tied:
-        head.weight = embedding.weight
     ponder = ad.Ponder(embedding, head)
-    x, h, out = torch.randn(3, 1, tokens, dim).unbind()
+    x, h, grad = torch.randn(3, 1, tokens, dim).unbind()
     scores = torch.rand(1, tokens, 1)
 
-    def plain(x: Tensor, h: Tensor, scores: Tensor) -> Tensor:
-        return x + scores * (head(h).softmax(-1) @ embedding.weight)
+    def update() -> Tensor:
+        if name == "plain":
+            return x + scores * (head(h).softmax(-1) @ embedding.weight)
+        return ponder(x, h, x, scores, 0)
 
-    def run(update: Update, backward: bool) -> None:
+    def run(backward: bool) -> None:
+        h.requires_grad_(backward)
         with torch.set_grad_enabled(backward):
-            new = update(x, h.requires_grad_(backward), scores)
+            new = update()
         if backward:
-            new.backward(out)
+            new.backward(grad)
             embedding.weight.grad = head.weight.grad = h.grad = None
 
-    return {"plain": plain, "Ponder": lambda x, h, scores: ponder(x, h, x, scores, 0)}, run
+    return run
 
 
 def resident(field: str) -> int:
@@ -57,57 +57,55 @@ def resident(field: str) -> int:
     return int(match[1]) * 1024
 
 
-def extra(name: str, backward: bool, tied: bool) -> int:
-    """Peak bytes of one call above what the process holds before it."""
-    small, run = make(64, 512, 64, tied)
-    run(small[name], backward)  # libraries load and threads start
-    updates, run = make(TOKENS, VOCABULARY, DIM, tied)
+def extra(name: str, backward: bool) -> int:
+    """Peak bytes of one call above what this process holds before it."""
+    make(name, 64, 512, 64)(backward)  # libraries load and threads start
+    run = make(name, TOKENS, VOCABULARY, DIM)
     before = resident("VmRSS")
-    run(updates[name], backward)
+    run(backward)
     return resident("VmHWM") - before
 
 
-def extra_elsewhere(name: str, backward: bool, tied: bool) -> int:
-    flags = ["--backward"] * backward + ["--tied"] * tied
-    command = [sys.executable, "-m", "benchmarks.ponder", "--memory-of", name, *flags]
+def extra_elsewhere(name: str, threads: int, backward: bool) -> int:
+    command = [sys.executable, "-m", "benchmarks.ponder", "--memory-of", name, "--threads", str(threads)]
+    command += ["--backward"] * backward
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def row(threads: int, backward: bool, tied: bool, repeats: int) -> str:
+def row(threads: int, backward: bool, repeats: int) -> str:
     torch.set_num_threads(threads)
-    updates, run = make(TOKENS, VOCABULARY, DIM, tied)
-    seconds = interleave({name: lambda u=u: run(u, backward) for name, u in updates.items()}, repeats)
-    peak = {name: extra_elsewhere(name, backward, tied) for name in updates}
-    cells = [str(threads), "tied" if tied else "untied", "forward + backward" if backward else "forward"]
-    cells += [f"{seconds[name]:.2f}" for name in updates] + [f"{seconds['plain'] / seconds['Ponder']:.2f}"]
-    cells += [f"{peak[name] / 2**20:.0f}" for name in updates] + [f"{peak['plain'] / peak['Ponder']:.1f}"]
-    return "| " + " | ".join(cells) + " |"
+    runs = {name: make(name, TOKENS, VOCABULARY, DIM) for name in NAMES}
+    best = interleave({name: lambda run=run: run(backward) for name, run in runs.items()}, repeats)
+    seconds = [best[name] for name in NAMES]
+    peaks = [extra_elsewhere(name, threads, backward) / 2**20 for name in NAMES]
+    cells = [str(threads), "forward + backward" if backward else "forward"]
+    cells += [*(f"{s:.2f}" for s in seconds), f"{seconds[0] / seconds[1]:.2f}"]
+    cells += [*(f"{p:.0f}" for p in peaks), f"{peaks[0] / peaks[1]:.1f}"]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--memory-of", choices=("plain", "Ponder"), help="print the peak bytes of this one, and no more"
-    )
-    parser.add_argument("--backward", action="store_true")
-    parser.add_argument("--tied", action="store_true")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--memory-of", choices=NAMES, help="print the peak bytes of this one, and no more")
+    parser.add_argument("--backward", action="store_true", help="with --memory-of: the backward pass, too")
     args = parser.parse_args()
     if args.memory_of:
-        print(extra(args.memory_of, args.backward, args.tied))
+        torch.set_num_threads(args.threads[0])
+        print(extra(args.memory_of, args.backward))
         return
-    lines = [
-        "| threads | weights | pass | plain, s | Ponder, s | plain / Ponder | plain, MiB | Ponder, MiB | plain / Ponder |",
-        "|" + "---|" * 9,
-    ]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     print(machine(), *lines, sep="\n", flush=True)
-    for threads in sorted({1, os.cpu_count() or 1}):
-        for backward, tied in ((False, False), (True, False), (True, True)):
-            lines.append(row(threads, backward, tied, args.repeats))
+    for threads in args.threads:
+        for backward in (False, True):
+            lines.append(row(threads, backward, args.repeats))
             print(lines[-1], flush=True)
-    head = f"{TOKENS:,} tokens of {DIM}, a vocabulary of {VOCABULARY:,}, float32. Memory: the peak above what was held before "
-    head += f"the call, gradients included.\n\n{machine()}\n\n"
-    write_section("ponder", head + "\n".join(lines))
+    what = (
+        f"{TOKENS:,} tokens of {DIM}, a vocabulary of {VOCABULARY:,}, float32. A ratio is plain / Ponder. Memory is the "
+        "peak above what was held before the call, the gradients of both tables included."
+    )
+    write_section("ponder", "\n".join([what, "", machine(), "", *lines]))
 
 
 if __name__ == "__main__":

@@ -59,9 +59,12 @@ def tables(ponder: ad.Ponder) -> list[Tensor]:
 
 
 def error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference by the largest value; as it is where all of them are 0."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     got, expected = got.detach(), expected.detach()
-    return float((got - expected).abs().max() / expected.abs().max()) if got.numel() else 0.0
+    if not got.numel():
+        return 0.0
+    return float((got - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
 
 
 def compare(ponder: ad.Ponder, given: list[Tensor], tolerance: float) -> None:
@@ -163,7 +166,17 @@ def test_under_autocast_products_are_rounded_and_the_rest_is_not() -> None:
     for a, b, c in zip(got, exact, rough, strict=True):
         assert a.dtype == torch.float32
         assert error(a, b) <= max(2 * error(c, b), 4e-3)
-    assert error(got[0], exact[0]) > 0
+    assert error(got[0], exact[0]) > 1e-4
+
+
+def test_autocast_around_the_backward_pass_alone_changes_nothing() -> None:
+    ponder, given = make(tied=False, bias=True), inputs(50)
+    wanting = [*given, *tables(ponder)]
+    outside, inside = (ours(ponder, *given).sin().sum() for _ in range(2))
+    expected = torch.autograd.grad(outside, wanting)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(inside, wanting)
+    assert all(map(torch.equal, got, expected))
 
 
 @pytest.mark.usefixtures("double")
@@ -248,6 +261,19 @@ def test_a_meta_device_gives_shapes() -> None:
         new = ours(make(tied=False, bias=True), *inputs(2, 3))
     new.sum().backward()
     assert new.is_meta and new.shape == (2, 3, DIM)
+
+
+@pytest.mark.plain
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_said_of_the_operator_to_a_compiler_is_true(dtype: torch.dtype) -> None:
+    h, weight, table = (torch.randn(n, DIM, dtype=dtype, requires_grad=True) for n in (5, VOCABULARY, VOCABULARY))
+    bias = torch.randn(VOCABULARY, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(_vocabulary._mix, (h, weight, bias, table, dtype))
+    given = [t.detach() for t in (h, h, weight, bias, table)]
+    mixed, log_total = _vocabulary._mix(*given[1:], dtype)
+    for needed in ([True] * 4, [True, False, False, True]):
+        torch.library.opcheck(_vocabulary._unmix, (*given, mixed, log_total, dtype, needed))
 
 
 @pytest.mark.plain

@@ -6,6 +6,6 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from adadepth._extras import need  # noqa: E402
+from adadepth._extras import need
 
 need("rich", extra="examples")
