@@ -195,13 +195,16 @@ class PackedView(TokenView):
 
     def _scatter(self, new: Tensor, old: Tensor | None) -> Tensor:
         """The grid `(batch, kv_heads, width, head_dim)`, token by token in memory: one copy is one run."""
-        grid = (self.tokens.live.shape[0], self.tokens.width)
+        rows, width, slots = len(self.tokens.grid_rows), self.tokens.width, self.tokens.slots
         new = new.squeeze(0).transpose(0, 1)
         if old is None:
-            flat = new.new_zeros(grid[0] * grid[1], *new.shape[1:]).index_copy_(0, self.tokens.slots, new)
-        else:
-            flat = old.transpose(1, 2).flatten(0, 1).index_copy(0, self.tokens.slots, new)
-        return flat.unflatten(0, grid).transpose(1, 2)
+            flat = new.new_zeros(rows * width, *new.shape[1:]).index_copy_(0, slots, new)
+        elif old.shape[0] == rows:
+            flat = old.transpose(1, 2).flatten(0, 1).index_copy(0, slots, new)
+        else:  # rows in which nothing runs any more are dropped, which makes a copy to write into
+            kept = old.transpose(1, 2).index_select(0, self.tokens.inherited)
+            flat = kept.flatten(0, 1).index_copy_(0, slots, new)
+        return flat.unflatten(0, (rows, width)).transpose(1, 2)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, enable_gqa: bool
@@ -246,9 +249,7 @@ class PackedView(TokenView):
         """`(size, 1, queries or 1, width)` bool."""
         slot = torch.arange(self.tokens.width, device=self.tokens.live.device)
         if not self.causal:
-            assert self.tokens.mask is not None
-            lengths = self.tokens.mask.sum(-1)
-            lengths = lengths if group.rows is None else lengths[group.rows]
+            lengths = self.tokens.lengths if group.rows is None else self.tokens.lengths[group.rows]
             return (slot < lengths[:, None])[:, None, None, :]
         groups, gather, _ = self.tokens.groups
         own = self.tokens.slots % self.tokens.width

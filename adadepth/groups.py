@@ -1,7 +1,7 @@
 """Packed queries regrouped by row for the attention itself.
 
-Rows that have about as many queries to ask form a group, padded to the longest of them; a row with
-nothing to ask is in none. All groups are gathered, and their answers put back, by one index each.
+Rows that have about as many queries to ask form a group, padded to the longest of them. All groups are
+gathered, and their answers put back, by one index each.
 """
 
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class RowGroups(NamedTuple):
 
 
 def group_rows(row: Tensor, lengths: list[int]) -> RowGroups:
-    """Group rows by what they ask.
+    """Group rows by what they ask; each asks something.
 
     `row (T,)` int64, ascending: the row of each packed token; `lengths`: real tokens of each row.
     """
@@ -64,8 +64,6 @@ def _partition(asked: list[int], lengths: list[int]) -> list[list[int]]:
     parts: list[list[int]] = []
     key = None
     for r in sorted(range(len(asked)), key=lambda r: (asked[r] == lengths[r], -asked[r], r)):
-        if not asked[r]:
-            continue
         whole = asked[r] == lengths[r]
         if key is None or key[0] != whole or asked[r] < FILL * key[1]:
             key = (whole, asked[r])

@@ -165,16 +165,21 @@ class PackedTokens(TokenSet):
 
     `index (T,)` are their places in the flattened rows, ascending. Keys and values live in a grid of
     `width` slots a row, in which each row's real tokens stand at its left, so that a token's slot is
-    its position and causality is the order of slots.
+    its position and causality is the order of slots. The grid has the rows in which something runs,
+    `grid_rows`; in the grid of the iteration before, which may have more, these were `inherited`.
     """
 
-    def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, width: int) -> None:
+    def __init__(
+        self, live: MaskRows, mask: MaskRows | None, index: Tensor, width: int, grid_rows: Tensor, inherited: Tensor
+    ) -> None:
         self.live, self.mask, self.index, self.width = live, mask, index, width
+        self.grid_rows, self.inherited = grid_rows, inherited
 
     @classmethod
     def of(cls, live: MaskRows, mask: MaskRows | None) -> "PackedTokens":
         width = live.shape[1] if mask is None else int(mask.sum(-1).max()) if mask.numel() else 0
-        return cls(live, mask, live.flatten().nonzero().squeeze(1), width)
+        rows = _rows_of(live)
+        return cls(live, mask, live.flatten().nonzero().squeeze(1), width, rows, rows)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -207,23 +212,36 @@ class PackedTokens(TokenSet):
         kept = self.take(go).squeeze(0).nonzero().squeeze(1)
         if kept.numel() == self.index.numel():
             return self, _same
-        packed = PackedTokens(go, self.mask, self.index.index_select(0, kept), self.width)
+        rows = _rows_of(go)
+        index, inherited = self.index.index_select(0, kept), torch.searchsorted(self.grid_rows, rows)
+        packed = PackedTokens(go, self.mask, index, self.width, rows, inherited)
         return packed, lambda tokens: tokens.index_select(1, kept)
+
+    @lazy
+    def row(self) -> Tensor:
+        """Each token's row of the grid, `(T,)` int64."""
+        return torch.searchsorted(self.grid_rows, self.index // self.live.shape[1])
 
     @lazy
     def slots(self) -> Tensor:
         """Each token's place in the flattened grid, `(T,)` int64."""
-        if self.mask is None:
-            return self.index
-        rows = torch.arange(self.live.shape[0], device=self.live.device).unsqueeze(1)
-        return self.take(rows * self.width + self.positions).squeeze(0)
+        return self.row * self.width + self.take(self.positions).squeeze(0)
 
     @lazy
     def groups(self) -> RowGroups:
         """How these tokens' queries are regrouped by row."""
-        batch, seq = self.live.shape
-        lengths = [seq] * batch if self.mask is None else self.mask.sum(-1).tolist()
-        return group_rows(self.index // seq, lengths)
+        return group_rows(self.row, self.lengths.tolist())
+
+    @lazy
+    def lengths(self) -> Tensor:
+        """The real tokens in each row of the grid, `(rows,)` int64."""
+        if self.mask is None:
+            return torch.full_like(self.grid_rows, self.live.shape[1])
+        return self.mask.sum(-1).index_select(0, self.grid_rows)
+
+
+def _rows_of(live: MaskRows) -> Tensor:
+    return live.any(1).nonzero().squeeze(1)
 
 
 def _like(live: Tensor, tokens: Tensor) -> Tensor:

@@ -101,9 +101,7 @@ def main() -> None:
         for backward in (False, True):
             lines.append(row(threads, backward, args.repeats))
             print(lines[-1], flush=True)
-    what = (
-        f"{TOKENS:,} tokens of {DIM}, a vocabulary of {VOCABULARY:,}, float32. A ratio is plain / Ponder. Memory: the "
-    )
+    what = f"{TOKENS:,} tokens of {DIM}, a vocabulary of {VOCABULARY:,}, float32. Ratios: plain / Ponder. Memory: the "
     what += "peak above what was held before the call, the gradients of both tables included."
     write_section("ponder", "\n".join([what, "", machine(), "", *lines]))
 

@@ -36,16 +36,6 @@ def ponder_loss(model: PonderNet, out: ad.Output, labels: Tensor, prior: Tensor,
     return (expected + beta * divergence).mean()
 
 
-class Draw:
-    """At inference each token leaves at an iteration drawn from its exits: once its survival falls below its draw."""
-
-    def __init__(self, draws: Tensor) -> None:
-        self.draws = draws
-
-    def __call__(self, scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
-        return torch.where(scores.prod(-1) > self.draws, remaining, 0)
-
-
 @pytest.fixture
 def model() -> PonderNet:
     model = PonderNet(steps=4)
@@ -91,7 +81,7 @@ def test_exits_leave_the_prior_for_the_iterations_that_answer() -> None:
 def test_drawn_exits_are_as_frequent_as_their_probabilities() -> None:
     model, ids = PonderNet(steps=4), torch.full((4000, 1), 3)
     soft = model(ids[:1]).trace.exit_probs[0, 0]
-    model.looped.rule = Draw(torch.rand(ids.shape))
+    model.looped.rule = ad.SurvivalThreshold(torch.rand(ids.shape))  # each token leaves as drawn
     frequencies = model(ids).trace.exit_probs.mean((0, 1))
     assert soft.min() > 0.05
     assert (frequencies - soft).abs().max() < 0.03
@@ -103,7 +93,7 @@ def test_packed_equals_dense(model: PonderNet, drawn: bool) -> None:
     mask, labels = toy.ragged(labels)
     prior, most = geometric_prior(0.3, steps=4).double(), torch.randint(1, 5, ids.shape)
     if drawn:
-        model.looped.rule = Draw(torch.rand(ids.shape))
+        model.looped.rule = ad.SurvivalThreshold(torch.rand(ids.shape))  # each token leaves as drawn
 
     def run() -> tuple[ad.Output, Tensor]:
         out = model(ids, mask=mask, max_depth=most)
