@@ -48,7 +48,7 @@ class KLGate(Gate):
     Unit: nats, from 0. At step 0 the previous prediction is that of the loop's input.
     Arguments: `head`, referred to, not registered.
     Raises: `ValueError` if `head` does not map `(n, dim)` to `(n, vocabulary)`.
-    Source: Geiping et al. 2025, arXiv 2502.05171, zero-shot adaptive compute; they leave below 5e-4.
+    Source: Geiping et al. 2025, arXiv 2502.05171, zero-shot adaptive compute.
     """
 
     head: nn.Module
