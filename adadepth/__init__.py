@@ -6,6 +6,7 @@ from .blocks import CausalEncoder as CausalEncoder
 from .blocks import Pointwise as Pointwise
 from .blocks import iteration as iteration
 from .blocks import positions as positions
+from .caches import KVReuseCache as KVReuseCache
 from .criteria import ConvergenceGate as ConvergenceGate
 from .criteria import EntropyGate as EntropyGate
 from .criteria import KLGate as KLGate
@@ -38,6 +39,7 @@ from .updates import Interpolate as Interpolate
 from .updates import Ponder as Ponder
 from .updates import Replace as Replace
 from .updates import Residual as Residual
+from .updates import ReZero as ReZero
 from .updates import SurvivalScaled as SurvivalScaled
 from .updates import Ungated as Ungated
 from .updates import Update as Update

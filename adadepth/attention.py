@@ -7,7 +7,7 @@ queries. It knows nothing of gates and losses.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NoReturn, final
+from typing import NamedTuple, NoReturn, final
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,36 @@ from torch import Tensor
 
 from ._lazy import lazy
 from ._types import Attended, Keys, Queries, Values
-from .groups import Group
-from .tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens
+from .layouts import KV
+from .tokens import DenseTokens, TokenSet, WholeTokens
 
-KV = tuple[Tensor, Tensor]
+
+class How(NamedTuple):
+    """What a block asks of attention beside queries, keys and values."""
+
+    dropout_p: float
+    scale: float | None
+    enable_gqa: bool
+    window: int | None
+
+    def ask(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
+        """PyTorch's attention, with `allowed` in place of `causal` where it is given."""
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            allowed,
+            self.dropout_p,
+            causal and allowed is None,
+            scale=self.scale,
+            enable_gqa=self.enable_gqa,
+        )
+
+
+def seen(own: Tensor, slots: Tensor, window: int | None) -> Tensor:
+    """Whether a query at `own` sees what stands at `slots`: not what comes later, nor what is beyond its window."""
+    reach = slots <= own
+    return reach if window is None else reach & (slots > own - window)
 
 
 def _checkpointing() -> object:
@@ -46,6 +72,7 @@ class TokenView(ABC):
         self.tokens, self.step, self.causal, self.past, self.keep = tokens, step, causal, past, keep
         self.bare = step > 0 and not keep and isinstance(tokens, WholeTokens)
         self.calls = 0
+        self.expected = None if past is None else len(past)
         self.present: list[KV] = []
         self._grad = torch.is_grad_enabled()
         self._saving = _checkpointing() if self._grad else None
@@ -70,19 +97,24 @@ class TokenView(ABC):
         dropout_p: float = 0.0,
         scale: float | None = None,
         enable_gqa: bool = False,
+        window: int | None = None,
     ) -> Attended:
         """Attention of the tokens that run over all tokens of their rows.
 
         Shapes: `q (rows, heads, length, head_dim)`, `k` and `v` with as many or, with `enable_gqa`,
         fewer heads; `rows` and `length` are those of the block's input. The result is shaped like
         `q`, with the head dimension of `v`. A token that left shows the keys and values of its last
-        iteration; padding is not seen; whether later tokens are is the wrapper's `causal`.
+        iteration; padding is not seen; whether later tokens are is the wrapper's `causal`. With
+        `window`, a token sees itself and the `window - 1` before it in its row.
 
-        Raises: `ValueError` if the shapes are not those of the block's input, or if the block
-        attends more often than in the iteration before.
+        Raises: `ValueError` if the shapes are not those of the block's input, if the block attends
+        more often than in the iteration before, or for a window below 1 or without causality.
         """
+        how = How(dropout_p, scale, enable_gqa, window)
+        if window is not None:
+            self._check_window(window)
         if self.bare:
-            return self._attend(q, k, v, dropout_p, scale, enable_gqa)
+            return self._attend(q, k, v, how)
         grad = torch.is_grad_enabled()
         if grad is not self._grad or (grad and self._saving is not _checkpointing()):
             raise ValueError(
@@ -97,22 +129,31 @@ class TokenView(ABC):
             and (q.size(2) == k.size(2) == v.size(2) == length)
         ):
             self._refuse(q, k, v)
-        past = None if self.past is None else self._past(self.past)
+        if self.calls == self.expected:
+            self._uneven("more than the")
+        k, v = self._merge(k, v)
         self.calls += 1
-        k, v = self._merge(k, v, past)
         if self.keep:
             self.present.append((k, v))
-        return self._attend(q, k, v, dropout_p, scale, enable_gqa)
+        return self._attend(q, k, v, how)
 
-    def _past(self, past: Sequence[KV]) -> KV:
-        """The keys and values of this layer in the iteration before."""
-        if self.calls >= len(past):
+    def close(self) -> None:
+        """The block is done."""
+        if not self.bare and self.expected is not None and self.calls < self.expected:
+            self._uneven(f"{self.calls} instead of")
+
+    def _uneven(self, calls: str) -> NoReturn:
+        raise ValueError(
+            f"Iteration {self.step} made {calls} {self.expected} attention calls seen before. A looped block "
+            "must call attention equally often every time; which layer a call is, is told by their order."
+        )
+
+    def _check_window(self, window: int) -> None:
+        if window < 1 or not self.causal:
             raise ValueError(
-                f"Iteration {self.step} made more than the {len(past)} attention calls of the iteration before. A "
-                "looped block must call attention equally often every time; which layer a call is, is told by their "
-                "order."
+                f"view.attend expected window >= 1 and a causal wrapper, got window={window} and "
+                f"RecurrentWrapper(causal={self.causal})."
             )
-        return past[self.calls]
 
     def _refuse(self, *qkv: Tensor) -> NoReturn:
         rows, length = self._shape
@@ -128,14 +169,16 @@ class TokenView(ABC):
         )
 
     @abstractmethod
-    def _merge(self, k: Tensor, v: Tensor, past: KV | None) -> KV:
-        """All tokens' keys and values, given those of the tokens that run."""
+    def _merge(self, k: Tensor, v: Tensor) -> KV:
+        """All tokens' keys and values in call number `self.calls`, given those of the tokens that run."""
 
     @abstractmethod
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, enable_gqa: bool
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """The answers to the queries of the tokens that run."""
+
+    def _past(self) -> tuple[Tensor | None, Tensor | None]:
+        """The keys and values of this call in the iteration before."""
+        return (None, None) if self.past is None else self.past[self.calls]
 
 
 @final
@@ -144,14 +187,16 @@ class WholeView(TokenView):
 
     tokens: WholeTokens
 
-    def _merge(self, k: Tensor, v: Tensor, past: KV | None) -> KV:
-        del past  # replaced whole
+    def _merge(self, k: Tensor, v: Tensor) -> KV:
         return k, v
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, enable_gqa: bool
-    ) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, self.causal, scale=scale, enable_gqa=enable_gqa)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        seq = q.shape[2]
+        allowed = None
+        if how.window is not None and how.window < seq:
+            slots = torch.arange(seq, device=q.device)
+            allowed = seen(slots[:, None], slots, how.window)
+        return how.ask(q, k, v, allowed, self.causal)
 
 
 @final
@@ -160,116 +205,33 @@ class DenseView(TokenView):
 
     tokens: DenseTokens
 
-    def _merge(self, k: Tensor, v: Tensor, past: KV | None) -> KV:
+    def _merge(self, k: Tensor, v: Tensor) -> KV:
         live = self.tokens.live[:, None, :, None]
-        old_k, old_v = (0, 0) if past is None else past
-        return torch.where(live, k, old_k), torch.where(live, v, old_v)
+        old_k, old_v = self._past()
+        return torch.where(live, k, 0 if old_k is None else old_k), torch.where(live, v, 0 if old_v is None else old_v)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, enable_gqa: bool
-    ) -> Tensor:
-        allowed = None if self.tokens.mask is None else self._allowed
-        causal = self.causal and allowed is None
-        return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, causal, scale=scale, enable_gqa=enable_gqa)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        return how.ask(q, k, v, self._allowed(how.window), self.causal)
 
-    @lazy
-    def _allowed(self) -> Tensor:
-        """`(batch, 1, seq, seq)` bool. A padded query sees itself: a row of nothing would be NaN."""
-        assert self.tokens.mask is not None
-        seq = self.tokens.mask.shape[1]
-        ones = torch.ones(seq, seq, dtype=torch.bool, device=self.tokens.mask.device)
-        real = self.tokens.mask[:, None, None, :]
-        seen = real & ones.tril() if self.causal else real
-        return seen | ones.tril().triu()
-
-
-@final
-class PackedView(TokenView):
-    """Only the tokens that run ask, of a grid in which each row's real tokens stand at its left."""
-
-    tokens: PackedTokens
-
-    def _merge(self, k: Tensor, v: Tensor, past: KV | None) -> KV:
-        old_k, old_v = (None, None) if past is None else past
-        return self._scatter(k, old_k), self._scatter(v, old_v)
-
-    def _scatter(self, new: Tensor, old: Tensor | None) -> Tensor:
-        """The grid `(batch, kv_heads, width, head_dim)`, token by token in memory: one copy is one run."""
-        rows, width, slots = len(self.tokens.grid_rows), self.tokens.width, self.tokens.slots
-        new = new.squeeze(0).transpose(0, 1)
-        if old is None:
-            flat = new.new_zeros(rows * width, *new.shape[1:]).index_copy_(0, slots, new)
-        elif old.shape[0] == rows:
-            flat = old.transpose(1, 2).flatten(0, 1).index_copy(0, slots, new)
-        else:  # rows in which nothing runs any more are dropped, which makes a copy to write into
-            kept = old.transpose(1, 2).index_select(0, self.tokens.inherited)
-            flat = kept.flatten(0, 1).index_copy_(0, slots, new)
-        return flat.unflatten(0, (rows, width)).transpose(1, 2)
-
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float | None, enable_gqa: bool
-    ) -> Tensor:
-        groups, gather, back = self.tokens.groups
-        q = q.squeeze(0).transpose(0, 1)
-        if gather is not None:
-            q = q.index_select(0, gather)
-        parts = q.split([group.size * group.queries for group in groups])
-        options = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
-        answers = [self._ask(g, part, k, v, options) for g, part in enumerate(parts)]
-        out = answers[0] if len(answers) == 1 else torch.cat(answers)
-        if back is not None:
-            out = out.index_select(0, back)
-        return out.transpose(0, 1).unsqueeze(0)
-
-    def _ask(self, g: int, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
-        group = self.tokens.groups.groups[g]
-        if group.rows is not None:
-            k, v = k.index_select(0, group.rows), v.index_select(0, group.rows)
-        allowed = self._allowed(g, group, q)
-        if allowed is None and self.causal and group.queries < self.tokens.width:
-            k, v = k[:, :, : group.queries], v[:, :, : group.queries]
-        q = q.unflatten(0, (group.size, group.queries)).transpose(1, 2)
-        causal = self.causal and allowed is None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal, **options)
-        return out.transpose(1, 2).flatten(0, 1)
-
-    def _allowed(self, g: int, group: Group, q: Tensor) -> Tensor | None:
-        """What the group's queries may see, added to the scores; None: what `is_causal` says."""
-        if (group.whole and self.causal) or (not self.causal and self.tokens.mask is None):
+    def _allowed(self, window: int | None) -> Tensor | None:
+        """`(batch, 1, seq, seq)` bool; None: what `is_causal` says."""
+        mask, seq = self.tokens.mask, self.tokens.live.shape[1]
+        if mask is None and (window is None or window >= seq):
             return None
-        if g not in self._masks:
-            self._masks[g] = self._bias(self._seen(g, group), q.dtype)
-        return self._masks[g]
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return self._masks[window]
 
     @lazy
-    def _masks(self) -> dict[int, Tensor]:
+    def _masks(self) -> dict[int | None, Tensor]:
         return {}
 
-    def _seen(self, g: int, group: Group) -> Tensor:
-        """`(size, 1, queries or 1, width)` bool."""
-        slot = torch.arange(self.tokens.width, device=self.tokens.live.device)
-        if not self.causal:
-            lengths = self.tokens.lengths if group.rows is None else self.tokens.lengths[group.rows]
-            return (slot < lengths[:, None])[:, None, None, :]
-        groups, gather, _ = self.tokens.groups
-        own = self.tokens.slots % self.tokens.width
-        own = own if gather is None else own.index_select(0, gather)
-        sizes = [other.size * other.queries for other in groups]
-        return slot <= own.split(sizes)[g].view(group.size, 1, group.queries, 1)
-
-    @staticmethod
-    def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-        # Added once here: a bool mask would be turned into this by every attention call.
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-
-
-_KINDS: dict[type[TokenSet], type[TokenView]] = {
-    WholeTokens: WholeView,
-    DenseTokens: DenseView,
-    PackedTokens: PackedView,
-}
-
-
-def view_of(tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> TokenView:
-    """The view of one iteration."""
-    return _KINDS[type(tokens)](tokens, step, causal, past, keep)
+    def _mask(self, window: int | None) -> Tensor:
+        mask, positions = self.tokens.mask, self.tokens.positions[:, None]
+        if mask is None:
+            return seen(positions[:1].unsqueeze(-1), positions[:1].unsqueeze(-2), window)
+        real = mask[:, None, None]
+        if self.causal:
+            real = real & seen(positions.unsqueeze(-1), positions.unsqueeze(-2), window)
+        # A padded query sees itself: a row of nothing would be NaN.
+        return real | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)

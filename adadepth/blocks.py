@@ -1,5 +1,6 @@
 """How a block is run under a view: as it is, if it takes one; else with its attention calls caught."""
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -7,8 +8,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from ._types import Hidden
-from .attention import TokenView
+from .attention import DenseView, TokenView, WholeView
 from .catch import active, catching, current_view
+from .layouts import KV
+from .packed import CachedView, PackedView
+from .tokens import CachedTokens, DenseTokens, PackedTokens, TokenSet, WholeTokens
 
 
 def iteration() -> Int[Tensor, "rows length"]:
@@ -76,6 +80,19 @@ def takes_view(block: nn.Module) -> bool:
     return getattr(block, "takes_view", False)
 
 
+_VIEWS: dict[type[TokenSet], type[TokenView]] = {
+    WholeTokens: WholeView,
+    DenseTokens: DenseView,
+    PackedTokens: PackedView,
+    CachedTokens: CachedView,
+}
+
+
+def view_of(tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> TokenView:
+    """The view of one iteration."""
+    return _VIEWS[type(tokens)](tokens, step, causal, past, keep)
+
+
 def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
     """`block` on the tokens `x` of a view."""
     if active.view is not None:
@@ -100,6 +117,7 @@ def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
             f"{type(block).__name__} writes into its input, which the update reads after it. Write x = x + ... in "
             "place of x += ..., or start with x = x.clone()."
         )
+    view.close()
     _check_output(block, x, out, view)
     return out if out.dtype == x.dtype else out.to(x.dtype)
 

@@ -1,15 +1,17 @@
 """Packed queries regrouped by row for the attention itself.
 
-Rows that have about as many queries to ask form a group, padded to the longest of them. All groups are
-gathered, and their answers put back, by one index each.
+Where keys and values may be copied, rows that have about as many queries to ask form a group, padded to
+the longest of them. All groups are gathered, and their answers put back, by one index each. Where they
+are held by a cache, only neighbouring rows are read together, as they stand.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-# A row joins a group if it fills at least this share of the group's longest row.
+# A row joins others if it fills at least this share of the longest of them.
 FILL = 0.75
 
 
@@ -79,3 +81,40 @@ def _group(rows: list[int], asked: list[int], lengths: list[int], device: torch.
         queries=max((asked[r] for r in rows), default=0),
         whole=all(asked[r] == lengths[r] for r in rows),
     )
+
+
+class Run(NamedTuple):
+    """Neighbouring rows with as many `queries` each, which are asked of what stands in their first `width` slots.
+
+    `sees` says how much of it: "all", "causal" (the j-th query the first j slots), or "own" (each
+    query the slots up to its own).
+    """
+
+    rows: slice
+    queries: int
+    width: int
+    sees: Literal["all", "causal", "own"]
+
+
+def runs_of(asked: list[int], before: list[int], after: list[int]) -> Iterator[Run]:
+    """The rows that ask something, in order: `asked` queries of each row, which held `before` and holds `after`."""
+    first = 0
+    for row in range(1, len(asked) + 1):
+        if row < len(asked) and asked[row] == asked[first] and _similar(after[first : row + 1]):
+            continue
+        if asked[first]:
+            yield _run(slice(first, row), asked[first], before, after)
+        first = row
+
+
+def _similar(lengths: list[int]) -> bool:
+    return min(lengths) >= FILL * max(lengths)
+
+
+def _run(rows: slice, queries: int, before: list[int], after: list[int]) -> Run:
+    new = [end - start for start, end in zip(before[rows], after[rows], strict=True)]
+    width = max(after[rows])
+    if queries == width and not any(before[rows]):
+        return Run(rows, queries, width, "causal")
+    newest = queries == 1 == max(new) and min(after[rows]) == width
+    return Run(rows, queries, width, "all" if newest else "own")

@@ -2,8 +2,8 @@
 
 Rows are `(batch, seq, ...)`, as a user sees them. Tokens are what the block sees. While everything
 runs, `WholeTokens`, both are the same. Then, for `DenseTokens`, the block still sees the rows, and
-those that run are selected; for `PackedTokens` it sees the running ones alone, as one sequence
-`(1, T, ...)`. All are immutable; the loop narrows one into the next.
+those that run are selected; for `PackedTokens` and, with a cache, `CachedTokens` it sees the running
+ones alone, as one sequence `(1, T, ...)`. All are immutable; the loop narrows one into the next.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ._lazy import lazy
 from ._types import MaskRows, PositionRows
-from .groups import RowGroups, group_rows
+from .groups import RowGroups, Run, group_rows, runs_of
+from .layouts import Layout
 
 Select = Callable[[Tensor], Tensor]
 
@@ -65,11 +66,8 @@ class TokenSet(ABC):
 
     @lazy
     def positions(self) -> PositionRows:
-        """The place of each token among its row's real tokens, from 0; 0 before the first."""
-        if self.mask is None:
-            batch, seq = self.live.shape
-            return torch.arange(seq, device=self.live.device).expand(batch, seq)
-        return (self.mask.cumsum(-1) - 1).clamp_min(0)
+        """The place of each token among its row's real tokens, from 0; before the first, that of the first."""
+        return _places(self.live, self.mask)
 
 
 def all_tokens(x: Tensor, mask: MaskRows | None, skip: bool) -> TokenSet:
@@ -159,27 +157,13 @@ class DenseTokens(TokenSet):
         return DenseTokens(go, self.mask), _same
 
 
-@final
-class PackedTokens(TokenSet):
+class _Packed(TokenSet):
     """Only the tokens that run, over the whole batch as one sequence: no padding anywhere.
 
-    `index (T,)` are their places in the flattened rows, ascending. Keys and values live in a grid of
-    `width` slots a row, in which each row's real tokens stand at its left, so that a token's slot is
-    its position and causality is the order of slots. The grid has the rows in which something runs,
-    `grid_rows`; in the grid of the iteration before, which may have more, these were `inherited`.
+    `index (T,)` are their places in the flattened rows, ascending.
     """
 
-    def __init__(
-        self, live: MaskRows, mask: MaskRows | None, index: Tensor, width: int, grid_rows: Tensor, inherited: Tensor
-    ) -> None:
-        self.live, self.mask, self.index, self.width = live, mask, index, width
-        self.grid_rows, self.inherited = grid_rows, inherited
-
-    @classmethod
-    def of(cls, live: MaskRows, mask: MaskRows | None) -> "PackedTokens":
-        width = live.shape[1] if mask is None else int(mask.sum(-1).max()) if mask.numel() else 0
-        rows = _rows_of(live)
-        return cls(live, mask, live.flatten().nonzero().squeeze(1), width, rows, rows)
+    index: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -207,6 +191,28 @@ class PackedTokens(TokenSet):
     def add(self, rows: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
         weighted = self.take(weight).unsqueeze(-1) * tokens
         return rows.flatten(0, 1).index_add(0, self.index, weighted.squeeze(0)).unflatten(0, self.live.shape)
+
+
+@final
+class PackedTokens(_Packed):
+    """Packed, with keys and values in a grid that is made for the pass.
+
+    It has `width` slots a row, in which each row's real tokens stand at its left, so that a token's
+    slot is its position and causality is the order of slots. The grid has the rows in which something runs,
+    `grid_rows`; in the grid of the iteration before, which may have more, these were `inherited`.
+    """
+
+    def __init__(
+        self, live: MaskRows, mask: MaskRows | None, index: Tensor, width: int, grid_rows: Tensor, inherited: Tensor
+    ) -> None:
+        self.live, self.mask, self.index, self.width = live, mask, index, width
+        self.grid_rows, self.inherited = grid_rows, inherited
+
+    @classmethod
+    def of(cls, live: MaskRows, mask: MaskRows | None) -> "PackedTokens":
+        width = live.shape[1] if mask is None else int(mask.sum(-1).max()) if mask.numel() else 0
+        rows = _rows_of(live)
+        return cls(live, mask, live.flatten().nonzero().squeeze(1), width, rows, rows)
 
     def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
         kept = self.take(go).squeeze(0).nonzero().squeeze(1)
@@ -238,6 +244,68 @@ class PackedTokens(TokenSet):
         if self.mask is None:
             return torch.full_like(self.grid_rows, self.live.shape[1])
         return self.mask.sum(-1).index_select(0, self.grid_rows)
+
+
+@final
+class CachedTokens(_Packed):
+    """Packed, with keys and values in the `entries` of a cache, where they follow the `before` of each row.
+
+    After this pass the rows are to hold `after`: both are lists, one number for each row of the batch.
+    """
+
+    def __init__(
+        self,
+        live: MaskRows,
+        mask: MaskRows | None,
+        entries: Layout,
+        index: Tensor,
+        before: list[int],
+        after: list[int],
+    ) -> None:
+        self.live, self.mask, self.entries, self.index = live, mask, entries, index
+        self.before, self.after = before, after
+
+    @classmethod
+    def of(
+        cls, x: Tensor, mask: MaskRows | None, entries: Layout, before: list[int], after: list[int]
+    ) -> "CachedTokens":
+        live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        return cls(live, mask, entries, live.flatten().nonzero().squeeze(1), before, after)
+
+    def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
+        kept = self.take(go).squeeze(0).nonzero().squeeze(1)
+        if kept.numel() == self.index.numel():
+            return self, _same
+        fewer = CachedTokens(go, self.mask, self.entries, self.index.index_select(0, kept), self.before, self.after)
+        return fewer, lambda tokens: tokens.index_select(1, kept)
+
+    @lazy
+    def positions(self) -> PositionRows:
+        before = torch.tensor(self.before, dtype=torch.int64, device=self.live.device)
+        return before.unsqueeze(1) + _places(self.live, self.mask)
+
+    @lazy
+    def slots(self) -> Tensor:
+        """Each token's place in the flattened `(batch, capacity)` slots of the cache, `(T,)` int64."""
+        row = self.index // self.live.shape[1]
+        return row * self.entries.capacity + self.own
+
+    @lazy
+    def own(self) -> Tensor:
+        """Each token's slot in its row, its position, `(T,)` int64."""
+        return self.take(self.positions).squeeze(0)
+
+    @lazy
+    def runs(self) -> list[Run]:
+        """The rows that ask, in order."""
+        return list(runs_of(self.live.sum(-1).tolist(), self.before, self.after))
+
+
+def _places(live: MaskRows, mask: MaskRows | None) -> PositionRows:
+    if mask is None:
+        batch, seq = live.shape
+        return torch.arange(seq, device=live.device).expand(batch, seq)
+    return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def _rows_of(live: MaskRows) -> Tensor:

@@ -168,3 +168,26 @@ class Ungated(Update):
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`update` at full scale."""
         return self.update(x, h, start, torch.ones_like(scores), step)
+
+
+@final
+class ReZero(Update):
+    """Another update behind a learned scale that is 0 at first: `x + alpha·(update(...) - x)`.
+
+    A fresh loop then gives every iteration the same input, and so what its block gives once: a retrofit
+    begins as the model that it is made from. alpha has a gradient from the first step on, what is behind
+    it (the gate too) as soon as alpha is not 0.
+
+    Shapes: those of `update`. alpha has shape `(1,)`: wrappers that shard parameters refuse scalars.
+    Source: Bachlechner et al. 2020, arXiv 2003.04887, equation 1.
+    """
+
+    def __init__(self, update: Update) -> None:
+        super().__init__()
+        self.update = update
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
+        """From `x` to what `update` says by alpha."""
+        new = self.update(x, h, start, scores, step).to(x.dtype)
+        return torch.lerp(x, new, self.alpha.to(x.dtype))

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ._types import HiddenRows, MaskRows
-from .attention import KV, view_of
-from .blocks import run, takes_view
+from .blocks import run, takes_view, view_of
 from .bounds import Bounds
+from .caches import KVReuseCache
 from .catch import prepare
 from .checks import check_piece, check_rows
 from .gates import Gate
+from .layouts import KV
 from .masks import Rule
 from .tokens import TokenSet, all_tokens
 from .trace import Output, Recorder
@@ -84,6 +85,7 @@ class RecurrentWrapper(nn.Module):
         min_depth: int | Tensor | None = None,
         max_depth: int | Tensor | None = None,
         states: bool = False,
+        cache: KVReuseCache | None = None,
     ) -> Output:
         """Run the loop.
 
@@ -96,13 +98,23 @@ class RecurrentWrapper(nn.Module):
             max_depth: the same from above; it wins over `min_depth`. An int shortens the loop, and
                 with it every `steps` axis. Tensors are clamped to 1..steps, not checked.
             states: whether to return every iteration's state.
+            cache: what the rows held before `x` stands in it, and `x` will: all other arguments are
+                those of the new tokens. Tokens that left are then skipped, whatever `skip` says.
 
         Raises: `ValueError` for arguments of another shape or type, a depth outside 1..steps, a
-        score, stay or state of another shape, and, in eager evaluation, a score that is NaN.
+            score, stay or state of another shape, a cache that does not fit, and, in eager
+            evaluation, a score that is NaN.
         """
         check_rows(x, mask, start)
         bounds = Bounds.of(self.steps, min_depth, max_depth, (x.shape[0], x.shape[1]))
-        tokens: TokenSet = all_tokens(x, mask, self.skip)
+        if cache is None:
+            return self._loop(x, all_tokens(x, mask, self.skip), start, bounds, states)
+        with cache.open(x, mask, self.steps, self.causal) as tokens:
+            out = self._loop(x, tokens, start, bounds, states)
+            cache.commit(tokens, out.trace.depth)
+        return out
+
+    def _loop(self, x: Tensor, tokens: TokenSet, start: Tensor | None, bounds: Bounds, states: bool) -> Output:
         record = Recorder(x, tokens, bounds.steps, scored=self.gate is not None, states=states)
         remaining = tokens.live.to(record.dtype)
         x = tokens.take(x)

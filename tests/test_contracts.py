@@ -46,6 +46,11 @@ def _head() -> nn.Linear:
     return nn.Linear(DIM, VOCAB, bias=False)
 
 
+def _opened(update: ad.ReZero) -> ad.ReZero:
+    nn.init.constant_(update.alpha, 0.3)
+    return update
+
+
 GATES: dict[str, Callable[[], ad.Gate]] = {
     "LinearGate": lambda: ad.LinearGate(DIM),
     "SharedMLPGate": lambda: ad.SharedMLPGate(DIM),
@@ -73,10 +78,11 @@ UPDATES: dict[str, Callable[[], ad.Update]] = {
     "Ponder": lambda: ad.Ponder(_embedding(), _head()),
     "SurvivalScaled": lambda: ad.SurvivalScaled(ad.Interpolate()),
     "Ungated": lambda: ad.Ungated(ad.Residual()),
+    "ReZero": lambda: _opened(ad.ReZero(ad.Interpolate())),
 }
 FUNCTIONS = """bottom_k check_block depth_mask geometric_depths is_monotonic iteration live_share make_monotonic
 mask_depth positions top_k uniform_depths"""
-OTHERS = "CausalEncoder Gate Output Pointwise RecurrentWrapper Rule TokenView Trace Update testing"
+OTHERS = "CausalEncoder Gate KVReuseCache Output Pointwise RecurrentWrapper Rule TokenView Trace Update testing"
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])

@@ -43,11 +43,15 @@ def cross(x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(h, memory, memory).transpose(1, 2).flatten(2)
 
 
-class Twice(nn.Module):
-    """Attends once more at every later iteration."""
+class Uneven(nn.Module):
+    """Attends `first` times, then `later` times."""
+
+    def __init__(self, first: int, later: int) -> None:
+        super().__init__()
+        self.first, self.later = first, later
 
     def forward(self, x: Tensor) -> Tensor:
-        for _ in range(1 + int(ad.iteration().max())):
+        for _ in range(self.later if int(ad.iteration().max()) else self.first):
             x = sdpa(x)
         return x
 
@@ -193,9 +197,14 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "be separate axes.",
     ),
     "more calls": (
-        lambda: loop(Twice())(X, max_depth=torch.tensor([[3], [2]])),
-        "Iteration 1 made more than the 1 attention calls of the iteration before. A looped block must call attention "
-        "equally often every time; which layer a call is, is told by their order.",
+        lambda: loop(Uneven(1, 2))(X, max_depth=torch.tensor([[3], [2]])),
+        "Iteration 1 made more than the 1 attention calls seen before. A looped block must call attention equally often "
+        "every time; which layer a call is, is told by their order.",
+    ),
+    "fewer calls": (
+        lambda: loop(Uneven(2, 1))(X, max_depth=torch.tensor([[3], [2]])),
+        "Iteration 1 made 1 instead of 2 attention calls seen before. A looped block must call attention equally often "
+        "every time; which layer a call is, is told by their order.",
     ),
     "no_grad inside": (
         lambda: loop(NoGrad())(X),

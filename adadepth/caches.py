@@ -1,0 +1,186 @@
+"""`KVReuseCache`: the keys and values of tokens seen before, as each iteration of the loop shows them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, final, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from .layouts import Grids, Layout, Pool, chosen, longer, zeros
+from .tokens import CachedTokens
+
+LayoutName = Literal["filled", "compact", "single"]
+
+
+@final
+class KVReuseCache:
+    """What a looped block has seen: at iteration i, a past token shows its keys and values of iteration
+    min(i, its last).
+
+    Passed as `looped(x, cache=cache)` for a prompt, in one piece or several, and then for each new
+    token; the results are those of one pass over everything. For inference only: no gradients flow
+    into it. One cache belongs to one `RecurrentWrapper`.
+
+    Arguments:
+        layout: what is held of a token, in entries (its keys and values of one iteration, all layers).
+            "filled": one for every iteration of the loop; the fastest. "compact": one for every
+            iteration that the token ran, so their number is the sum of depths; gathered when read.
+            "single": the newest alone, shown to every iteration. That is an approximation: the
+            results are not those of one pass unless all depths are 1.
+        capacity: the most tokens a row may hold, allocated at once; None: it grows by halves.
+
+    Attributes: `layout`, `capacity`; `steps` of the loop and `layers` (attention calls of the block),
+    None and 0 before the first pass.
+    Raises: `ValueError` for an unknown layout or a capacity below 1; and, when it is passed to a
+    wrapper, for another batch size, number of steps or of layers, dtype, device or head size than it
+    holds, for more tokens than `capacity`, for a wrapper that is not causal, and for keys or values
+    that require gradients. The cache is then as it was before the pass.
+    Source: AdaPonderLM, arXiv 2603.01914: K^i = where(m^i, K^i, K^{i-1}).
+    """
+
+    def __init__(self, layout: LayoutName = "filled", capacity: int | None = None) -> None:
+        if layout not in get_args(LayoutName):
+            raise ValueError(f"KVReuseCache expected layout to be one of {get_args(LayoutName)}, got {layout!r}.")
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"KVReuseCache needs capacity >= 1, or None to grow, got capacity={capacity}.")
+        self.layout, self.capacity = layout, capacity
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: the cache is as new."""
+        self.steps: int | None = None
+        self.layers = 0
+        self._lengths: list[int] = []
+        self._depth = torch.zeros(0, 0, dtype=torch.int64)
+        self._entries: Layout | None = None
+
+    @property
+    def lengths(self) -> Int[Tensor, "batch"]:
+        """The real tokens that each row holds, `(batch,)` int64; of shape (0,) before the first pass."""
+        return torch.tensor(self._lengths, dtype=torch.int64, device=self._depth.device)
+
+    @property
+    def depth(self) -> Int[Tensor, "batch longest"]:
+        """The iterations that each token ran, by position, `(batch, longest)` int64; 0 beyond its row's length."""
+        return self._depth[:, : max(self._lengths, default=0)].clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        held = [self._depth] + ([] if self._entries is None else self._entries.tensors())
+        return sum(tensor.nbytes for tensor in held)
+
+    def reorder(self, rows: Int[Tensor, "new_batch"]) -> None:
+        """Row i becomes what row `rows[i]` was, with its length, positions and depths: beams, repetition, selection.
+
+        Shapes: `(new_batch,)` int64; a row may come several times or not at all.
+        Raises: `ValueError` for another shape or dtype, or rows that the cache does not have.
+        """
+        batch = len(self._lengths)
+        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            raise ValueError(
+                f"reorder expected row numbers of shape (new_batch,), integers, got {tuple(rows.shape)} {rows.dtype}."
+            )
+        order = rows.tolist()
+        if any(not 0 <= row < batch for row in order):
+            raise ValueError(f"reorder expected rows from 0 to {batch - 1}, of the {batch} held, got {order}.")
+        if order == list(range(batch)):
+            return
+        self._lengths = [self._lengths[row] for row in order]
+        self._depth = chosen(self._depth, 0, rows)
+        if self._entries is not None:
+            self._entries.take(rows)
+
+    def crop(self, length: int | Int[Tensor, "batch"]) -> None:
+        """Keep at most the first `length` real tokens of each row.
+
+        Shapes: an int, or `(batch,)` integers.
+        Raises: `ValueError` for a negative length or one for another number of rows.
+        """
+        batch = len(self._lengths)
+        if isinstance(length, Tensor) and (length.shape != (batch,) or length.is_floating_point()):
+            raise ValueError(
+                f"crop expected an int, or integers of shape (batch,) = ({batch},), got {tuple(length.shape)} "
+                f"{length.dtype}."
+            )
+        limits = length.tolist() if isinstance(length, Tensor) else [length] * batch
+        if any(limit < 0 for limit in limits) or (isinstance(length, int) and length < 0):
+            raise ValueError(f"crop expected lengths of 0 or more, got {length}.")
+        self._lengths = [min(held, limit) for held, limit in zip(self._lengths, limits, strict=True)]
+        self._forget()
+
+    def to(self, device: torch.device | str) -> "KVReuseCache":
+        """Move what is held; the same cache."""
+        self._depth = self._depth.to(device)
+        if self._entries is not None:
+            self._entries.to(device)
+        return self
+
+    @contextmanager
+    def open(self, x: Tensor, mask: Tensor | None, steps: int, causal: bool) -> Iterator[CachedTokens]:
+        """The tokens of a pass over the rows `x (batch, seq, dim)`; should it raise, the cache is as before."""
+        self._check(x, steps, causal)
+        batch, seq = x.shape[:2]
+        before = self._lengths or [0] * batch
+        new = [seq] * batch if mask is None else mask.sum(-1).tolist()
+        after = [old + more for old, more in zip(before, new, strict=True)]
+        entries = self._with_room(max(after, default=0), batch, steps, x.device)
+        try:
+            yield CachedTokens.of(x, mask, entries, before, after)
+        except BaseException:
+            self._forget()
+            raise
+
+    def commit(self, tokens: CachedTokens, depth: Int[Tensor, "batch seq"]) -> None:
+        """What the pass over `tokens` wrote is held from now on."""
+        self._depth.view(-1).index_copy_(0, tokens.slots, tokens.take(depth).squeeze(0))
+        self._lengths, self.layers = tokens.after, tokens.entries.calls
+
+    def _check(self, x: Tensor, steps: int, causal: bool) -> None:
+        if not causal:
+            raise ValueError(
+                "A KVReuseCache expected RecurrentWrapper(causal=True): without causality the tokens that it holds "
+                "would have had to see the new ones."
+            )
+        if self.steps is None:
+            return
+        if len(self._lengths) != len(x):
+            raise ValueError(
+                f"The cache holds {len(self._lengths)} rows, got a batch of {len(x)}. Begin with a new cache or "
+                "cache.reset(), or choose rows with cache.reorder(rows)."
+            )
+        if steps != self.steps:
+            raise ValueError(
+                f"The cache was filled by a loop of {self.steps} steps, got one of {steps}. Each RecurrentWrapper "
+                "needs a cache of its own."
+            )
+        if x.device != self._depth.device:
+            raise ValueError(f"The cache is on {self._depth.device}, got x on {x.device}. Move it: cache.to(device).")
+
+    def _with_room(self, longest: int, batch: int, steps: int, device: torch.device) -> Layout:
+        if self.capacity is not None and longest > self.capacity:
+            raise ValueError(
+                f"KVReuseCache(capacity={self.capacity}) is too small: with the new tokens its longest row would hold "
+                f"{longest}. Give it the capacity of prompt and new tokens together, or None."
+            )
+        if self._entries is None:
+            room = self.capacity or longest
+            kind = {"filled": steps, "single": 1}.get(self.layout)
+            self._entries = Pool(steps, batch, room, device) if kind is None else Grids(kind, batch, room)
+            self._depth = zeros(torch.empty(0, dtype=torch.int64, device=device), batch, room)
+            self.steps = steps
+        if longest > self._entries.capacity:
+            room = max(longest, self._entries.capacity * 3 // 2)
+            self._entries.grow(room)
+            self._depth = longer(self._depth, 1, room)
+        return self._entries
+
+    def _forget(self) -> None:
+        """What stands beyond the lengths, perhaps not finite."""
+        if not self._lengths or self._entries is None:
+            return self.reset()
+        for row, length in enumerate(self._lengths):
+            self._depth[row, length:] = 0
+        self._entries.keep(self._lengths)

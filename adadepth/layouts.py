@@ -1,0 +1,246 @@
+"""How a cache lays out its entries: an entry is a token's keys and values of one iteration, in every layer.
+
+Rows hold their real tokens from the left, so a token's slot is its position. Every layout follows one
+rule: an entry, once written, stands for its iteration and for all later ones, until the token runs again.
+A token that left thus shows its last entry without anybody seeing to it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+KV = tuple[Tensor, Tensor]
+# A pool grows by this share at least, so that an entry is copied a bounded number of times,
+SLACK = 64
+# and is cleared of what nobody shows at this share.
+GARBAGE = 256
+
+
+class Layout(ABC):
+    """The entries of `batch` rows with `capacity` slots each.
+
+    What stands beyond a row's length is finite: masked attention multiplies it by 0, not by nothing.
+    """
+
+    batch: int
+    capacity: int
+
+    @abstractmethod
+    def place(self, step: int, slots: Tensor) -> None:
+        """Iteration `step` runs for the tokens in `slots (T,)`, of the flattened `(batch, capacity)`."""
+
+    def write(self, call: int, k: Tensor, v: Tensor) -> None:
+        """The keys and values `(T, kv_heads, head_dim)` of these tokens in attention call number `call`."""
+        if k.requires_grad or v.requires_grad:
+            raise ValueError(
+                "A KVReuseCache is for inference, but the keys and values require gradients, which it would lose. Run "
+                "the pass under torch.no_grad() or torch.inference_mode(), or without a cache."
+            )
+        if call < self.calls:
+            for name, held, new in zip(("keys", "values"), self.held(call), (k, v), strict=True):
+                _check_entry(name, call, held, new)
+        self.put(call, k, v)
+
+    @property
+    @abstractmethod
+    def calls(self) -> int:
+        """The number of attention calls that have been written to."""
+
+    @abstractmethod
+    def held(self, call: int) -> KV:
+        """All that is held of a call, `(..., kv_heads, head_dim)`."""
+
+    @abstractmethod
+    def put(self, call: int, k: Tensor, v: Tensor) -> None:
+        """Write what is known to fit."""
+
+    @abstractmethod
+    def read(self, call: int, rows: slice, width: int) -> KV:
+        """What the first `width` slots of `rows` show in this iteration, `(rows, kv_heads, width, head_dim)`."""
+
+    @abstractmethod
+    def grow(self, capacity: int) -> None:
+        """Give each row more slots."""
+
+    @abstractmethod
+    def take(self, rows: Tensor) -> None:
+        """Row i becomes what row `rows[i]` was."""
+
+    @abstractmethod
+    def keep(self, lengths: Sequence[int]) -> None:
+        """Forget what stands beyond each row's length."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Everything that is held."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> None:
+        """Move it."""
+
+
+@final
+class Grids(Layout):
+    """A grid of slots for each of the first `iterations`; the last serves all that follow.
+
+    With as many as the loop has steps, every iteration's grid is complete (the fastest to read); with
+    one, each token shows its newest entry to every iteration.
+    """
+
+    def __init__(self, iterations: int, batch: int, capacity: int) -> None:
+        self.iterations, self.batch, self.capacity = iterations, batch, capacity
+        self.grids: list[KV] = []  # (iterations, batch, capacity, kv_heads, head_dim)
+
+    def place(self, step: int, slots: Tensor) -> None:
+        self.iteration, self.slots = min(step, self.iterations - 1), slots
+
+    @property
+    def calls(self) -> int:
+        return len(self.grids)
+
+    def held(self, call: int) -> KV:
+        return self.grids[call]
+
+    def put(self, call: int, k: Tensor, v: Tensor) -> None:
+        if call == len(self.grids):
+            shape = (self.iterations, self.batch, self.capacity)
+            self.grids.append((zeros(k, *shape, *k.shape[1:]), zeros(v, *shape, *v.shape[1:])))
+        for grid, new in zip(self.grids[call], (k, v), strict=True):
+            showing = grid[self.iteration :].flatten(1, 2)
+            showing.index_copy_(1, self.slots.to(grid.device), new.expand(len(showing), *new.shape))
+
+    def read(self, call: int, rows: slice, width: int) -> KV:
+        k, v = self.grids[call]
+        return k[self.iteration, rows, :width].transpose(1, 2), v[self.iteration, rows, :width].transpose(1, 2)
+
+    def grow(self, capacity: int) -> None:
+        self.grids = [(longer(k, 2, capacity), longer(v, 2, capacity)) for k, v in self.grids]
+        self.capacity = capacity
+
+    def take(self, rows: Tensor) -> None:
+        self.grids = [(chosen(k, 1, rows), chosen(v, 1, rows)) for k, v in self.grids]
+        self.batch = len(rows)
+
+    def keep(self, lengths: Sequence[int]) -> None:
+        for grid in self.tensors():
+            for row, length in enumerate(lengths):
+                grid[:, row, length:] = 0
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for kv in self.grids for tensor in kv]
+
+    def to(self, device: torch.device | str) -> None:
+        self.grids = [(k.to(device), v.to(device)) for k, v in self.grids]
+
+
+@final
+class Pool(Layout):
+    """Only the entries that were made, one after the other, and a table of which one a slot shows when.
+
+    Entry 0 is zero and belongs to no token. Rows may show the same entries: beams share their past.
+    """
+
+    def __init__(self, iterations: int, batch: int, capacity: int, device: torch.device) -> None:
+        self.batch, self.capacity, self.count = batch, capacity, 1
+        self.table = zeros(torch.empty(0, dtype=torch.int32, device=device), iterations, batch, capacity)
+        self.pools: list[KV] = []  # (entries, kv_heads, head_dim)
+
+    def place(self, step: int, slots: Tensor) -> None:
+        self.first, self.count = self.count, self.count + len(slots)
+        entries = torch.arange(self.first, self.count, dtype=torch.int32, device=slots.device)
+        showing = self.table[step:].flatten(1, 2)
+        showing.index_copy_(1, slots, entries.expand(len(showing), -1))
+        self.step, self.shown = step, dict[tuple[int, int, int], Tensor]()
+
+    @property
+    def calls(self) -> int:
+        return len(self.pools)
+
+    def held(self, call: int) -> KV:
+        return self.pools[call]
+
+    def put(self, call: int, k: Tensor, v: Tensor) -> None:
+        if call == len(self.pools):
+            self.pools.append((zeros(k, 1, *k.shape[1:]), zeros(v, 1, *v.shape[1:])))
+        if len(self.pools[call][0]) < self.count:
+            k_pool, v_pool = self.pools[call]
+            size = max(self.count, len(k_pool) + len(k_pool) // SLACK)
+            self.pools[call] = longer(k_pool, 0, size), longer(v_pool, 0, size)
+        for pool, new in zip(self.pools[call], (k, v), strict=True):
+            pool[self.first : self.count] = new
+
+    def read(self, call: int, rows: slice, width: int) -> KV:
+        k, v = self.pools[call]
+        which = (rows.start, rows.stop, width)
+        if which not in self.shown:
+            self.shown[which] = self.table[self.step, rows, :width].flatten()
+        entries = self.shown[which].to(k.device)
+        shape = (rows.stop - rows.start, width)
+        return (
+            k.index_select(0, entries).unflatten(0, shape).transpose(1, 2),
+            v.index_select(0, entries).unflatten(0, shape).transpose(1, 2),
+        )
+
+    def grow(self, capacity: int) -> None:
+        self.table, self.capacity = longer(self.table, 2, capacity), capacity
+
+    def take(self, rows: Tensor) -> None:
+        self.table, self.batch = chosen(self.table, 1, rows), len(rows)
+        self._collect()
+
+    def keep(self, lengths: Sequence[int]) -> None:
+        for row, length in enumerate(lengths):
+            self.table[:, row, length:] = 0
+        self._collect()
+
+    def tensors(self) -> list[Tensor]:
+        return [self.table, *(tensor for kv in self.pools for tensor in kv)]
+
+    def to(self, device: torch.device | str) -> None:
+        self.table = self.table.to(device)
+        self.pools = [(k.to(device), v.to(device)) for k, v in self.pools]
+
+    def _collect(self) -> None:
+        """Drop the entries that no slot shows, once they are more than the slack."""
+        used = torch.cat([self.table.new_zeros(1), self.table.flatten()]).unique()
+        if self.count - len(used) <= self.count // GARBAGE:
+            return
+        self.table = torch.searchsorted(used, self.table, out_int32=True)
+        self.pools = [(chosen(k, 0, used), chosen(v, 0, used)) for k, v in self.pools]
+        self.count = len(used)
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros like `like`; never an inference tensor, which only inference mode could write."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def _check_entry(name: str, call: int, held: Tensor, new: Tensor) -> None:
+    for what, have, got in (
+        ("dtype", held.dtype, new.dtype),
+        ("device", held.device, new.device),
+        ("(kv_heads, head_dim)", tuple(held.shape[-2:]), tuple(new.shape[-2:])),
+    ):
+        if have != got:
+            raise ValueError(
+                f"The cache holds {name} of {what} {have} in attention call {call}, got {got}. A cache serves one "
+                "wrapper as it was when the cache was begun: cast and move first, then begin with a new cache or "
+                "cache.reset()."
+            )
+
+
+def longer(old: Tensor, axis: int, size: int) -> Tensor:
+    """`old` with `size` places along an axis; the new ones are 0."""
+    new = zeros(old, *old.shape[:axis], size, *old.shape[axis + 1 :])
+    new.narrow(axis, 0, old.shape[axis]).copy_(old)
+    return new
+
+
+def chosen(old: Tensor, axis: int, rows: Tensor) -> Tensor:
+    """A copy of `rows` of `old` along an axis."""
+    with torch.inference_mode(False):
+        return old.index_select(axis, rows.to(old.device))
