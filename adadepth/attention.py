@@ -68,6 +68,8 @@ class TokenView(ABC):
     everything runs, nothing is kept, and the first iteration has shown what the block's calls are like.
     """
 
+    known = "seen before"
+
     def __init__(self, tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> None:
         self.tokens, self.step, self.causal, self.past, self.keep = tokens, step, causal, past, keep
         self.bare = step > 0 and not keep and isinstance(tokens, WholeTokens)
@@ -130,7 +132,7 @@ class TokenView(ABC):
         ):
             self._refuse(q, k, v)
         if self.calls == self.expected:
-            self._uneven("more than the")
+            self._uneven("more than")
         k, v = self._merge(k, v)
         self.calls += 1
         if self.keep:
@@ -144,8 +146,8 @@ class TokenView(ABC):
 
     def _uneven(self, calls: str) -> NoReturn:
         raise ValueError(
-            f"Iteration {self.step} made {calls} {self.expected} attention calls seen before. A looped block "
-            "must call attention equally often every time; which layer a call is, is told by their order."
+            f"Iteration {self.step} made {calls} the {self.expected} attention calls {self.known}. A looped block must "
+            "call attention equally often every time; which layer a call is, is told by their order."
         )
 
     def _check_window(self, window: int) -> None:

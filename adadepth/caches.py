@@ -83,9 +83,10 @@ class KVReuseCache:
             raise ValueError(
                 f"reorder expected row numbers of shape (new_batch,), integers, got {tuple(rows.shape)} {rows.dtype}."
             )
+        rows = rows.long()
         order = rows.tolist()
         if any(not 0 <= row < batch for row in order):
-            raise ValueError(f"reorder expected rows from 0 to {batch - 1}, of the {batch} held, got {order}.")
+            raise ValueError(f"reorder expected numbers of the {batch} rows that are held, from 0, got {order}.")
         if order == list(range(batch)):
             return
         self._lengths = [self._lengths[row] for row in order]
@@ -100,15 +101,16 @@ class KVReuseCache:
         Raises: `ValueError` for a negative length or one for another number of rows.
         """
         batch = len(self._lengths)
-        if isinstance(length, Tensor) and (length.shape != (batch,) or length.is_floating_point()):
+        limits = torch.as_tensor(length)
+        if limits.is_floating_point() or limits.dtype == torch.bool or limits.shape not in ((), (batch,)):
             raise ValueError(
-                f"crop expected an int, or integers of shape (batch,) = ({batch},), got {tuple(length.shape)} "
-                f"{length.dtype}."
+                f"crop expected an int, or integers of shape (batch,) = ({batch},), got {tuple(limits.shape)} "
+                f"{limits.dtype}."
             )
-        limits = length.tolist() if isinstance(length, Tensor) else [length] * batch
-        if any(limit < 0 for limit in limits) or (isinstance(length, int) and length < 0):
+        if bool((limits < 0).any()):
             raise ValueError(f"crop expected lengths of 0 or more, got {length}.")
-        self._lengths = [min(held, limit) for held, limit in zip(self._lengths, limits, strict=True)]
+        each = limits.expand(batch).tolist()
+        self._lengths = [min(held, limit) for held, limit in zip(self._lengths, each, strict=True)]
         self._forget()
 
     def to(self, device: torch.device | str) -> "KVReuseCache":
@@ -142,7 +144,7 @@ class KVReuseCache:
         if not causal:
             raise ValueError(
                 "A KVReuseCache expected RecurrentWrapper(causal=True): without causality the tokens that it holds "
-                "would have had to see the new ones."
+                "would have had to see the new ones. Run without a cache."
             )
         if self.steps is None:
             return

@@ -92,32 +92,37 @@ class Grids(Layout):
 
     def __init__(self, iterations: int, batch: int, capacity: int) -> None:
         self.iterations, self.batch, self.capacity = iterations, batch, capacity
-        self.grids: list[KV] = []  # (iterations, batch, capacity, kv_heads, head_dim)
+        self.grids: list[KV] = []  # (iterations, batch, kv_heads, capacity, head_dim): a head is read in one run
 
     def place(self, step: int, slots: Tensor) -> None:
-        self.iteration, self.slots = min(step, self.iterations - 1), slots
+        self.iteration = min(step, self.iterations - 1)
+        self.rows, self.slots = slots // self.capacity, slots % self.capacity
 
     @property
     def calls(self) -> int:
         return len(self.grids)
 
     def held(self, call: int) -> KV:
-        return self.grids[call]
+        k, v = self.grids[call]
+        return k.transpose(2, 3), v.transpose(2, 3)
 
     def put(self, call: int, k: Tensor, v: Tensor) -> None:
         if call == len(self.grids):
-            shape = (self.iterations, self.batch, self.capacity)
-            self.grids.append((zeros(k, *shape, *k.shape[1:]), zeros(v, *shape, *v.shape[1:])))
+            self.grids.append((self._grid(k), self._grid(v)))
         for grid, new in zip(self.grids[call], (k, v), strict=True):
-            showing = grid[self.iteration :].flatten(1, 2)
-            showing.index_copy_(1, self.slots.to(grid.device), new.expand(len(showing), *new.shape))
+            rows, slots = self.rows.to(grid.device), self.slots.to(grid.device)
+            grid[self.iteration :, rows, :, slots] = new.unsqueeze(1)
+
+    def _grid(self, new: Tensor) -> Tensor:
+        heads, head_dim = new.shape[1:]
+        return zeros(new, self.iterations, self.batch, heads, self.capacity, head_dim)
 
     def read(self, call: int, rows: slice, width: int) -> KV:
         k, v = self.grids[call]
-        return k[self.iteration, rows, :width].transpose(1, 2), v[self.iteration, rows, :width].transpose(1, 2)
+        return k[self.iteration, rows, :, :width], v[self.iteration, rows, :, :width]
 
     def grow(self, capacity: int) -> None:
-        self.grids = [(longer(k, 2, capacity), longer(v, 2, capacity)) for k, v in self.grids]
+        self.grids = [(longer(k, 3, capacity), longer(v, 3, capacity)) for k, v in self.grids]
         self.capacity = capacity
 
     def take(self, rows: Tensor) -> None:
@@ -127,7 +132,7 @@ class Grids(Layout):
     def keep(self, lengths: Sequence[int]) -> None:
         for grid in self.tensors():
             for row, length in enumerate(lengths):
-                grid[:, row, length:] = 0
+                grid[:, row, :, length:] = 0
 
     def tensors(self) -> list[Tensor]:
         return [tensor for kv in self.grids for tensor in kv]
@@ -153,7 +158,7 @@ class Pool(Layout):
         entries = torch.arange(self.first, self.count, dtype=torch.int32, device=slots.device)
         showing = self.table[step:].flatten(1, 2)
         showing.index_copy_(1, slots, entries.expand(len(showing), -1))
-        self.step, self.shown = step, dict[tuple[int, int, int], Tensor]()
+        self.step, self.shown = step, dict[int, Tensor]()
 
     @property
     def calls(self) -> int:
@@ -174,10 +179,9 @@ class Pool(Layout):
 
     def read(self, call: int, rows: slice, width: int) -> KV:
         k, v = self.pools[call]
-        which = (rows.start, rows.stop, width)
-        if which not in self.shown:
-            self.shown[which] = self.table[self.step, rows, :width].flatten()
-        entries = self.shown[which].to(k.device)
+        if rows.start not in self.shown:
+            self.shown[rows.start] = self.table[self.step, rows, :width].flatten()
+        entries = self.shown[rows.start].to(k.device)
         shape = (rows.stop - rows.start, width)
         return (
             k.index_select(0, entries).unflatten(0, shape).transpose(1, 2),
@@ -208,7 +212,8 @@ class Pool(Layout):
         used = torch.cat([self.table.new_zeros(1), self.table.flatten()]).unique()
         if self.count - len(used) <= self.count // GARBAGE:
             return
-        self.table = torch.searchsorted(used, self.table, out_int32=True)
+        with torch.inference_mode(False):
+            self.table = torch.searchsorted(used, self.table, out_int32=True)
         self.pools = [(chosen(k, 0, used), chosen(v, 0, used)) for k, v in self.pools]
         self.count = len(used)
 

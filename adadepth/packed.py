@@ -90,11 +90,12 @@ class CachedView(TokenView):
     """What is asked is a cache, which holds these tokens behind those of earlier passes."""
 
     tokens: CachedTokens
+    known = "that the cache holds (a cache belongs to one wrapper)"
 
     def __init__(self, tokens: CachedTokens, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> None:
         super().__init__(tokens, step, causal, past, keep)
         tokens.entries.place(step, tokens.slots)
-        self.expected = tokens.entries.calls or None
+        self.expected = tokens.entries.calls or (0 if any(tokens.before) else None)
 
     def _merge(self, k: Tensor, v: Tensor) -> KV:
         self.tokens.entries.write(self.calls, k.squeeze(0).transpose(0, 1), v.squeeze(0).transpose(0, 1))

@@ -31,14 +31,14 @@ class TokenSet(ABC):
     mask: MaskRows | None
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[int, int]:
         """The first two axes of the block's input."""
+        return self.live.shape[0], self.live.shape[1]
 
     @property
-    @abstractmethod
     def empty(self) -> bool:
         """True where it is known that nothing is left to run."""
+        return self.live.numel() == 0
 
     @abstractmethod
     def take(self, rows: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ class TokenSet(ABC):
     def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """`rows`, replaced by `tokens` where these run."""
 
-    @abstractmethod
     def add(self, rows: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
         """`rows + weight * tokens`, with `weight (batch, seq)` in rows."""
+        return rows + weight.unsqueeze(-1) * tokens
 
     @abstractmethod
     def narrow(self, go: MaskRows) -> tuple["TokenSet", Select]:
@@ -90,14 +90,6 @@ class WholeTokens(TokenSet):
     def __init__(self, live: MaskRows, skip: bool) -> None:
         self.live, self.skip = live, skip
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.live.shape[0], self.live.shape[1]
-
-    @property
-    def empty(self) -> bool:
-        return self.live.numel() == 0
-
     def take(self, rows: Tensor) -> Tensor:
         return rows
 
@@ -111,9 +103,6 @@ class WholeTokens(TokenSet):
     def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
         del rows
         return tokens
-
-    def add(self, rows: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-        return rows + weight.unsqueeze(-1) * tokens
 
     def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
         if not self.skip:
@@ -129,14 +118,6 @@ class DenseTokens(TokenSet):
     def __init__(self, live: MaskRows, mask: MaskRows | None) -> None:
         self.live, self.mask = live, mask
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.live.shape[0], self.live.shape[1]
-
-    @property
-    def empty(self) -> bool:
-        return self.live.numel() == 0
-
     def take(self, rows: Tensor) -> Tensor:
         return self.rows(rows)
 
@@ -149,9 +130,6 @@ class DenseTokens(TokenSet):
 
     def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
         return torch.where(_like(self.live, tokens), tokens, rows)
-
-    def add(self, rows: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
-        return rows + weight.unsqueeze(-1) * tokens
 
     def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
         return DenseTokens(go, self.mask), _same

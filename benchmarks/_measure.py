@@ -14,21 +14,31 @@ RESULTS = Path(__file__).with_name("RESULTS.md")
 HEADER = "# Results\n\nWritten by the benchmarks, a section each: `python -m benchmarks.<section>`.\n"
 
 
-def interleave(functions: dict[str, Callable[[], object]], repeats: int = 5) -> dict[str, float]:
+def interleave(
+    functions: dict[str, Callable[[], object]], repeats: int = 5, before: dict[str, Callable[[], object]] | None = None
+) -> dict[str, float]:
     """The best seconds of each function, called in turn so that a slow moment of the machine meets all.
 
     Each is called once unmeasured. The order turns round every time, so that none always follows the same.
+    `before` is called before each of the same name, unmeasured.
     """
     best = dict.fromkeys(functions, float("inf"))
-    for function in functions.values():
+    prepare = before or {}
+    for name, function in functions.items():
+        prepare.get(name, _nothing)()
         function()
     gc.collect()
     for i in range(repeats):
         for name in list(functions) if i % 2 == 0 else list(functions)[::-1]:
+            prepare.get(name, _nothing)()
             start = time.perf_counter()
             functions[name]()
             best[name] = min(best[name], time.perf_counter() - start)
     return best
+
+
+def _nothing() -> None:
+    pass
 
 
 def machine() -> str:

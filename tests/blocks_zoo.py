@@ -151,22 +151,22 @@ class Rotary(nn.Module):
 
     takes_view = True
 
-    def __init__(self, dim: int, causal: bool) -> None:
+    def __init__(self, dim: int, causal: bool, window: int | None = None) -> None:
         super().__init__()
-        del causal  # the view knows
+        self.options: dict[str, Any] = {"scale": 0.7, "window": window if causal else None}
         self.norm, self.qk = nn.LayerNorm(dim), nn.Linear(dim, 2 * dim)
         self.v, self.out = nn.Linear(dim, dim // 2), nn.Linear(dim // 2, dim)
 
     def forward(self, x: Tensor, view: ad.TokenView) -> Tensor:
         y = self.norm(x)
         q, k = (rotate(heads_of(t, 2), view.positions.unsqueeze(1)) for t in self.qk(y).chunk(2, -1))
-        return x + self.out(merged(view.attend(q, k, heads_of(self.v(y), 2), scale=0.7)))
+        return x + self.out(merged(view.attend(q, k, heads_of(self.v(y), 2), **self.options)))
 
 
 def rotary(block: Rotary, x: Tensor, tokens: Tokens) -> Tensor:
     y, place = block.norm(x), tokens.place[tokens.runs].unsqueeze(1)
     q, k = (rotate(split(t, 2), place) for t in block.qk(y).chunk(2, -1))
-    return x + block.out(tokens.attend(q, k, split(block.v(y), 2), scale=0.7).flatten(1))
+    return x + block.out(tokens.attend(q, k, split(block.v(y), 2), **block.options).flatten(1))
 
 
 class Stepped(PreNorm):
@@ -184,6 +184,29 @@ def stepped(block: Stepped, x: Tensor, tokens: Tokens) -> Tensor:
     return pre_norm(block, x + block.step.weight[tokens.step] + block.place(tokens.place[tokens.runs]), tokens)
 
 
+class Deep(nn.Module):
+    """A block of each kind, one on the other."""
+
+    def __init__(self, kinds: tuple[Kind, ...], dim: int, causal: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind.make(dim, causal) for kind in kinds)
+        self.takes_view = getattr(self.blocks[0], "takes_view", False)
+
+    def forward(self, x: Tensor, *view: ad.TokenView) -> Tensor:
+        for block in self.blocks:
+            x = block(x, *view)
+        return x
+
+
+def deep(*kinds: Kind) -> Kind:
+    def layers(block: Deep, x: Tensor, tokens: Tokens) -> Tensor:
+        for n, (kind, inner) in enumerate(zip(kinds, block.blocks, strict=True)):
+            x = kind.layers(inner, x, tokens._replace(part=(*tokens.part, n)))
+        return x
+
+    return Kind(lambda dim, causal: Deep(kinds, dim, causal), layers)
+
+
 BLOCKS = {
     "attention": Kind(PreNorm, pre_norm),
     "grouped-query": Kind(Grouped, grouped),
@@ -194,15 +217,18 @@ BLOCKS = {
     "stack": Kind(lambda dim, causal: nn.Sequential(PreNorm(dim, causal), PreNorm(dim, causal)), stack),
     "pointwise": Kind(pointwise, lambda block, x, tokens: block.block(x)),
     "view": Kind(Rotary, rotary),
+    "window": deep(Kind(lambda dim, causal: Rotary(dim, causal, window=3), rotary), Kind(Rotary, rotary)),
     "iteration and positions": Kind(Stepped, stepped),
 }
+# Each with several layers.
+DEEP = {name: deep(kind, kind) for name, kind in BLOCKS.items()}
 
 
-def looped(kind: str, causal: bool = True, **options: Any) -> ad.RecurrentWrapper:
+def looped(kind: str, causal: bool = True, zoo: dict[str, Kind] = BLOCKS, **options: Any) -> ad.RecurrentWrapper:
     """A loop of four iterations in float64, seeded, whose tokens leave all over it."""
     torch.manual_seed(1)
     gate = spread(ad.PerIterationMLPGate(DIM, 4))
-    block = BLOCKS[kind].make(DIM, causal)
+    block = zoo[kind].make(DIM, causal)
     return ad.RecurrentWrapper(block, 4, gate, ad.Threshold(0.5), ad.Interpolate(), causal=causal, **options).double()
 
 

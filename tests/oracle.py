@@ -24,6 +24,7 @@ class Result(NamedTuple):
     exit_probs: Tensor  # (batch, seq, steps)
 
 
+Name = tuple[str | int, ...]  # of an attention call's keys or values
 Layers = Callable[[nn.Module, Tensor, "Tokens"], Tensor]  # the block's formula: (m, dim) to (m, dim)
 Gate = Callable[[Tensor, Tensor, int], Tensor]  # h, previous (m, dim), step: scores (m,)
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores (n, step + 1), remaining, place (n,): what stays (n,)
@@ -43,16 +44,21 @@ def loop(
     start: Tensor,
     least: Tensor,
     most: Tensor,
+    past: "Past | None" = None,
 ) -> Result:
-    """Rows x, start (batch, seq, dim); mask, and the depths to reach at least and at most (batch, seq)."""
+    """Rows x, start (batch, seq, dim); mask, and the depths to reach at least and at most (batch, seq).
+
+    `past` is what an earlier call left of itself, and is added to; None: there was none.
+    """
+    past = Past() if past is None else past
     row, _ = mask.nonzero(as_tuple=True)
-    place = (mask.cumsum(1) - 1)[mask]
+    place = (mask.cumsum(1) - 1)[mask] + past.count(row)
     inputs, start, least, most = x[mask], start[mask], least[mask], most[mask]
     state, remaining, shown = inputs, inputs.new_ones(len(inputs)), {}
     lives, states, scores, exits = [], [], [], []
     for step in range(steps):
         runs, previous = remaining > 0, state
-        h = layers(block, inputs[runs], Tokens(runs, row, place, step, causal, shown))
+        h = layers(block, inputs[runs], Tokens(runs, row, place, step, causal, shown, past))
         state = put(state, runs, h)
         lives.append(runs)
         states.append(state)
@@ -67,6 +73,7 @@ def loop(
         exits.append(remaining - stays)
         goes, remaining = stays > 0, stays
         inputs = put(inputs, goes, update(inputs[goes], state[goes], start[goes], history[goes]))
+    past.add(row, place, shown)
     weights = torch.stack(exits, 1)
     states = torch.stack(states, 1)
     hidden = (weights.unsqueeze(-1) * states).sum(1)
@@ -74,31 +81,65 @@ def loop(
     return Result(*(in_rows(t, mask) for t in (hidden, states, torch.stack(lives, 1), scores, weights)))
 
 
+class Past:
+    """Tokens of earlier calls, each with the keys and values of its last iteration and no others.
+
+    That is a cache with layout "single". For one that keeps every iteration there is no need of a past: prefill
+    and decode, however cut, are one call on all the tokens.
+    """
+
+    def __init__(self) -> None:
+        self.row = self.place = torch.zeros(0, dtype=torch.int64)
+        self.shown: dict[Name, Tensor] = {}
+
+    def count(self, row: Tensor) -> Tensor:
+        """How many tokens of each `row` there are."""
+        return (row.unsqueeze(1) == self.row).sum(1)
+
+    def add(self, row: Tensor, place: Tensor, shown: dict[Name, Tensor]) -> None:
+        self.row, self.place = torch.cat([self.row, row]), torch.cat([self.place, place])
+        self.shown = {name: self.before(name, new) for name, new in shown.items()}
+
+    def before(self, name: Name, new: Tensor) -> Tensor:
+        """What these tokens show, and behind it the `new`."""
+        return torch.cat([self.shown.get(name, new[:0]), new])
+
+
 class Tokens(NamedTuple):
-    """The tokens of one iteration, as the block's formula needs them. `shown` grows by one entry per attention call."""
+    """The tokens of one iteration, as the block's formula needs them.
+
+    `shown` grows by two entries per attention call; `part` tells the calls of a block's parts apart.
+    """
 
     runs: Tensor
     row: Tensor
     place: Tensor
     step: int
     causal: bool
-    shown: dict[tuple[str, int], Tensor]
+    shown: dict[Name, Tensor]
+    past: Past
+    part: tuple[int, ...] = ()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, call: int = 0, scale: float | None = None) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, call: int = 0, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
         """Softmax attention, (m, heads, head_dim): of those that run, over all tokens that they may see."""
-        keys, values = self._show(("k", call), k), self._show(("v", call), v)
+        keys, values = self._show(("k", *self.part, call), k), self._show(("v", *self.part, call), v)
         keys, values = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (keys, values))
-        sees = self.row[self.runs].unsqueeze(1) == self.row
+        sees = self.row[self.runs].unsqueeze(1) == torch.cat([self.past.row, self.row])
+        behind = self.place[self.runs].unsqueeze(1) - torch.cat([self.past.place, self.place])
         if self.causal:
-            sees = sees & (self.place[self.runs].unsqueeze(1) >= self.place)
+            sees = sees & (behind >= 0)
+        if window is not None:
+            sees = sees & (behind < window)
         logits = torch.einsum("qhd,khd->hqk", q, keys) * (q.shape[2] ** -0.5 if scale is None else scale)
         weights = logits.masked_fill(~sees, -torch.inf).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, values)
 
-    def _show(self, name: tuple[str, int], new: Tensor) -> Tensor:
+    def _show(self, name: Name, new: Tensor) -> Tensor:
         old = self.shown.get(name, new.new_zeros(len(self.runs), *new.shape[1:]))
         self.shown[name] = put(old, self.runs, new)
-        return self.shown[name]
+        return self.past.before(name, self.shown[name])
 
 
 def within(stays: Tensor, remaining: Tensor) -> Tensor:

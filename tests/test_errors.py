@@ -203,7 +203,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "fewer calls": (
         lambda: loop(Uneven(2, 1))(X, max_depth=torch.tensor([[3], [2]])),
-        "Iteration 1 made 1 instead of 2 attention calls seen before. A looped block must call attention equally often "
+        "Iteration 1 made 1 instead of the 2 attention calls seen before. A looped block must call attention equally often "
         "every time; which layer a call is, is told by their order.",
     ),
     "no_grad inside": (

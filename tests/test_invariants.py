@@ -20,7 +20,7 @@ RULES = [
     None,
 ]
 # Those that run outside a loop too.
-PLAIN = [kind for kind in BLOCKS if kind not in ("pointwise", "view", "iteration and positions")]
+PLAIN = [kind for kind in BLOCKS if kind not in ("pointwise", "view", "window", "iteration and positions")]
 
 
 def rows(batch: int, seq: int) -> Tensor:
