@@ -2,7 +2,8 @@
 
 A gate reads the state after an iteration, the state before it and the number of the iteration, each
 token on its own; it gives one score per token. Learned gates end in a sigmoid and start open: a
-token that left gives no gradient that could bring it back. Gates know no masks and no caches.
+token that left gives no gradient that could bring it back. Gates know no masks and no caches. Each keeps
+its arguments under their own names, from which `adadepth.hf` saves it.
 """
 
 from abc import ABC, abstractmethod
@@ -44,13 +45,14 @@ class LinearGate(Gate):
     def __init__(self, dim: int, bias: float = 3.0) -> None:
         super().__init__()
         _at_least_one("LinearGate", dim=dim)
+        self.dim, self.bias = dim, bias
         self.proj = nn.Linear(dim, 1)
         nn.init.constant_(self.proj.bias, bias)
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """The score; the same map at every iteration."""
         del previous, step
-        _check_width("LinearGate", self.proj.in_features, h)
+        _check_width("LinearGate", self.dim, h)
         return self.proj(h).sigmoid().squeeze(-1)
 
 
@@ -67,6 +69,7 @@ class SharedMLPGate(Gate):
 
     def __init__(self, dim: int, hidden: int | None = None, bias: float = 3.0) -> None:
         super().__init__()
+        self.dim, self.hidden, self.bias = dim, hidden, bias
         self.mlp = _mlp("SharedMLPGate", dim, hidden, bias)
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
@@ -91,6 +94,7 @@ class PerIterationMLPGate(Gate):
     def __init__(self, dim: int, steps: int, hidden: int | None = None, bias: float = 3.0) -> None:
         super().__init__()
         _at_least_one("PerIterationMLPGate", dim=dim, steps=steps)
+        self.dim, self.steps, self.hidden, self.bias = dim, steps, hidden, bias
         self.mlps = nn.ModuleList(_mlp("PerIterationMLPGate", dim, hidden, bias) for _ in range(steps - 1))
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:

@@ -44,11 +44,18 @@ def test_a_missing_extra_is_named() -> None:
     assert need("json", "viz").dumps(1) == "1"
 
 
+README = (ROOT / "README.md").read_text()
+SHOWN = re.findall(r"## ([^\n]*)\n\n```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
+
+
 @pytest.mark.plain
-def test_the_readme_runs_and_prints_what_it_says() -> None:
-    readme = (ROOT / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    (printed,) = re.findall(r"```text\n(.*?)```", readme, re.DOTALL)
+def test_all_code_in_the_readme_is_shown_with_what_it_prints() -> None:
+    assert len(SHOWN) == README.count("```python") == README.count("```text") > 2
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(("code", "printed"), [pytest.param(*rest, id=title) for title, *rest in SHOWN])
+def test_the_readme_runs_and_prints_what_it_says(code: str, printed: str) -> None:
     assert python(code) == printed
 
 

@@ -1,0 +1,19 @@
+"""Any Hugging Face causal language model, made adaptive: `adapt(model, steps=4)`."""
+
+from .._extras import need
+
+need("transformers", "hf")
+
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from .cache import AdaptiveCache as AdaptiveCache  # noqa: E402
+from .calibration import Calibration as Calibration  # noqa: E402
+from .calibration import calibrate as calibrate  # noqa: E402
+from .config import AdaptiveConfig as AdaptiveConfig  # noqa: E402
+from .model import AdaptiveForCausalLM as AdaptiveForCausalLM  # noqa: E402
+from .model import AdaptiveOutput as AdaptiveOutput  # noqa: E402
+from .retrofit import adapt as adapt  # noqa: E402
+from .retrofit import load_gates as load_gates  # noqa: E402
+
+AutoConfig.register(AdaptiveConfig.model_type, AdaptiveConfig, exist_ok=True)
+AutoModelForCausalLM.register(AdaptiveConfig, AdaptiveForCausalLM, exist_ok=True)

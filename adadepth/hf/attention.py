@@ -1,0 +1,61 @@
+"""The attention of Hugging Face layers, handed to the view of the running iteration.
+
+Registered with transformers' AttentionInterface as "adadepth": layers call it with keys and values
+unrepeated and with their window. No mask is registered, so they build none.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ..catch import current_view
+
+NAME = "adadepth"
+# What layers pass along that does not concern attention, or is known here in a better way.
+_IGNORED = {"position_ids", "use_cache", "cache_position", "is_causal"}
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What a layer of an adapted model attends with.
+
+    Shapes: `query (rows, heads, length, head_dim)`, `key` and `value` with as many or fewer heads; the
+    answers `(rows, length, heads, head_dim)`, and no weights.
+    Raises: `RuntimeError` outside an adapted model, `ValueError` for a mask or for what is not known here.
+    """
+    view = current_view(f"The attention of an adapted {type(module).__name__}")
+    if attention_mask is not None or others.get("is_causal") is False:
+        raise ValueError(
+            f"{type(module).__name__} passes "
+            + ("is_causal=False" if attention_mask is None else "an attention mask of its own")
+            + ". In an adapted model a token sees itself and what stands before it, and only the loop knows what is "
+            "padding. Pass padding as attention_mask to the model, and set config.is_causal to True or None."
+        )
+    if unknown := [n for n, given in others.items() if not (n in _IGNORED or given is None or given is False)]:
+        raise ValueError(
+            f"{type(module).__name__} attends with {', '.join(unknown)}, which an adapted model cannot honour. Known "
+            "are scaling, dropout and sliding_window."
+        )
+    out = view.attend(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+        window=sliding_window,
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, attention)

@@ -1,0 +1,129 @@
+"""The cache of an adapted model, as transformers' generation handles caches: in columns of ids."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import Cache
+
+from ..caches import KVReuseCache, LayoutName
+
+PARTS = ("prelude", "loop", "coda")
+
+
+@final
+class AdaptiveCache(Cache):
+    """What an adapted model has seen; made by `generate`, or passed to it and to the model as `past_key_values`.
+
+    Arguments:
+        layout: of the loop's keys and values: "filled" (fastest), "compact" (memory for the sum of
+            depths), or the approximate "single". What runs once per token needs one entry in any.
+        capacity: the most real tokens a row may hold, allocated at once; None: it grows.
+
+    Attributes: `parts`, the `KVReuseCache` of each of "prelude", "loop" and "coda".
+    Raises: `ValueError` for what `KVReuseCache` refuses.
+    """
+
+    def __init__(self, layout: LayoutName = "filled", capacity: int | None = None) -> None:
+        super().__init__(layers=[])
+        self.parts = {part: KVReuseCache(layout if part == "loop" else "filled", capacity) for part in PARTS}
+        self._masks: list[Tensor] = []
+        self._columns = 0
+
+    @property
+    def mask(self) -> Tensor:
+        """Which columns hold real tokens, `(batch, columns)` bool; `(0, 0)` before the first pass."""
+        if len(self._masks) > 1:
+            self._masks = [torch.cat(self._masks, 1)]
+        return self._masks[0] if self._masks else torch.zeros(0, 0, dtype=torch.bool)
+
+    @property
+    def depth(self) -> Int[Tensor, "batch columns"]:
+        """Iterations that each token ran, `(batch, columns)` int64; 0 at padding. As both depths it is a replay."""
+        mask = self.mask
+        if not mask.any():
+            return mask.long()
+        position = (mask.cumsum(1) - 1).clamp_min(0)
+        return torch.where(mask, self.parts["loop"].depth.gather(1, position), 0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held; -1 before the first pass."""
+        return len(self._masks[0]) if self._masks else -1
+
+    @contextmanager
+    def passing(self, x: Tensor, mask: Tensor | None) -> Iterator[None]:
+        """A pass over the columns `x (batch, new, dim)`, with their mask; should it raise, the cache is as before."""
+        try:
+            yield
+        except BaseException:
+            self._shorten()
+            raise
+        self._masks.append(x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask)
+        self._columns += x.shape[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns held, padding among them."""
+        return self._columns
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest `-tokens_to_remove` columns; or, as before transformers 5.20, all but the first so many.
+
+        Raises: `ValueError` for more columns than are held.
+        """
+        if abs(tokens_to_remove) > self._columns:
+            raise ValueError(
+                f"crop expected how many of the {self._columns} columns held to forget, as a number below 0, or how "
+                f"many to keep, got {tokens_to_remove}."
+            )
+        if tokens_to_remove:
+            self._masks = [self.mask[:, :tokens_to_remove]]
+            self._columns = self._masks[0].shape[1]
+            self._shorten()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        rows = beam_idx.long()
+        if self._masks:
+            self._masks = [self.mask.index_select(0, rows.to(self.mask.device))]
+        for part in self.parts.values():
+            if part.steps is not None:
+                part.reorder(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
+        if self._masks:
+            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._masks, self._columns = [], 0
+        self._shorten()
+
+    def to(self, device: torch.device | str) -> "AdaptiveCache":
+        """Move what is held; the same cache."""
+        self._masks = [mask.to(device) for mask in self._masks]
+        for part in self.parts.values():
+            part.to(device)
+        return self
+
+    def _shorten(self) -> None:
+        """Let each part hold what the columns say and no more."""
+        lengths = self.mask.sum(1)
+        for part in self.parts.values():
+            if part.steps is None or not self._columns:
+                part.reset()
+            else:
+                part.crop(lengths)

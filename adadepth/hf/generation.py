@@ -1,0 +1,120 @@
+"""Generation with an adapted model: its cache, its depths per call and row, and rows that are done."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, final
+
+from torch import Tensor
+from transformers import GenerationMixin, StoppingCriteriaList
+
+from .cache import AdaptiveCache
+
+GivenDepth = int | Tensor | Callable[[Tensor], int | Tensor] | None
+_DEPTHS = ("min_depth", "max_depth")
+
+
+@final
+class _Finished(StoppingCriteriaList):
+    """The criteria, and which rows they have ended; None as long as none."""
+
+    rows: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        done: Tensor = super().__call__(input_ids, scores, **kwargs)
+        # Without an end-of-text token the text of a row that ended goes on in the output.
+        if any(hasattr(criterion, "eos_token_id") for criterion in self) and bool(done.any()):
+            self.rows = done if self.rows is None else self.rows | done
+        return done
+
+
+class AdaptiveGenerationMixin(GenerationMixin):
+    """`generate` as transformers has it, and in it `min_depth`, `max_depth` and `rule`.
+
+    `min_depth` and `max_depth` are each an int; an integer tensor `(batch, 1)`, a depth per row; one of
+    `(batch, columns)`, a depth per token, as `past_key_values.depth` of an earlier call gives them for
+    a replay; or a function of the ids so far, `(batch, length)`, whose result broadcasts to them. `rule`
+    stands in place of the loop's; its threshold may be `(batch, 1)`.
+    """
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        if not (generation_config.cache_implementation or "dynamic").startswith("dynamic"):
+            raise ValueError(
+                f"An adapted model generates with a cache of its own, got cache_implementation="
+                f"{generation_config.cache_implementation!r}. Choose its layout: "
+                "past_key_values=adadepth.hf.AdaptiveCache(layout='compact')."
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = AdaptiveCache()
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        own = {name: model_kwargs.pop(name) for name in (*_DEPTHS, "rule") if name in model_kwargs}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs | {name: _per_row(value, expand_size) for name, value in own.items()}
+
+    def _sample(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        finished = _Finished(stopping_criteria)
+        return super()._sample(input_ids, logits_processor, finished, *args, finished=finished, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,  # generate looks for it here
+        min_depth: GivenDepth = None,
+        max_depth: GivenDepth = None,
+        finished: _Finished | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of the next pass: ids, mask and depths of the new columns."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        now = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        for name, depth in zip(_DEPTHS, (min_depth, max_depth), strict=True):
+            inputs[name] = _of_columns(name, depth, input_ids, past, past + now.shape[1])
+        if finished is not None and finished.rows is not None:
+            inputs["attention_mask"] = _without(finished.rows, inputs.get("attention_mask"), now)
+        return inputs
+
+
+def _without(rows: Tensor, mask: Tensor | None, now: Tensor) -> Tensor:
+    """The mask of the new columns, False where a row is done."""
+    batch, new = now.shape[:2]
+    go_on = ~rows.to(now.device).unsqueeze(1).expand(batch, new)
+    return go_on if mask is None else go_on & mask[:, mask.shape[1] - new :].bool()
+
+
+def _of_columns(name: str, depth: GivenDepth, ids: Tensor, past: int, length: int) -> int | Tensor | None:
+    """The depths of the columns from `past` to `length`."""
+    if callable(depth):
+        if ids.shape[1] != length:
+            raise ValueError(
+                f"{name} is a function of all ids so far, but of {length} only {ids.shape[1]} are known here. Pass all "
+                "ids, not embeddings, and no prefill_chunk_size."
+            )
+        depth = depth(ids)
+    if not isinstance(depth, Tensor) or depth.dim() == 0 or depth.shape[-1] == 1:
+        return depth
+    if depth.shape[-1] < length:
+        raise ValueError(
+            f"{name} gives the depths of {depth.shape[-1]} columns, but this pass needs those of {length}, prompt and "
+            "padding among them. Give one for every token to be generated but the last, or one per row, (batch, 1)."
+        )
+    return depth[..., past:length]
+
+
+def _per_row(value: Any, times: int) -> Any:
+    """Whatever a value holds for each row, for each of that row's `times` copies."""
+    if isinstance(value, Tensor):
+        return value if value.dim() < 2 or len(value) == 1 else value.repeat_interleave(times, 0)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **{name: _per_row(part, times) for name, part in parts.items()})
+    return value

@@ -1,0 +1,81 @@
+"""What an adapted model is given, checked and brought into the loop's terms."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .cache import AdaptiveCache
+
+_NEEDLESS = ("return_dict", "cache_position")
+_LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
+def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """One kind of input.
+
+    Raises: `ValueError`.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"Expected either input_ids or inputs_embeds, got {got}.")
+
+
+def cache_of(given: Cache | None, use_cache: bool | None) -> AdaptiveCache | None:
+    """The cache of a pass: the one given, or a new one if it is asked for.
+
+    Raises: `ValueError` for a cache of another kind.
+    """
+    if given is None:
+        return AdaptiveCache() if use_cache else None
+    if not isinstance(given, AdaptiveCache):
+        raise ValueError(
+            f"past_key_values expected an AdaptiveCache, which holds keys and values of every iteration, got "
+            f"{type(given).__name__}. Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one."
+        )
+    return given
+
+
+def refuse_unknown(options: dict[str, Any]) -> None:
+    """Only what the loss takes is known among further arguments; those that say nothing are dropped.
+
+    Raises: `ValueError`.
+    """
+    for name, value in list(options.items()):
+        if value is None or value is False or name in _NEEDLESS:
+            del options[name]
+        elif name not in _LOSS_OPTIONS:
+            raise ValueError(f"An adapted model does not take {name}. {_INSTEAD.get(name, _OTHERWISE)}")
+
+
+_OTHERWISE = f"Beside its own arguments it knows those of the loss: {', '.join(_LOSS_OPTIONS)}."
+_INSTEAD = {
+    "position_ids": "It counts the real tokens of each row: pass padding as attention_mask.",
+    "output_hidden_states": "Pass states=True for the loop's state after every iteration.",
+    "output_attentions": "Its attention computes no weights.",
+}
+
+
+def new_columns(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Which of the tokens `x (batch, seq, dim)` are real, `(batch, seq)` bool.
+
+    Raises: `ValueError` if the mask is not `(batch, seq)` or, with earlier columns before them, longer.
+    """
+    if attention_mask is None:
+        return None
+    batch, seq = x.shape[:2]
+    if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < seq:
+        raise ValueError(
+            f"attention_mask expected shape (batch, seq) = ({batch}, {seq}), or with the columns of the cache before "
+            f"them, got {tuple(attention_mask.shape)}."
+        )
+    return attention_mask[:, attention_mask.shape[1] - seq :].to(x.device, torch.bool)
+
+
+def positions_of(x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None) -> Tensor:
+    """The place of each token among the real tokens of its row, `(batch, seq)` int64."""
+    ones = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+    places = (ones.cumsum(1) - 1).clamp_min(0)
+    held = None if cache is None else cache.parts["loop"].lengths
+    return places if held is None or not len(held) else places + held.unsqueeze(1)

@@ -1,0 +1,194 @@
+"""The pieces of an adapted model: given, described as JSON and made from it, and kept in step with the base.
+
+Described, a piece (gate, rule or update) is `{"class": "module.Class", "arguments": {...}}`, each argument
+of its constructor read from the attribute of the same name. Modules of the base that it refers to are
+`{"base": "path"}`, several in a row `{"sequence": [...]}`. Made are only classes that the program has
+imported by itself, and only pieces.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..gates import Gate
+from ..updates import Interpolate, Ponder, ReZero, Update
+from .config import AdaptiveConfig
+
+KINDS = ("gate", "rule", "update")
+_MARK = "_adadepth_path"
+
+
+def complete(given: Mapping[str, Any], config: AdaptiveConfig, base: Any) -> dict[str, Any]:
+    """All pieces, those given before those that the configuration describes, cast and moved to the base."""
+    described = config.pieces or {}
+    pieces = {kind: given[kind] if kind in given else make(kind, described.get(kind), base) for kind in KINDS}
+    if pieces["update"] is None:
+        pieces["update"] = _default_update(base, whole=config.span is None)
+    for piece in pieces.values():
+        if isinstance(piece, nn.Module):
+            # On meta, loading will put weights where they belong.
+            piece.to(base.dtype) if base.device.type == "meta" else piece.to(base.device, base.dtype)
+    return pieces
+
+
+def _default_update(base: Any, whole: bool) -> Update:
+    """What `adapt` takes where no update is given: the base as it is, at first.
+
+    The final norm, inside the block of a whole backbone, has made its state the head's; there the
+    paper's update. In a slice, the state itself.
+    """
+    if whole:
+        return ReZero(Ponder(base.get_input_embeddings(), base.get_output_embeddings()))
+    return ReZero(Interpolate())
+
+
+def bind(piece: Any, base: nn.Module) -> None:
+    """Let what a piece refers to be the base's own modules, also where a copy of the piece took copies along.
+
+    Copies are made by peft, of the modules that it is told to save; they are known by a mark.
+    Raises: `ValueError` if a piece reads weights that are not in memory.
+    """
+    paths = {module: path for path, module in base.named_modules()}
+
+    def own(module: nn.Module) -> nn.Module:
+        if module in paths:
+            module.__dict__[_MARK] = paths[module]
+        path = module.__dict__.get(_MARK)
+        return module if path is None else base.get_submodule(path)
+
+    _map_references(piece, own)
+    for holder in piece.modules() if isinstance(piece, nn.Module) else ():
+        if isinstance(holder, Ponder) and any(
+            hasattr(table, "_hf_hook") and table.weight.is_meta for table in (holder.embedding, holder.head)
+        ):
+            raise ValueError(
+                "Ponder reads the weights of embedding and head, but accelerate has moved them out of memory. Keep "
+                "both on a device in device_map, or give adapt another update."
+            )
+
+
+def rebind(piece: Any, old: nn.Module, new: nn.Module) -> None:
+    """Let a piece that refers to `old` refer to `new`."""
+    _map_references(piece, lambda module: new if module is old else module)
+
+
+def _map_references(piece: Any, to: Callable[[nn.Module], nn.Module]) -> None:
+    """What a piece refers to, alone or in a sequence, replaced by what `to` says of it."""
+    for holder in piece.modules() if isinstance(piece, nn.Module) else ():
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, nn.Sequential):
+                for i, part in enumerate(value):
+                    value[i] = to(part)
+            elif isinstance(value, nn.Module):
+                setattr(holder, name, to(value))
+
+
+def describe(piece: Any, base: nn.Module) -> Any:
+    """A piece, or an argument of one, as JSON.
+
+    Raises: `ValueError` for what would not come back as it is.
+    """
+    if piece is None or isinstance(piece, (bool, int, float, str)):
+        return piece
+    if isinstance(piece, (list, tuple)):
+        return [describe(part, base) for part in piece]
+    if isinstance(piece, nn.Module) and (path := _path(piece, base)) is not None:
+        return {"base": path}
+    if isinstance(piece, nn.Sequential):
+        return {"sequence": [describe(part, base) for part in piece]}
+    kind = type(piece)
+    if _kind_of(kind) is None:
+        raise ValueError(
+            f"Only gates, rules, updates, numbers, strings, lists of them and modules of the base can be saved in the "
+            f"configuration, got {kind.__name__}. Write it as a class with the interface of a piece, or save without "
+            "it: model.base.save_pretrained(path)."
+        )
+    _check_buffers(piece)
+    # The constructor of nn.Module takes anything, and wants nothing.
+    names = () if kind.__init__ is nn.Module.__init__ else inspect.signature(kind).parameters
+    arguments = {name: describe(_argument(piece, name), base) for name in names}
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "arguments": arguments}
+
+
+def make(name: str, description: Any, base: nn.Module) -> Any:
+    """The piece that a description is of.
+
+    Raises: `ValueError` if its class is not known here or is no such piece.
+    """
+    piece = _make(description, base)
+    if piece is not None and _kind_of(type(piece)) != name:
+        raise ValueError(f"The configuration gives a {type(piece).__name__} as {name}. Pass {name}= instead.")
+    return piece
+
+
+def _make(description: Any, base: nn.Module) -> Any:
+    if isinstance(description, list):
+        return [_make(part, base) for part in description]
+    if not isinstance(description, dict):
+        return description
+    if "base" in description:
+        return base.get_submodule(description["base"])
+    if "sequence" in description:
+        return nn.Sequential(*(_make(part, base) for part in description["sequence"]))
+    kind = _find(description["class"])
+    return kind(**{name: _make(argument, base) for name, argument in description["arguments"].items()})
+
+
+def _find(name: str) -> Any:
+    """A class of pieces by its name, among those that are imported."""
+    module, _, _ = name.rpartition(".")
+    while module and module not in sys.modules:
+        module, _, _ = module.rpartition(".")
+    found: Any = sys.modules.get(module)
+    for part in name[len(module) + 1 :].split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, type) or _kind_of(found) is None:
+        raise ValueError(
+            f"The configuration names the piece {name}, which this program has not imported. Import it before loading, "
+            "or pass gate=, rule= or update= to from_pretrained."
+        )
+    return found
+
+
+def _kind_of(kind: type) -> str | None:
+    """Which kind of piece a class is: rules have no base, and are told by being called with three things."""
+    if issubclass(kind, (Gate, Update)):
+        return "gate" if issubclass(kind, Gate) else "update"
+    call = kind.forward if issubclass(kind, nn.Module) else kind.__call__
+    return "rule" if inspect.isfunction(call) and len(inspect.signature(call).parameters) == 4 else None
+
+
+def _argument(piece: Any, name: str) -> Any:
+    if not hasattr(piece, name):
+        raise ValueError(
+            f"{type(piece).__name__} takes {name}, but keeps no attribute of that name to save it by. Write "
+            f"self.{name} = {name} in its constructor."
+        )
+    value = getattr(piece, name)
+    if isinstance(value, torch.Tensor):
+        if value.numel() == 1:
+            return value.item()
+        raise ValueError(
+            f"{type(piece).__name__} holds a tensor of shape {tuple(value.shape)} as {name}, which belongs to a call "
+            "rather than to a model. Pass the piece to the call, rule=, and give the model one with a number."
+        )
+    return value
+
+
+def _check_buffers(piece: Any) -> None:
+    if not isinstance(piece, nn.Module):
+        return
+    if lost := {name for name, _ in piece.named_buffers()} - set(piece.state_dict()):
+        raise ValueError(
+            f"{type(piece).__name__} has buffers that would not be saved: {', '.join(sorted(lost))}. Register them "
+            "with persistent=True."
+        )
+
+
+def _path(module: nn.Module, base: nn.Module) -> str | None:
+    """Where a module stands in the base."""
+    return next((name for name, known in base.named_modules() if known is module), None)

@@ -1,0 +1,75 @@
+"""What is written of an adapted model beside its weights, and what is refused when it is read."""
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .config import AdaptiveConfig
+
+GATES = "gates.safetensors"
+_ALIKE = ("model_type", "hidden_size", "num_hidden_layers")
+
+
+def check_loaded(
+    pieces: Mapping[str, Any], missing: Iterable[str], unexpected: Iterable[str], resized: Iterable[Any]
+) -> None:
+    """Refuse a checkpoint that does not give every weight, or gives others than those of pieces given as None.
+
+    Raises: `ValueError` that names them.
+    """
+    dropped = tuple(f"loop.{name}." for name, piece in pieces.items() if piece is None)
+    unexpected = [name for name in unexpected if not name.startswith(dropped)]
+    sizes = [f"{name} of shape {tuple(got)} in place of {tuple(want)}" for name, got, want in resized]
+    wrong = {"lacks": sorted(missing), "has no place for": sorted(unexpected), "has": sorted(sizes)}
+    if said := [f"{what} {', '.join(names)}" for what, names in wrong.items() if names]:
+        raise ValueError(
+            f"The checkpoint is of another model: it {'; it '.join(said)}. Load it with the configuration, and the "
+            "gate=, rule= and update=, that it was saved with."
+        )
+
+
+def write_gates(loop: nn.Module, config: AdaptiveConfig, path: str | PathLike[str]) -> None:
+    """The weights of gate and update, and the configuration."""
+    config.save_pretrained(path)
+    weights = {name: tensor.contiguous() for name, tensor in loop.state_dict().items()}
+    save_file(weights, Path(path) / GATES, metadata={"format": "pt"})
+
+
+def read_config(path: str | PathLike[str], base: Any) -> AdaptiveConfig:
+    """The configuration beside saved gates, for this base.
+
+    Raises: `ValueError` if they were trained on another.
+    """
+    config = AdaptiveConfig.from_pretrained(path)
+    for name in _ALIKE:
+        theirs, ours = getattr(config.text_config, name), getattr(base.config, name)
+        if theirs != ours:
+            raise ValueError(
+                f"The gates were saved from a base of {name}={theirs!r}, got one of {ours!r}. Give load_gates the "
+                "model that they were trained on."
+            )
+    config.text_config = base.config
+    return config
+
+
+def read_gates(loop: nn.Module, path: str | PathLike[str], pieces: Mapping[str, Any]) -> None:
+    """Put saved weights into gate and update; `pieces` are those given in place of saved ones.
+
+    Raises: `ValueError` if they are not exactly those that the loop has.
+    """
+    saved = {f"loop.{name}": weight for name, weight in load_file(Path(path) / GATES).items()}
+    own = {f"loop.{name}": weight for name, weight in loop.state_dict().items()}
+    check_loaded(pieces, own.keys() - saved.keys(), saved.keys() - own.keys(), _resized(saved, own))
+    loop.load_state_dict({name.removeprefix("loop."): saved[name] for name in own})
+
+
+def _resized(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[Any]:
+    return [
+        (name, saved[name].shape, own[name].shape)
+        for name in sorted(saved.keys() & own.keys())
+        if saved[name].shape != own[name].shape
+    ]

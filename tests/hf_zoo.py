@@ -1,0 +1,109 @@
+"""Small random Hugging Face models: one of every architecture that `adadepth.hf` knows, and some with windows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    OlmoConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+import adadepth as ad
+from adadepth.hf import AdaptiveForCausalLM, adapt
+
+VOCAB, DIM, LAYERS, WINDOW, STEPS = 37, 16, 4, 3, 3
+EOS, PAD = 2, 0
+
+_ENDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD}
+_SIZES = _ENDS | {"hidden_size": DIM, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 24}
+_GROUPED = _SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2}
+_MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+_WINDOWS = {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": _MIXED}
+
+ZOO: dict[str, Callable[[], Any]] = {
+    "gpt_neox": lambda: GPTNeoXConfig(**_SIZES),
+    "gpt_neox tied, serial": lambda: GPTNeoXConfig(**_SIZES, tie_word_embeddings=True, use_parallel_residual=False),
+    "gpt2": lambda: GPT2Config(**_ENDS, n_embd=DIM, n_layer=LAYERS, n_head=2, n_positions=64),
+    "llama": lambda: LlamaConfig(**_GROUPED),
+    "llama tied": lambda: LlamaConfig(**_GROUPED, tie_word_embeddings=True),
+    "mistral windows": lambda: MistralConfig(**_GROUPED, sliding_window=WINDOW, head_dim=6),
+    "olmo": lambda: OlmoConfig(**_GROUPED, clip_qkv=1.5),
+    "olmo2": lambda: Olmo2Config(**_GROUPED),
+    "qwen2": lambda: Qwen2Config(**_GROUPED),
+    "qwen2 windows": lambda: Qwen2Config(**_GROUPED, **_WINDOWS),
+    "qwen3": lambda: Qwen3Config(**_GROUPED, head_dim=6),
+    "qwen3 windows": lambda: Qwen3Config(**_GROUPED, **_WINDOWS),
+    "smollm3 windows": lambda: SmolLM3Config(**_GROUPED, **_WINDOWS, no_rope_layers=[1, 1, 1, 0]),
+}
+SPANS = [None, slice(1, 3)]
+
+MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6, [0] * 7 + [1] * 2])
+IDS = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0)) * MASK
+LABELS = torch.where(MASK.bool(), IDS, -100)
+POSITIONS = (MASK.cumsum(1) - 1).clamp_min(0)
+
+
+class Above:
+    """A rule of one's own: a threshold for each iteration."""
+
+    def __init__(self, taus: list[float]) -> None:
+        self.taus = taus
+
+    def __call__(self, scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        return remaining * (scores[..., -1] >= self.taus[scores.shape[-1] - 1])
+
+
+class _Norm(nn.RMSNorm):
+    """What the models' own norms compute, but in the dtype of their input: theirs round to float32."""
+
+
+def original(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    """The model as it is, with weights large enough for tokens to differ; in float64 exact to float64."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ZOO[kind](), attn_implementation="sdpa").to(dtype).eval()
+    for name, weight in model.named_parameters():
+        scales = weight.dim() == 1 and name.endswith("weight")
+        nn.init.normal_(weight, mean=float(scales), std=0.1 if scales else 0.5)
+    for parent in list(model.modules()) if dtype is torch.float64 else ():
+        for at, norm in parent.named_children():
+            if type(norm).__name__.endswith("RMSNorm"):
+                exact = _Norm(len(norm.weight), eps=norm.variance_epsilon, dtype=dtype)
+                exact.weight = norm.weight
+                setattr(parent, at, exact)
+            elif type(norm).__name__ == "OlmoLayerNorm":
+                setattr(parent, at, nn.LayerNorm(DIM, elementwise_affine=False))
+    return model
+
+
+def spread(name: str, layers: slice | None, dtype: torch.dtype = torch.float64) -> AdaptiveForCausalLM:
+    """An adapted model whose tokens leave at different depths."""
+    torch.manual_seed(1)
+    gate = ad.PerIterationMLPGate(DIM, STEPS, hidden=8, bias=0.0)
+    for weight in gate.parameters():
+        nn.init.normal_(weight)
+    model = adapt(original(name, dtype), STEPS, gate, layers=layers)
+    nn.init.constant_(model.loop.update.alpha, 0.4)
+    with torch.no_grad():
+        scores = model(IDS, attention_mask=MASK).trace.scores[MASK.bool()]
+    model.loop.rule = Above(scores.quantile(0.4, 0).tolist())
+    return model
+
+
+def logits(model: Any, **options: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS, attention_mask=MASK, **options).logits[MASK.bool()]
+
+
+def near(got: Tensor, expected: Tensor) -> bool:
+    exact = 1e-10 if expected.dtype == torch.float64 else 1e-5
+    return bool((got - expected).abs().max() <= exact * expected.abs().max())

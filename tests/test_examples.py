@@ -1,0 +1,56 @@
+"""The small examples run and print what they are to show. The demo has a file of its own."""
+
+import pytest
+import torch
+
+from examples import adapt_hf, decode_by_hand
+
+BY_HAND = """\
+the:1 cat:1 saw:2 a:1 that:4 bird:4 cat:1 saw:3 cat:1 the:1
+a:4 dog:4 cat:1 saw:3 cat:1 saw:2 cat:1 saw:2
+cache: 18 tokens, 37 entries, 10352 bytes
+one pass without a cache: the same
+"""
+
+
+def test_a_decode_loop_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    decode_by_hand.main()
+    assert capsys.readouterr().out == BY_HAND
+
+
+def test_an_adapted_model_generates_to_its_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    adapt_hf.main(["--new", "4"])
+    threshold, depths, long, short = capsys.readouterr().out.splitlines()
+    assert threshold.startswith("threshold 0.9")
+    assert "relative FLOPs 1.8" in threshold
+    assert depths == "depth 1 2 3 4"
+    assert long.startswith(adapt_hf.PROMPTS[0])
+    assert short.startswith(adapt_hf.PROMPTS[1])
+    assert len(long.split()) == len(adapt_hf.PROMPTS[0].split()) + 3  # the newest has not run
+    assert len(short.split()) == len(adapt_hf.PROMPTS[1].split()) + 3  # the newest has not run
+
+
+def test_text_is_coloured_by_depth_and_padding_is_left_out() -> None:
+    _, tokenizer = adapt_hf.small()
+    ids = tokenizer("each token decides").input_ids
+    text = adapt_hf.coloured(tokenizer, [0, *ids], [0, 1, 4, 2])
+    assert text.plain == "each token decides"
+    assert [(span.start, span.end, span.style) for span in text.spans] == [
+        (0, 4, adapt_hf.COLOURS[0]),
+        (4, 10, adapt_hf.COLOURS[3]),
+        (10, 18, adapt_hf.COLOURS[1]),
+    ]
+
+
+def test_any_model_or_an_adapted_one_is_loaded(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = adapt_hf.small()
+    plain, adapted = f"{tmp_path}/plain", f"{tmp_path}/adapted"
+    model.save_pretrained(adapted)
+    model.base.save_pretrained(plain)
+    for path in (plain, adapted):
+        tokenizer.save_pretrained(path)
+        loaded, _ = adapt_hf.load(path, [1, 3])
+        assert loaded.config.span == [1, 3]
+        assert all(torch.equal(a, b) for a, b in zip(loaded.base.parameters(), model.base.parameters(), strict=True))
+    adapt_hf.main(["--model", adapted, "--new", "2"])
+    assert capsys.readouterr().out.startswith("depth 1 2 3 4\n" + adapt_hf.PROMPTS[0])

@@ -1,0 +1,132 @@
+# ruff: noqa: E402 (the whole file is skipped without transformers)
+"""Adapted Hugging Face models compute what the original does at first, and later a hand-written loop of it."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adadepth as ad
+
+transformers = pytest.importorskip("transformers")
+
+from hf_zoo import (
+    DIM,
+    IDS,
+    LABELS,
+    LAYERS,
+    MASK,
+    POSITIONS,
+    SPANS,
+    STEPS,
+    ZOO,
+    logits,
+    near,
+    original,
+    spread,
+)
+
+from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, adapt
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ZOO)
+def test_an_adapted_model_begins_as_the_original(name: str, dtype: torch.dtype) -> None:
+    base = original(name, dtype)
+    with torch.no_grad():
+        expected = base(IDS).logits
+    for layers in (None, slice(None), slice(0, 2), slice(1, 3), slice(3, 4)):
+        model = adapt(copy.deepcopy(base), STEPS, layers=layers)
+        out = model(IDS, labels=LABELS)
+        assert torch.equal(out.logits, expected)
+        assert out.trace.depth.eq(STEPS).all()
+        out.loss.backward()
+        assert model.loop.update.alpha.grad.abs() > 0
+
+
+def part(base: Any, start: int, stop: int) -> Callable[[Tensor], Tensor]:
+    """Some layers of an original as a model of their own: positions with the first, the norm with none."""
+    base = copy.deepcopy(base)
+    backbone = base.base_model
+    layers = "h" if hasattr(backbone, "h") else "layers"
+    setattr(backbone, layers, getattr(backbone, layers)[start:stop])
+    if start and hasattr(backbone, "wpe"):
+        nn.init.zeros_(backbone.wpe.weight)
+    if getattr(backbone.config, "layer_types", None):
+        backbone.config.layer_types = backbone.config.layer_types[start:stop]
+    norm = next(name for name in ("norm", "final_layer_norm", "ln_f") if hasattr(backbone, name))
+    setattr(backbone, norm, nn.Identity())
+    return partial(states, backbone)
+
+
+def states(backbone: Any, x: Tensor) -> Tensor:
+    where = {"attention_mask": MASK, "position_ids": POSITIONS, "use_cache": False}
+    return backbone(inputs_embeds=x, **where).last_hidden_state
+
+
+def decoded(model: AdaptiveForCausalLM) -> Tensor:
+    """The logits of a prompt and then of one token after the other, with a cache."""
+    cache, found = AdaptiveCache(), []
+    with torch.no_grad():
+        for start, stop in [(0, 4), *((at, at + 1) for at in range(4, IDS.shape[1]))]:
+            out = model(IDS[:, start:stop], attention_mask=MASK[:, :stop], past_key_values=cache)
+            found.append(out.logits)
+    return torch.cat(found, 1)[MASK.bool()]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_loop_that_nobody_leaves_is_one_written_by_hand(name: str) -> None:
+    base = original(name)
+    head, embedding, alpha = base.get_output_embeddings(), base.get_input_embeddings(), 0.7
+    whole = copy.deepcopy(base).base_model
+    norm = next(m for n, m in base.base_model.named_children() if n in ("norm", "final_layer_norm", "ln_f"))
+    before, looped, after = part(base, 0, 1), part(base, 1, 3), part(base, 3, LAYERS)
+    with torch.no_grad():
+        x = embedding(IDS)
+        for step in range(STEPS):
+            h = states(whole, x)
+            x = x + alpha * head(h).softmax(-1) @ embedding.weight if step < STEPS - 1 else x
+        first = head(h)[MASK.bool()]
+        x = before(embedding(IDS))
+        for _ in range(STEPS):
+            h = looped(x)
+            x = x + alpha * (h - x)
+        second = head(norm(after(h)))[MASK.bool()]
+    for expected, layers in ((first, None), (second, slice(1, 3))):
+        model = adapt(copy.deepcopy(base), STEPS, layers=layers)
+        nn.init.constant_(model.loop.update.alpha, alpha)
+        assert near(logits(model), expected) and near(decoded(model), expected)
+        assert not near(logits(model, max_depth=1), expected)
+
+
+@pytest.mark.parametrize("layers", SPANS, ids=str)
+@pytest.mark.parametrize("name", ZOO)
+def test_packed_is_dense(name: str, layers: slice | None) -> None:
+    model = spread(name, layers)
+    packed = model(IDS, attention_mask=MASK)
+    assert len(packed.trace.depth[MASK.bool()].unique()) > 1
+    model.loop.skip = False
+    dense = model(IDS, attention_mask=MASK)
+    assert torch.equal(packed.trace.live, dense.trace.live)
+    assert near(packed.logits[MASK.bool()], dense.logits[MASK.bool()])
+
+
+def test_arguments() -> None:
+    model = spread("gpt2", slice(1, 3))
+    whole = logits(model)
+    embeds = model.get_input_embeddings()(IDS)
+    assert torch.equal(model(inputs_embeds=embeds, attention_mask=MASK.bool()).logits[MASK.bool()], whole)
+    out = model(IDS, attention_mask=MASK, states=True, logits_to_keep=2, use_cache=False, output_attentions=None)
+    assert near(out.logits[0], whole[7:9]) and out.states.shape == (3, 9, STEPS, DIM)
+    assert near(model(IDS, attention_mask=MASK, logits_to_keep=torch.tensor([8])).logits[0], whole[8:9])
+    loss, values, trace = model(IDS, attention_mask=MASK, labels=LABELS, return_dict=False)
+    assert near(values[MASK.bool()], whole) and trace.depth.shape == IDS.shape
+    shifted = nn.functional.cross_entropy(values[:, :-1].flatten(0, 1).float(), LABELS[:, 1:].flatten())
+    assert near(loss, shifted)
+    rule = model.loop.rule
+    assert torch.equal(model(IDS, attention_mask=MASK, rule=ad.Threshold(2.0)).trace.depth, MASK)
+    assert model.loop.rule is rule

@@ -1,0 +1,288 @@
+# ruff: noqa: E402 (the whole file is skipped without transformers)
+"""What adapted models refuse, whole messages."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adadepth as ad
+
+transformers = pytest.importorskip("transformers")
+
+from hf_zoo import (
+    DIM,
+    IDS,
+    MASK,
+    POSITIONS,
+    STEPS,
+    VOCAB,
+    original,
+    spread,
+)
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPTJConfig
+
+from adadepth.hf import AdaptiveConfig, AdaptiveForCausalLM, adapt, load_gates
+
+
+def refused(call: Callable[[], Any]) -> str:
+    with pytest.raises(ValueError, match=r"[.]$") as error:
+        call()
+    return str(error.value)
+
+
+def base_with(kind: str = "llama", **changed: Any) -> Any:
+    base = original(kind)
+    for name, value in changed.items():
+        setattr(base.config, name, value)
+    return base
+
+
+ADAPT = {
+    "other architectures": (
+        lambda: adapt(AutoModelForCausalLM.from_config(GPTJConfig(n_embd=8, n_layer=1, n_head=1, rotary_dim=4)), 2),
+        "adapt expected a causal language model with a head, of one of the architectures gpt2, gpt_neox, llama, "
+        "mistral, olmo, olmo2, qwen2, qwen3, smollm3; got GPTJForCausalLM of 'gptj'. Load it with "
+        "AutoModelForCausalLM, adapt it before peft wraps it, or loop its layers by hand: "
+        "adadepth.RecurrentWrapper(layers, steps).",
+    ),
+    "a backbone without a head": (
+        lambda: adapt(original("llama").base_model, 2),
+        "adapt expected a causal language model with a head, of one of the architectures gpt2, gpt_neox, llama, "
+        "mistral, olmo, olmo2, qwen2, qwen3, smollm3; got LlamaModel of 'llama'. Load it with AutoModelForCausalLM, "
+        "adapt it before peft wraps it, or loop its layers by hand: adadepth.RecurrentWrapper(layers, steps).",
+    ),
+    "rotary positions that follow the batch": (
+        lambda: adapt(base_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), 2),
+        "adapt expected rotary positions that depend on the position alone, got rope_type='dynamic', which follows the "
+        "longest sequence of the batch. Choose another, such as 'yarn' or 'linear', in config.rope_parameters.",
+    ),
+    "cross-attention": (
+        lambda: adapt(base_with("gpt2", add_cross_attention=True), 2),
+        "adapt expected a decoder in which a token sees itself and what stands before it, got "
+        "config.add_cross_attention=True. Set it to False.",
+    ),
+    "no causality": (
+        lambda: adapt(base_with(is_causal=False), 2),
+        "adapt expected a decoder in which a token sees itself and what stands before it, got config.is_causal=False. "
+        "Set it to True.",
+    ),
+    "no steps": (lambda: adapt(original("llama"), 0), "RecurrentWrapper needs steps >= 1, got steps=0."),
+}
+
+
+@pytest.mark.parametrize("name", ADAPT)
+def test_adapt_refuses(name: str) -> None:
+    call, message = ADAPT[name]
+    assert refused(call) == message
+
+
+@pytest.mark.parametrize("layers", [slice(2, 2), slice(3, 1), slice(0, 9), slice(-1, None), slice(0, 4, 2)], ids=str)
+def test_adapt_refuses_layers_that_it_does_not_have(layers: slice) -> None:
+    assert refused(lambda: adapt(original("llama"), 2, layers=layers)) == (
+        f"adapt expected layers to be a slice of one or more of the 4 layers, from 0 to 4, got {layers}. slice(None) "
+        "loops all of them, with the final norm outside."
+    )
+
+
+FORWARD = {
+    "no input": ({"input_ids": None}, "Expected either input_ids or inputs_embeds, got neither."),
+    "two inputs": ({"inputs_embeds": torch.ones(3, 9, DIM)}, "Expected either input_ids or inputs_embeds, got both."),
+    "positions": (
+        {"position_ids": POSITIONS},
+        "An adapted model does not take position_ids. It counts the real tokens of each row: pass padding as "
+        "attention_mask.",
+    ),
+    "attentions": (
+        {"output_attentions": True},
+        "An adapted model does not take output_attentions. Its attention computes no weights.",
+    ),
+    "hidden states": (
+        {"output_hidden_states": True},
+        "An adapted model does not take output_hidden_states. Pass states=True for the loop's state after every "
+        "iteration.",
+    ),
+    "a typo": (
+        {"max_dept": 2},
+        "An adapted model does not take max_dept. Beside its own arguments it knows those of the loss: "
+        "num_items_in_batch, ignore_index, shift_labels.",
+    ),
+    "a mask of four axes": (
+        {"attention_mask": torch.ones(3, 1, 9, 9)},
+        "attention_mask expected shape (batch, seq) = (3, 9), or with the columns of the cache before them, got "
+        "(3, 1, 9, 9).",
+    ),
+    "a short mask": (
+        {"attention_mask": torch.ones(3, 8)},
+        "attention_mask expected shape (batch, seq) = (3, 9), or with the columns of the cache before them, got "
+        "(3, 8).",
+    ),
+    "another cache": (
+        {"past_key_values": DynamicCache()},
+        "past_key_values expected an AdaptiveCache, which holds keys and values of every iteration, got DynamicCache. "
+        "Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one.",
+    ),
+    "a cache while gradients flow": (
+        {"use_cache": True},
+        "A KVReuseCache is for inference, but the keys and values require gradients, which it would lose. Run the pass "
+        "under torch.no_grad() or torch.inference_mode(), or without a cache.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_forward_refuses(name: str) -> None:
+    options, message = FORWARD[name]
+    assert refused(lambda: spread("llama", None)(**{"input_ids": IDS, "attention_mask": MASK} | options)) == message
+
+
+def test_attention_refuses_what_it_cannot_honour() -> None:
+    model = adapt(original("llama"), 2)
+    with pytest.raises(RuntimeError) as error:
+        model.base(IDS)
+    assert str(error.value) == (
+        "The attention of an adapted LlamaAttention() was called outside a looped block: only a RecurrentWrapper that "
+        "runs one knows it."
+    )
+    attention = model.base.model.layers[0].self_attn
+    plain = attention.forward
+    for given, message in (
+        (
+            {"attention_mask": MASK},
+            "LlamaAttention passes an attention mask of its own. In an adapted model a token sees itself and what "
+            "stands before it, and only the loop knows what is padding. Pass padding as attention_mask to the model, "
+            "and set config.is_causal to True or None.",
+        ),
+        (
+            {"is_causal": False},
+            "LlamaAttention passes is_causal=False. In an adapted model a token sees itself and what stands before it, "
+            "and only the loop knows what is padding. Pass padding as attention_mask to the model, and set "
+            "config.is_causal to True or None.",
+        ),
+        (
+            {"softcap": 30.0, "s_aux": torch.ones(4)},
+            "LlamaAttention attends with softcap, s_aux, which an adapted model cannot honour. Known are scaling, "
+            "dropout and sliding_window.",
+        ),
+    ):
+        attention.forward = lambda *args, given=given, **kwargs: plain(*args, **{**kwargs, **given})
+        assert refused(lambda: model(IDS)) == message
+    attention.forward = plain
+    model.base.set_attn_implementation("sdpa")
+    assert refused(lambda: model(IDS)) == (
+        "An adapted model attends through the loop, but its attention was set to 'sdpa'. Set it back: "
+        "model.base.set_attn_implementation('adadepth')."
+    )
+
+
+class Lost(ad.Gate):
+    """Has a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.ones(()), persistent=False)
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return self.table.expand(h.shape[:-1])
+
+
+def _rule(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    return remaining
+
+
+class Nothing:
+    def __init__(self, tau: float) -> None:
+        pass
+
+    def __call__(self, scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        return remaining
+
+
+SAVING = {
+    "a function": (
+        {"rule": _rule},
+        "Only gates, rules, updates, numbers, strings, lists of them and modules of the base can be saved in the "
+        "configuration, got function. Write it as a class with the interface of a piece, or save without it: "
+        "model.base.save_pretrained(path).",
+    ),
+    "a head of its own": (
+        {"gate": ad.MaxProbGate(nn.Linear(DIM, VOCAB))},
+        "Only gates, rules, updates, numbers, strings, lists of them and modules of the base can be saved in the "
+        "configuration, got Linear. Write it as a class with the interface of a piece, or save without it: "
+        "model.base.save_pretrained(path).",
+    ),
+    "a lost buffer": (
+        {"gate": Lost()},
+        "Lost has buffers that would not be saved: table. Register them with persistent=True.",
+    ),
+    "a threshold for each row": (
+        {"rule": ad.Threshold(torch.ones(3, 1))},
+        "Threshold holds a tensor of shape (3, 1) as tau, which belongs to a call rather than to a model. Pass the "
+        "piece to the call, rule=, and give the model one with a number.",
+    ),
+    "a rule that keeps nothing": (
+        {"rule": ad.Lookahead(Nothing(1.0))},
+        "Nothing takes tau, but keeps no attribute of that name to save it by. Write self.tau = tau in its "
+        "constructor.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAVING)
+def test_saving_refuses_pieces_that_would_not_come_back(name: str, tmp_path: Path) -> None:
+    pieces, message = SAVING[name]
+    assert refused(lambda: adapt(original("llama"), 2, **pieces).save_pretrained(tmp_path)) == message
+
+
+def test_loading_refuses_what_is_not_this_model(tmp_path: Path) -> None:
+    model = spread("llama", None, torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    model.save_gates(tmp_path / "gates")
+    original("llama", torch.float32).save_pretrained(tmp_path / "base")
+    assert refused(lambda: AdaptiveForCausalLM.from_pretrained(tmp_path / "base")) == (
+        "Expected the configuration of an adapted model, got one of model_type 'llama'. Adapt that model: "
+        "adapt(AutoModelForCausalLM.from_pretrained(path), steps=...)."
+    )
+    load = partial(AdaptiveForCausalLM.from_pretrained, tmp_path / "model")
+    wider = ad.PerIterationMLPGate(DIM, STEPS, hidden=9)
+    assert refused(lambda: load(gate=wider)) == (
+        "The checkpoint is of another model: it has loop.gate.mlps.0.0.bias of shape (8,) in place of (9,), "
+        "loop.gate.mlps.0.0.weight of shape (8, 16) in place of (9, 16), loop.gate.mlps.0.2.weight of shape (1, 8) in "
+        "place of (1, 9), loop.gate.mlps.1.0.bias of shape (8,) in place of (9,), loop.gate.mlps.1.0.weight of shape "
+        "(8, 16) in place of (9, 16), loop.gate.mlps.1.2.weight of shape (1, 8) in place of (1, 9). Load it with the "
+        "configuration, and the gate=, rule= and update=, that it was saved with."
+    )
+    assert refused(lambda: load(update=ad.Interpolate(), gate=ad.LinearGate(DIM))).startswith(
+        "The checkpoint is of another model: it lacks loop.gate.proj.bias, loop.gate.proj.weight; it has no place for "
+        "loop.gate.mlps.0.0.bias, "
+    )
+    assert refused(lambda: load_gates(original("gpt2"), tmp_path / "gates")) == (
+        "The gates were saved from a base of model_type='llama', got one of 'gpt2'. Give load_gates the model that "
+        "they were trained on."
+    )
+    assert refused(lambda: load_gates(original("llama", torch.float32), tmp_path / "gates", gate=wider)).startswith(
+        "The checkpoint is of another model: it has loop.gate.mlps.0.0.bias of shape (8,) in place of (9,), "
+    )
+
+
+@pytest.mark.parametrize("name", ["subprocess.Popen", "os.system", "nowhere.Gate", "adadepth.gates.Nothing", "Gate"])
+def test_only_pieces_that_are_imported_are_made(name: str, tmp_path: Path) -> None:
+    model = spread("llama", None, torch.float32)
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, AdaptiveConfig)
+    config.pieces["gate"] = {"class": name, "arguments": {}}
+    config.save_pretrained(tmp_path)
+    assert refused(lambda: AdaptiveForCausalLM.from_pretrained(tmp_path)) == (
+        f"The configuration names the piece {name}, which this program has not imported. Import it before loading, or "
+        "pass gate=, rule= or update= to from_pretrained."
+    )
+    config.pieces["gate"] = {"class": "adadepth.masks.Survival", "arguments": {}}
+    config.save_pretrained(tmp_path)
+    assert refused(lambda: AdaptiveForCausalLM.from_pretrained(tmp_path)) == (
+        "The configuration gives a Survival as gate. Pass gate= instead."
+    )

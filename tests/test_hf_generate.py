@@ -1,0 +1,292 @@
+"""`generate` with adapted models: cached, batched and padded as alone and without a cache; depths from outside."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import adadepth as ad
+
+pytest.importorskip("transformers")
+
+from hf_zoo import EOS, IDS, MASK, PAD, SPANS, STEPS, ZOO, original, spread
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, adapt
+
+NEW = 7
+# Random models repeat themselves, and a token that repeats does so at one depth.
+VARIED = {"no_repeat_ngram_size": 1, "suppress_tokens": [PAD]}
+
+
+@pytest.fixture
+def model() -> AdaptiveForCausalLM:
+    return spread("llama", None)
+
+
+def texts(model: Any, ids: Tensor = IDS, mask: Tensor = MASK, **options: Any) -> list[list[int]]:
+    """The new tokens of each row, up to the end of its text."""
+    options = {"max_new_tokens": NEW, "do_sample": False, **VARIED} | options
+    new = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in new]
+
+
+def alone(model: Any, **options: Any) -> list[list[int]]:
+    """The same, each row by itself and without padding."""
+    rows = zip(IDS, MASK, strict=True)
+    return [texts(model, row[None, m.bool()], m[None, m.bool()], **options)[0] for row, m in rows]
+
+
+@pytest.mark.parametrize("layers", SPANS, ids=str)
+@pytest.mark.parametrize("name", ZOO)
+def test_a_padded_batch_is_each_prompt_alone_is_no_cache(name: str, layers: slice | None) -> None:
+    model = spread(name, layers)
+    cache = AdaptiveCache()
+    greedy = texts(model, past_key_values=cache)
+    assert greedy == alone(model) == texts(model, use_cache=False)
+    real = cache.depth[:, -NEW:][cache.mask[:, -NEW:]]
+    assert len(real.unique()) > 1 and len(cache.depth[:, : IDS.shape[1]].unique()) > 2
+    beams = texts(model, num_beams=3)
+    assert beams == alone(model, num_beams=3) == texts(model, num_beams=3, use_cache=False)
+    assert beams != greedy
+
+
+@pytest.mark.parametrize("layers", SPANS, ids=str)
+@pytest.mark.parametrize("name", ZOO)
+def test_one_step_is_the_original(name: str, layers: slice | None) -> None:
+    base = original(name)
+    greedy, beams = texts(base), texts(base, num_beams=3)
+    model = adapt(base, 1, layers=layers)
+    assert (texts(model), texts(model, num_beams=3)) == (greedy, beams)
+    assert len({tuple(text) for text in greedy}) == len(IDS)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral windows"])
+def test_the_compact_layout_and_pieces_of_a_prompt_change_nothing(name: str) -> None:
+    model = spread(name, slice(1, 3))
+    cache = AdaptiveCache("compact")
+    assert texts(model, past_key_values=cache, prefill_chunk_size=4) == texts(model)
+    assert cache.parts["loop"].layout == "compact"
+    filled = AdaptiveCache()
+    texts(model, past_key_values=filled)
+    assert cache.nbytes < filled.nbytes
+
+
+def test_sampling_and_several_sequences_a_prompt(model: AdaptiveForCausalLM) -> None:
+    def sample(**options: Any) -> list[list[int]]:
+        torch.manual_seed(3)
+        return texts(model, do_sample=True, num_return_sequences=2, **options)
+
+    assert sample() == sample(use_cache=False)
+    assert len(sample()) == 2 * len(IDS)
+    assert len({tuple(text) for text in sample()}) > len(IDS)
+
+
+def test_embeddings_as_a_prompt(model: AdaptiveForCausalLM) -> None:
+    embeds = model.get_input_embeddings()(IDS[:1])
+    model.generation_config.eos_token_id = None
+    ids = model.generate(inputs_embeds=embeds, max_new_tokens=NEW, do_sample=False)
+    assert ids.tolist() == texts(model, IDS[:1], MASK[:1], no_repeat_ngram_size=0, suppress_tokens=None)
+
+
+class _Stream(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
+class _After(StoppingCriteria):
+    """Ends each row at a length of its own."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return self.lengths <= input_ids.shape[1]
+
+
+def test_streamers_and_stopping_criteria(model: AdaptiveForCausalLM) -> None:
+    stream = _Stream()
+    out = model.generate(IDS[:1], max_new_tokens=NEW, do_sample=False, streamer=stream)
+    assert stream.tokens == [*out[0].tolist(), -1]
+    stop = StoppingCriteriaList([_After([11, 11, 11])])
+    assert model.generate(IDS, attention_mask=MASK, stopping_criteria=stop, max_new_tokens=NEW).shape[1] == 11
+
+
+def test_a_finished_row_costs_nothing(model: AdaptiveForCausalLM) -> None:
+    length = IDS.shape[1]
+    stop = StoppingCriteriaList([_After([length + 2, length + 4, length + NEW])])
+    cache = AdaptiveCache()
+    ids = model.generate(
+        IDS, attention_mask=MASK, stopping_criteria=stop, max_new_tokens=NEW, do_sample=False, past_key_values=cache
+    )
+    assert (ids[0, length + 2 :] == 0).all() and (ids[1, length + 4 :] == 0).all()
+    assert cache.parts["loop"].lengths.tolist() == [length + 1, 6 + 3, 2 + NEW - 1]
+    assert cache.depth.gt(0).sum(1).tolist() == cache.parts["loop"].lengths.tolist()
+
+
+def test_rows_without_an_end_of_text_go_on(model: AdaptiveForCausalLM) -> None:
+    stop = StoppingCriteriaList([_After([10, 16, 16])])
+    options = {"attention_mask": MASK, "max_new_tokens": NEW, "do_sample": False}
+    model.generation_config.eos_token_id = None
+    assert torch.equal(model.generate(IDS, **options, stopping_criteria=stop), model.generate(IDS, **options))
+
+
+@pytest.mark.parametrize("layers", SPANS, ids=str)
+def test_assisted_decoding(layers: slice | None) -> None:
+    model = spread("gpt_neox", layers)
+    model.generation_config.eos_token_id = None
+    ids = IDS[:1].repeat(1, 3)
+    mask = torch.ones_like(ids)
+    greedy = texts(model, ids, mask, max_new_tokens=20)
+    assert texts(model, ids, mask, max_new_tokens=20, prompt_lookup_num_tokens=4) == greedy
+    assistant = original("gpt_neox")
+    assert texts(model, ids, mask, max_new_tokens=20, assistant_model=assistant) == greedy
+    assert texts(model, ids, mask, max_new_tokens=20, assistant_model=spread("gpt_neox", None)) == greedy
+
+
+def test_a_cache_goes_on_where_it_ended(model: AdaptiveForCausalLM) -> None:
+    cache = AdaptiveCache()
+    model.generation_config.eos_token_id = None
+    first = model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False, past_key_values=cache)
+    mask = torch.cat([MASK, torch.ones(3, 3, dtype=MASK.dtype)], 1)
+    on = model.generate(first, attention_mask=mask, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    assert torch.equal(on, model.generate(IDS, attention_mask=MASK, max_new_tokens=7, do_sample=False))
+
+
+def depths(model: AdaptiveForCausalLM, **options: Any) -> Tensor:
+    cache = AdaptiveCache()
+    texts(model, past_key_values=cache, **options)
+    return cache.depth
+
+
+def test_depths_from_outside(model: AdaptiveForCausalLM) -> None:
+    model.generation_config.eos_token_id = None
+    real = torch.cat([MASK, torch.ones(3, NEW - 1, dtype=MASK.dtype)], 1)
+    assert torch.equal(depths(model, max_depth=1), real)
+    assert torch.equal(depths(model, min_depth=STEPS), STEPS * real)
+    rows = torch.tensor([[1], [2], [3]])
+    assert torch.equal(depths(model, min_depth=rows, max_depth=rows), rows * real)
+    columns = 1 + torch.arange(real.shape[1])[None] % STEPS
+    assert torch.equal(depths(model, min_depth=columns, max_depth=columns), columns * real)
+    router = lambda ids: 1 + ids % STEPS  # noqa: E731
+    routed = {"min_depth": router, "max_depth": router}
+    ids = model.generate(IDS, attention_mask=MASK, max_new_tokens=NEW, do_sample=False, **VARIED, **routed)
+    assert torch.equal(depths(model, **routed), router(ids[:, :-1]) * real)
+    constant = lambda ids: 2  # noqa: E731
+    assert depths(model, max_depth=constant).max() == 2
+
+
+def test_depths_follow_their_rows_into_beams_and_sequences(model: AdaptiveForCausalLM) -> None:
+    model.generation_config.eos_token_id = None
+    rows = torch.tensor([[1], [2], [3]])
+    options = {"min_depth": rows, "max_depth": rows}
+    for many in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+        assert depths(model, **options, **many).amax(1).tolist() == [1, 1, 2, 2, 3, 3]
+    columns = torch.full((1, 20), 2)
+    assert depths(model, num_beams=2, min_depth=columns, max_depth=columns).amax() == 2
+    tau = ad.Lookahead(ad.Threshold(torch.tensor([[2.0], [0.5], [0.0]]).double()))
+    assert depths(model, num_beams=2, rule=tau).amax(1).tolist() == [2, 2, 3, 3, 3, 3]
+    assert texts(model, num_beams=2, rule=tau) == texts(model, num_beams=2, rule=tau, use_cache=False)
+
+
+def test_a_recorded_trace_is_replayed(model: AdaptiveForCausalLM) -> None:
+    cache = AdaptiveCache()
+    text = texts(model, past_key_values=cache)
+    recorded = cache.depth
+    model.loop.rule = ad.Threshold(2.0)
+    assert texts(model) != text
+    assert texts(model, min_depth=recorded, max_depth=recorded) == text
+    assert torch.equal(depths(model, min_depth=recorded, max_depth=recorded), recorded)
+
+
+def test_the_rule_of_a_call(model: AdaptiveForCausalLM) -> None:
+    rule = model.loop.rule
+    tau = torch.tensor([[2.0], [0.5], [0.0]])
+    each = depths(model, rule=ad.Threshold(tau))
+    for row, threshold in enumerate((ad.Threshold(2.0), ad.Threshold(0.5), ad.Threshold(0.0))):
+        width = (MASK[row].sum() + NEW - 1).item()
+        expected = depths(model, rule=threshold)
+        assert torch.equal(each[row, -width:][: expected.shape[1]], expected[row, -width:])
+    assert model.loop.rule is rule
+
+
+ERRORS = {
+    "short": (
+        {"max_depth": torch.full((3, 11), 2)},
+        "max_depth gives the depths of 11 columns, but this pass needs those of 12, prompt and padding among them. "
+        "Give one for every token to be generated but the last, or one per row, (batch, 1).",
+    ),
+    "chunks": (
+        {"min_depth": lambda ids: ids, "prefill_chunk_size": 4},
+        "min_depth is a function of all ids so far, but of 8 only 4 are known here. Pass all ids, not embeddings, and "
+        "no prefill_chunk_size.",
+    ),
+    "implementation": (
+        {"cache_implementation": "static"},
+        "An adapted model generates with a cache of its own, got cache_implementation='static'. Choose its layout: "
+        "past_key_values=adadepth.hf.AdaptiveCache(layout='compact').",
+    ),
+    "cache": (
+        {"past_key_values": DynamicCache()},
+        "past_key_values expected an AdaptiveCache, which holds keys and values of every iteration, got DynamicCache. "
+        "Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str, model: AdaptiveForCausalLM) -> None:
+    options, message = ERRORS[name]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        texts(model, **{"eos_token_id": None, **options})
+
+
+def test_a_cache_is_cropped_reordered_and_forgotten(model: AdaptiveForCausalLM) -> None:
+    cache = AdaptiveCache()
+    assert (cache.batch_size, cache.get_seq_length(), cache.depth.shape) == (-1, 0, (0, 0))
+    with torch.no_grad():
+        model(IDS, attention_mask=MASK, past_key_values=cache)
+        depth = cache.depth
+        cache.crop(-4)
+        assert torch.equal(cache.depth, depth[:, :5]) and cache.get_seq_length() == 5
+        cache.crop(5)
+        cache.crop(0)
+        model(IDS[:, 5:], attention_mask=MASK, past_key_values=cache)
+        assert torch.equal(cache.depth, depth)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([5, 0]))
+    assert torch.equal(cache.depth, depth[[2, 0]]) and cache.batch_size == 2
+    assert cache.to("cpu") is cache
+    message = (
+        "crop expected how many of the 9 columns held to forget, as a number below 0, or how many to keep, got -10."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        cache.crop(-10)
+    cache.reset()
+    assert (cache.batch_size, cache.get_seq_length(), cache.depth.shape) == (-1, 0, (0, 0))
+
+
+@pytest.mark.parametrize("layers", SPANS, ids=str)
+def test_an_error_leaves_the_cache_as_it_was(layers: slice | None) -> None:
+    model, cache = spread("gpt2", layers), AdaptiveCache()
+    with torch.no_grad():
+        for held in (0, 6):
+            model(IDS[:, :held], attention_mask=MASK[:, :held], past_key_values=cache) if held else None
+            before = cache.depth
+            model.loop.gate.mlps[0][2].bias.fill_(float("nan"))
+            with pytest.raises(ValueError, match="scored NaN"):
+                model(IDS[:, held:], attention_mask=MASK, past_key_values=cache)
+            model.loop.gate.mlps[0][2].bias.zero_()
+            assert torch.equal(cache.depth, before) and cache.get_seq_length() == held
+        logits = model(IDS[:, 6:], attention_mask=MASK, past_key_values=cache).logits
+        whole = model(IDS, attention_mask=MASK).logits[:, 6:]
+    assert (logits - whole)[MASK[:, 6:].bool()].abs().max() < 1e-10 * whole.abs().max()

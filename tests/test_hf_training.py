@@ -1,0 +1,178 @@
+# ruff: noqa: E402 (the whole file is skipped without transformers)
+"""Adapted models cast, resized, checkpointed, trained, wrapped by peft, placed by accelerate, shared by threads."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import adadepth as ad
+
+transformers = pytest.importorskip("transformers")
+
+from hf_zoo import (
+    DIM,
+    IDS,
+    LABELS,
+    LAYERS,
+    MASK,
+    SPANS,
+    STEPS,
+    VOCAB,
+    logits,
+    near,
+    original,
+    spread,
+)
+from transformers import AutoModelForCausalLM
+
+from adadepth.hf import AdaptiveForCausalLM, adapt
+
+NEW = hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable")
+CHECKPOINTING = "activation_checkpointing" if NEW else "gradient_checkpointing"
+
+
+def test_casting_and_moving_take_everything_along() -> None:
+    model = spread("llama", None, torch.float32).to(torch.bfloat16)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert model(IDS).logits.dtype is torch.bfloat16
+    assert adapt(original("llama", torch.float16), 2, ad.LinearGate(DIM)).loop.gate.proj.weight.dtype is torch.float16
+    twin = copy.deepcopy(model)
+    assert twin.loop.update.update.head is twin.get_output_embeddings() and twin.loop.block.base is twin.base
+    assert torch.equal(twin(IDS).logits, model(IDS).logits)
+
+
+def test_tables_are_resized_and_replaced_also_where_pieces_refer_to_them(tmp_path: Path) -> None:
+    base = original("llama", torch.float32)
+    gate = ad.MaxProbGate(nn.Sequential(base.base_model.norm, base.get_output_embeddings()))
+    model = adapt(base, STEPS, gate, update=ad.Ponder(base.get_input_embeddings(), base.get_output_embeddings()))
+    model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
+    ponder, head, embedding = model.loop.update, model.get_output_embeddings(), model.get_input_embeddings()
+    assert ponder.embedding is embedding and ponder.head is head and model.loop.gate.head[1] is head
+    assert model(IDS + 5).logits.shape[-1] == VOCAB + 5 == model.config.get_text_config().vocab_size
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AdaptiveForCausalLM.from_pretrained(tmp_path)), logits(model))
+    resized = original("llama")
+    resized.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
+    resized.lm_head = nn.Linear(DIM, VOCAB + 5, bias=False).double()  # unknown to transformers' initialisation
+    weights = copy.deepcopy(resized.state_dict())
+    adapted = adapt(resized, STEPS).base.state_dict()
+    assert all(torch.equal(weights[name], adapted[name]) for name in weights)
+
+
+@pytest.mark.parametrize("layers", SPANS, ids=str)
+def test_checkpointing_gives_the_same_gradients(layers: slice | None) -> None:
+    gradients = []
+    for checkpointing in (False, True, False):
+        model = spread("llama", layers).train()
+        if checkpointing:
+            getattr(model, f"{CHECKPOINTING}_enable")()
+            assert getattr(model, f"is_{CHECKPOINTING}") and model.loop.checkpoint
+        model(IDS, attention_mask=MASK, labels=LABELS).loss.backward()
+        gradients.append([weight.grad for weight in model.parameters()])
+        getattr(model, f"{CHECKPOINTING}_disable")()
+        assert not getattr(model, f"is_{CHECKPOINTING}") and not model.loop.checkpoint
+    plain, checkpointed, again = gradients
+    assert all(
+        (a is b is c) or (near(b, a) and torch.equal(a, c)) for a, b, c in zip(plain, checkpointed, again, strict=True)
+    )
+
+
+def test_the_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = spread("gpt_neox", None, torch.float32)
+    data = [{"input_ids": row, "labels": row, "attention_mask": torch.ones_like(row)} for row in IDS.repeat(4, 1)]
+    arguments = transformers.TrainingArguments(
+        tmp_path / "run",
+        max_steps=3,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=3,
+        **{CHECKPOINTING: True},
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_steps=3,
+    )
+    before = copy.deepcopy(model.state_dict())
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    moved = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
+    assert {"loop.update.alpha", "loop.gate.mlps.0.0.weight", "base.gpt_neox.embed_in.weight"} <= {*moved}
+    predicted = trainer.predict(data)
+    assert predicted.predictions.shape == (len(data), IDS.shape[1], VOCAB)
+    loaded = AdaptiveForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3")
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_lora_trains_and_is_saved(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], modules_to_save=["loop.gate", "loop.update"], r=2
+    )
+    model = peft.get_peft_model(spread("llama", None, torch.float32), config)
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path)
+    fresh = spread("llama", None, torch.float32)
+    at_first = logits(fresh)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.equal(logits(loaded), logits(model)) and not near(logits(loaded), at_first)
+    ids = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(loaded.generate(**ids), model.generate(**ids))
+    merged = model.merge_and_unload()
+    assert isinstance(merged, AdaptiveForCausalLM)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(AdaptiveForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+
+
+def test_device_maps(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = spread("llama", slice(1, 3), torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    model.base.save_pretrained(tmp_path / "base")
+    everywhere = AdaptiveForCausalLM.from_pretrained(tmp_path / "saved", device_map={"": "cpu"})
+    assert torch.equal(logits(everywhere), logits(model))
+    layers = {f"model.layers.{i}": "disk" if i in (0, 2) else "cpu" for i in range(LAYERS)}
+    ends = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    placed = {f"base.{name}": where for name, where in {**layers, **ends}.items()} | {"loop": "cpu"}
+    offloaded = AdaptiveForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=placed, offload_folder=tmp_path / "off"
+    )
+    assert torch.equal(logits(offloaded), logits(model))
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map={**layers, **ends}, offload_folder=tmp_path / "off2"
+    )
+    pieces = model.loop.gate, model.loop.rule, model.loop.update
+    adapted = adapt(base, STEPS, *pieces, layers=slice(1, 3))
+    assert torch.equal(logits(adapted), logits(model))
+    assert adapted.hf_device_map == {f"base.{name}": where for name, where in {**layers, **ends}.items()}
+
+
+def test_a_head_out_of_memory_is_refused_where_its_weights_are_read(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    spread("llama", None, torch.float32).save_pretrained(tmp_path / "saved")
+    placed = {"base.model": "cpu", "base.lm_head": "disk", "loop": "cpu"}
+    model = AdaptiveForCausalLM.from_pretrained(tmp_path / "saved", device_map=placed, offload_folder=tmp_path / "off")
+    message = (
+        "Ponder reads the weights of embedding and head, but accelerate has moved them out of memory. Keep both on a "
+        "device in device_map, or give adapt another update."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model(IDS)
+
+
+def test_two_threads_run_the_same_model_with_rules_of_their_own() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = spread("llama", None)
+    rules = [ad.Threshold(2.0), ad.Threshold(0.0)] * 4
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda rule: model(IDS, rule=rule).trace.depth.unique().tolist(), rules))
+    assert found == [[1], [STEPS]] * 4
