@@ -138,7 +138,7 @@ class KVReuseCache:
     def commit(self, tokens: CachedTokens, depth: Int[Tensor, "batch seq"]) -> None:
         """What the pass over `tokens` wrote is held from now on."""
         self._depth.view(-1).index_copy_(0, tokens.slots, tokens.take(depth).squeeze(0))
-        self._lengths, self.layers = tokens.after, tokens.entries.calls
+        self._lengths, self.layers = tokens.held.after, tokens.held.entries.calls
 
     def _check(self, x: Tensor, steps: int, causal: bool) -> None:
         if not causal:

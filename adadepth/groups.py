@@ -91,6 +91,7 @@ class Run(NamedTuple):
     """
 
     rows: slice
+    size: int
     queries: int
     width: int
     sees: Literal["all", "causal", "own"]
@@ -112,9 +113,9 @@ def _similar(lengths: list[int]) -> bool:
 
 
 def _run(rows: slice, queries: int, before: list[int], after: list[int]) -> Run:
-    new = [end - start for start, end in zip(before[rows], after[rows], strict=True)]
-    width = max(after[rows])
-    if queries == width and not any(before[rows]):
-        return Run(rows, queries, width, "causal")
-    newest = queries == 1 == max(new) and min(after[rows]) == width
-    return Run(rows, queries, width, "all" if newest else "own")
+    held, holds = before[rows], after[rows]
+    size, width = len(held), max(holds)
+    if queries == width and not any(held):
+        return Run(rows, size, queries, width, "causal")
+    one_new = all(end - start == 1 for start, end in zip(held, holds, strict=True))
+    return Run(rows, size, queries, width, "all" if one_new and min(holds) == width else "own")

@@ -59,7 +59,10 @@ class Layout(ABC):
 
     @abstractmethod
     def read(self, call: int, rows: slice, width: int) -> KV:
-        """What the first `width` slots of `rows` show in this iteration, `(rows, kv_heads, width, head_dim)`."""
+        """What the first `width` slots of `rows` show in this iteration, `(rows, kv_heads, width, head_dim)`.
+
+        In one iteration the same row is always the first of the same rows.
+        """
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
@@ -182,7 +185,7 @@ class Pool(Layout):
         if rows.start not in self.shown:
             self.shown[rows.start] = self.table[self.step, rows, :width].flatten()
         entries = self.shown[rows.start].to(k.device)
-        shape = (rows.stop - rows.start, width)
+        shape = (len(entries) // width, width)
         return (
             k.index_select(0, entries).unflatten(0, shape).transpose(1, 2),
             v.index_select(0, entries).unflatten(0, shape).transpose(1, 2),

@@ -94,24 +94,25 @@ class CachedView(TokenView):
 
     def __init__(self, tokens: CachedTokens, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> None:
         super().__init__(tokens, step, causal, past, keep)
-        tokens.entries.place(step, tokens.slots)
-        self.expected = tokens.entries.calls or (0 if any(tokens.before) else None)
+        self.entries = tokens.held.entries
+        self.entries.place(step, tokens.slots)
+        self.expected = self.entries.calls or (0 if any(tokens.held.before) else None)
 
     def _merge(self, k: Tensor, v: Tensor) -> KV:
-        self.tokens.entries.write(self.calls, k.squeeze(0).transpose(0, 1), v.squeeze(0).transpose(0, 1))
+        self.entries.write(self.calls, k.squeeze(0).transpose(0, 1), v.squeeze(0).transpose(0, 1))
         return k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         runs = self.tokens.runs
         if not runs:
             return q.new_zeros(*q.shape[:-1], v.shape[-1])
-        parts = q.squeeze(0).transpose(0, 1).split([_size(run) * run.queries for run in runs])
+        parts = q.squeeze(0).transpose(0, 1).split([run.size * run.queries for run in runs])
         answers = [self._ask(r, run, part, how) for r, (run, part) in enumerate(zip(runs, parts, strict=True))]
         return (answers[0] if len(answers) == 1 else torch.cat(answers)).transpose(0, 1).unsqueeze(0)
 
     def _ask(self, r: int, run: Run, q: Tensor, how: How) -> Tensor:
-        k, v = self.tokens.entries.read(self.calls - 1, run.rows, run.width)
-        q = q.unflatten(0, (_size(run), run.queries)).transpose(1, 2)
+        k, v = self.entries.read(self.calls - 1, run.rows, run.width)
+        q = q.view(run.size, run.queries, *q.shape[1:]).transpose(1, 2)
         out = how.ask(q, k, v, self._allowed(r, run, q.dtype, how.window), run.sees == "causal")
         return out.transpose(1, 2).flatten(0, 1)
 
@@ -120,18 +121,19 @@ class CachedView(TokenView):
         if run.sees != "own" and (window is None or window >= run.width):
             return None
         if (r, window) not in self._masks:
-            own = self.tokens.own.split([_size(run) * run.queries for run in self.tokens.runs])[r]
+            own = self._own[r].view(run.size, 1, run.queries, 1)
             slots = torch.arange(run.width, device=own.device)
-            self._masks[r, window] = _bias(seen(own.view(_size(run), 1, run.queries, 1), slots, window), dtype)
+            self._masks[r, window] = _bias(seen(own, slots, window), dtype)
         return self._masks[r, window]
 
     @lazy
     def _masks(self) -> dict[tuple[int, int | None], Tensor]:
         return {}
 
-
-def _size(run: Run) -> int:
-    return run.rows.stop - run.rows.start
+    @lazy
+    def _own(self) -> tuple[Tensor, ...]:
+        """The slots at which the queries of each run stand in their rows."""
+        return self.positions.squeeze(0).split([run.size * run.queries for run in self.tokens.runs])
 
 
 def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ ones alone, as one sequence `(1, T, ...)`. All are immutable; the loop narrows o
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -224,59 +224,51 @@ class PackedTokens(_Packed):
         return self.mask.sum(-1).index_select(0, self.grid_rows)
 
 
-@final
-class CachedTokens(_Packed):
-    """Packed, with keys and values in the `entries` of a cache, where they follow the `before` of each row.
+class Held(NamedTuple):
+    """What a cache knows of a pass: each row held `before` and is to hold `after` real tokens, in `entries`.
 
-    After this pass the rows are to hold `after`: both are lists, one number for each row of the batch.
+    `positions (batch, seq)` int64 are those of the pass's tokens, their slots in their rows.
     """
 
-    def __init__(
-        self,
-        live: MaskRows,
-        mask: MaskRows | None,
-        entries: Layout,
-        index: Tensor,
-        before: list[int],
-        after: list[int],
-    ) -> None:
-        self.live, self.mask, self.entries, self.index = live, mask, entries, index
-        self.before, self.after = before, after
+    entries: Layout
+    before: list[int]
+    after: list[int]
+    positions: PositionRows
+
+
+@final
+class CachedTokens(_Packed):
+    """Packed, with keys and values in a cache, behind those of earlier passes."""
+
+    def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held) -> None:
+        self.live, self.mask, self.index, self.held = live, mask, index, held
+        self.positions = held.positions
 
     @classmethod
     def of(
         cls, x: Tensor, mask: MaskRows | None, entries: Layout, before: list[int], after: list[int]
     ) -> "CachedTokens":
         live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        return cls(live, mask, entries, live.flatten().nonzero().squeeze(1), before, after)
+        positions = torch.tensor(before, dtype=torch.int64, device=x.device).unsqueeze(1) + _places(live, mask)
+        return cls(live, mask, live.flatten().nonzero().squeeze(1), Held(entries, before, after, positions))
 
     def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
         kept = self.take(go).squeeze(0).nonzero().squeeze(1)
         if kept.numel() == self.index.numel():
             return self, _same
-        fewer = CachedTokens(go, self.mask, self.entries, self.index.index_select(0, kept), self.before, self.after)
+        fewer = CachedTokens(go, self.mask, self.index.index_select(0, kept), self.held)
         return fewer, lambda tokens: tokens.index_select(1, kept)
-
-    @lazy
-    def positions(self) -> PositionRows:
-        before = torch.tensor(self.before, dtype=torch.int64, device=self.live.device)
-        return before.unsqueeze(1) + _places(self.live, self.mask)
 
     @lazy
     def slots(self) -> Tensor:
         """Each token's place in the flattened `(batch, capacity)` slots of the cache, `(T,)` int64."""
         row = self.index // self.live.shape[1]
-        return row * self.entries.capacity + self.own
-
-    @lazy
-    def own(self) -> Tensor:
-        """Each token's slot in its row, its position, `(T,)` int64."""
-        return self.take(self.positions).squeeze(0)
+        return row * self.held.entries.capacity + self.take(self.positions).squeeze(0)
 
     @lazy
     def runs(self) -> list[Run]:
         """The rows that ask, in order."""
-        return list(runs_of(self.live.sum(-1).tolist(), self.before, self.after))
+        return list(runs_of(self.live.sum(-1).tolist(), self.held.before, self.held.after))
 
 
 def _places(live: MaskRows, mask: MaskRows | None) -> PositionRows:
