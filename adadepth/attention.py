@@ -7,7 +7,7 @@ queries. It knows nothing of gates and losses.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple, NoReturn, final
+from typing import Any, NamedTuple, NoReturn, final
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,7 @@ class TokenView(ABC):
         self.calls = 0
         self.expected = None if past is None else len(past)
         self.present: list[KV] = []
+        self.masks: dict[Any, Tensor] = {}
         self._grad = torch.is_grad_enabled()
         self._saving = _checkpointing() if self._grad else None
         self._shape = tokens.shape
@@ -220,13 +221,9 @@ class DenseView(TokenView):
         mask, seq = self.tokens.mask, self.tokens.live.shape[1]
         if mask is None and (window is None or window >= seq):
             return None
-        if window not in self._masks:
-            self._masks[window] = self._mask(window)
-        return self._masks[window]
-
-    @lazy
-    def _masks(self) -> dict[int | None, Tensor]:
-        return {}
+        if window not in self.masks:
+            self.masks[window] = self._mask(window)
+        return self.masks[window]
 
     def _mask(self, window: int | None) -> Tensor:
         mask, positions = self.tokens.mask, self.tokens.positions[:, None]

@@ -1,5 +1,6 @@
 """Depth given from outside: ints shorten the loop and are branched on, tensors select per token."""
 
+from operator import index
 from typing import NamedTuple, final
 
 import torch
@@ -26,8 +27,8 @@ class Bounds(NamedTuple):
     @classmethod
     def of(cls, steps: int, min_depth: Depth, max_depth: Depth, shape: tuple[int, int]) -> "Bounds":
         """Check both depths against the loop's `steps` and the rows' `(batch, seq)`."""
-        for name, depth in (("min_depth", min_depth), ("max_depth", max_depth)):
-            _check(name, depth, steps, shape)
+        min_depth = _checked("min_depth", min_depth, steps, shape)
+        max_depth = _checked("max_depth", max_depth, steps, shape)
         return cls(
             steps=max_depth if isinstance(max_depth, int) else steps,
             least=min_depth if isinstance(min_depth, int) else 1,
@@ -56,7 +57,8 @@ class Bounds(NamedTuple):
         return stays
 
 
-def _check(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> None:
+def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> Depth:
+    """The depth as None, a tensor or an int of Python's own."""
     if isinstance(depth, Tensor):
         if depth.is_floating_point() or depth.is_complex() or depth.dtype == torch.bool:
             raise ValueError(
@@ -71,5 +73,12 @@ def _check(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> None:
                 f"{name} expected an int or a tensor that broadcasts to (batch, seq) = {shape}, got shape "
                 f"{tuple(depth.shape)}. One depth per row has shape (batch, 1)."
             )
-    elif depth is not None and (isinstance(depth, bool) or not 1 <= depth <= steps):
+        return depth
+    if depth is None:
+        return None
+    whole = depth
+    if not isinstance(depth, int):  # NumPy's, say
+        whole = index(depth) if hasattr(depth, "__index__") else 0
+    if isinstance(depth, bool) or not 1 <= whole <= steps:
         raise ValueError(f"{name} expected an int from 1 to steps={steps}, got {depth}.")
+    return whole

@@ -89,10 +89,10 @@ class KVReuseCache:
             raise ValueError(f"reorder expected numbers of the {batch} rows that are held, from 0, got {order}.")
         if order == list(range(batch)):
             return
+        if self._entries is not None:
+            self._entries.take(rows, max(self._lengths, default=0))
         self._lengths = [self._lengths[row] for row in order]
         self._depth = chosen(self._depth, 0, rows)
-        if self._entries is not None:
-            self._entries.take(rows)
 
     def crop(self, length: int | Int[Tensor, "batch"]) -> None:
         """Keep at most the first `length` real tokens of each row.
@@ -109,9 +109,10 @@ class KVReuseCache:
             )
         if bool((limits < 0).any()):
             raise ValueError(f"crop expected lengths of 0 or more, got {length}.")
+        used = max(self._lengths, default=0)
         each = limits.expand(batch).tolist()
         self._lengths = [min(held, limit) for held, limit in zip(self._lengths, each, strict=True)]
-        self._forget()
+        self._forget_beyond(used)
 
     def to(self, device: torch.device | str) -> "KVReuseCache":
         """Move what is held; the same cache."""
@@ -128,11 +129,13 @@ class KVReuseCache:
         before = self._lengths or [0] * batch
         new = [seq] * batch if mask is None else mask.sum(-1).tolist()
         after = [old + more for old, more in zip(before, new, strict=True)]
-        entries = self._with_room(max(after, default=0), batch, steps, x.device)
+        longest = max(after, default=0)
+        self._check_capacity(longest)
         try:
+            entries = self._with_room(longest, batch, steps, x.device)
             yield CachedTokens.of(x, mask, entries, before, after)
         except BaseException:
-            self._forget()
+            self._forget_beyond(longest)
             raise
 
     def commit(self, tokens: CachedTokens, depth: Int[Tensor, "batch seq"]) -> None:
@@ -161,12 +164,14 @@ class KVReuseCache:
         if x.device != self._depth.device:
             raise ValueError(f"The cache is on {self._depth.device}, got x on {x.device}. Move it: cache.to(device).")
 
-    def _with_room(self, longest: int, batch: int, steps: int, device: torch.device) -> Layout:
+    def _check_capacity(self, longest: int) -> None:
         if self.capacity is not None and longest > self.capacity:
             raise ValueError(
                 f"KVReuseCache(capacity={self.capacity}) is too small: with the new tokens its longest row would hold "
                 f"{longest}. Give it the capacity of prompt and new tokens together, or None."
             )
+
+    def _with_room(self, longest: int, batch: int, steps: int, device: torch.device) -> Layout:
         if self._entries is None:
             room = self.capacity or longest
             kind = {"filled": steps, "single": 1}.get(self.layout)
@@ -175,14 +180,15 @@ class KVReuseCache:
             self.steps = steps
         if longest > self._entries.capacity:
             room = max(longest, self._entries.capacity * 3 // 2)
+            depth = longer(self._depth, 1, room)
             self._entries.grow(room)
-            self._depth = longer(self._depth, 1, room)
+            self._depth = depth
         return self._entries
 
-    def _forget(self) -> None:
-        """What stands beyond the lengths, perhaps not finite."""
+    def _forget_beyond(self, used: int) -> None:
+        """Zero what stands beyond the lengths, in the first `used` slots; it is perhaps not finite."""
         if not self._lengths or self._entries is None:
             return self.reset()
         for row, length in enumerate(self._lengths):
-            self._depth[row, length:] = 0
-        self._entries.keep(self._lengths)
+            self._depth[row, length:used] = 0
+        self._entries.keep(self._lengths, used)

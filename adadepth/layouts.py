@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 KV = tuple[Tensor, Tensor]
-# A pool grows by this share at least, so that an entry is copied a bounded number of times,
-SLACK = 64
-# and is cleared of what nobody shows at this share.
-GARBAGE = 256
+# A pool that is full grows by one part in so many, which bounds how often an entry is copied.
+GROWTH = 64
+# It is cleared once more than one part in so many of its entries is shown by nobody.
+WASTE = 256
 
 
 class Layout(ABC):
@@ -59,22 +59,19 @@ class Layout(ABC):
 
     @abstractmethod
     def read(self, call: int, rows: slice, width: int) -> KV:
-        """What the first `width` slots of `rows` show in this iteration, `(rows, kv_heads, width, head_dim)`.
-
-        In one iteration the same row is always the first of the same rows.
-        """
+        """What the first `width` slots of `rows` show in this iteration, `(rows, kv_heads, width, head_dim)`."""
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
         """Give each row more slots."""
 
     @abstractmethod
-    def take(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was."""
+    def take(self, rows: Tensor, used: int) -> None:
+        """Row i becomes what row `rows[i]` was, of which the first `used` slots hold something."""
 
     @abstractmethod
-    def keep(self, lengths: Sequence[int]) -> None:
-        """Forget what stands beyond each row's length."""
+    def keep(self, lengths: Sequence[int], used: int) -> None:
+        """Forget what stands beyond each row's length, in the first `used` slots."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -128,14 +125,17 @@ class Grids(Layout):
         self.grids = [(longer(k, 3, capacity), longer(v, 3, capacity)) for k, v in self.grids]
         self.capacity = capacity
 
-    def take(self, rows: Tensor) -> None:
-        self.grids = [(chosen(k, 1, rows), chosen(v, 1, rows)) for k, v in self.grids]
+    def take(self, rows: Tensor, used: int) -> None:
+        self.grids = [(self._taken(k, rows, used), self._taken(v, rows, used)) for k, v in self.grids]
         self.batch = len(rows)
 
-    def keep(self, lengths: Sequence[int]) -> None:
+    def _taken(self, grid: Tensor, rows: Tensor, used: int) -> Tensor:
+        return longer(chosen(grid[:, :, :, :used], 1, rows), 3, self.capacity)
+
+    def keep(self, lengths: Sequence[int], used: int) -> None:
         for grid in self.tensors():
             for row, length in enumerate(lengths):
-                grid[:, row, :, length:] = 0
+                grid[:, row, :, length:used] = 0
 
     def tensors(self) -> list[Tensor]:
         return [tensor for kv in self.grids for tensor in kv]
@@ -161,7 +161,7 @@ class Pool(Layout):
         entries = torch.arange(self.first, self.count, dtype=torch.int32, device=slots.device)
         showing = self.table[step:].flatten(1, 2)
         showing.index_copy_(1, slots, entries.expand(len(showing), -1))
-        self.step, self.shown = step, dict[int, Tensor]()
+        self.step, self.shown = step, dict[tuple[int, int, int], Tensor]()
 
     @property
     def calls(self) -> int:
@@ -175,17 +175,18 @@ class Pool(Layout):
             self.pools.append((zeros(k, 1, *k.shape[1:]), zeros(v, 1, *v.shape[1:])))
         if len(self.pools[call][0]) < self.count:
             k_pool, v_pool = self.pools[call]
-            size = max(self.count, len(k_pool) + len(k_pool) // SLACK)
+            size = max(self.count, len(k_pool) + len(k_pool) // GROWTH)
             self.pools[call] = longer(k_pool, 0, size), longer(v_pool, 0, size)
         for pool, new in zip(self.pools[call], (k, v), strict=True):
             pool[self.first : self.count] = new
 
     def read(self, call: int, rows: slice, width: int) -> KV:
         k, v = self.pools[call]
-        if rows.start not in self.shown:
-            self.shown[rows.start] = self.table[self.step, rows, :width].flatten()
-        entries = self.shown[rows.start].to(k.device)
-        shape = (len(entries) // width, width)
+        which = (rows.start, rows.stop, width)
+        if which not in self.shown:
+            self.shown[which] = self.table[self.step, rows, :width].flatten()
+        entries = self.shown[which].to(k.device)
+        shape = (rows.stop - rows.start, width)
         return (
             k.index_select(0, entries).unflatten(0, shape).transpose(1, 2),
             v.index_select(0, entries).unflatten(0, shape).transpose(1, 2),
@@ -194,13 +195,13 @@ class Pool(Layout):
     def grow(self, capacity: int) -> None:
         self.table, self.capacity = longer(self.table, 2, capacity), capacity
 
-    def take(self, rows: Tensor) -> None:
+    def take(self, rows: Tensor, used: int) -> None:
         self.table, self.batch = chosen(self.table, 1, rows), len(rows)
         self._collect()
 
-    def keep(self, lengths: Sequence[int]) -> None:
+    def keep(self, lengths: Sequence[int], used: int) -> None:
         for row, length in enumerate(lengths):
-            self.table[:, row, length:] = 0
+            self.table[:, row, length:used] = 0
         self._collect()
 
     def tensors(self) -> list[Tensor]:
@@ -211,9 +212,9 @@ class Pool(Layout):
         self.pools = [(k.to(device), v.to(device)) for k, v in self.pools]
 
     def _collect(self) -> None:
-        """Drop the entries that no slot shows, once they are more than the slack."""
+        """Drop the entries that no slot shows, once they are too many."""
         used = torch.cat([self.table.new_zeros(1), self.table.flatten()]).unique()
-        if self.count - len(used) <= self.count // GARBAGE:
+        if self.count - len(used) <= self.count // WASTE:
             return
         with torch.inference_mode(False):
             self.table = torch.searchsorted(used, self.table, out_int32=True)

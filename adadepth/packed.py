@@ -64,13 +64,9 @@ class PackedView(TokenView):
             return None
         if self.causal and group.whole and (window is None or window >= group.queries):
             return None
-        if (g, window) not in self._masks:
-            self._masks[g, window] = _bias(self._seen(g, group, window), dtype)
-        return self._masks[g, window]
-
-    @lazy
-    def _masks(self) -> dict[tuple[int, int | None], Tensor]:
-        return {}
+        if (g, window) not in self.masks:
+            self.masks[g, window] = _bias(self._seen(g, group, window), dtype)
+        return self.masks[g, window]
 
     def _seen(self, g: int, group: Group, window: int | None) -> Tensor:
         """`(size, 1, queries or 1, width)` bool."""
@@ -93,12 +89,13 @@ class CachedView(TokenView):
     known = "that the cache holds (a cache belongs to one wrapper)"
 
     def __init__(self, tokens: CachedTokens, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> None:
-        super().__init__(tokens, step, causal, past, keep)
+        super().__init__(tokens, step, causal, past=None, keep=False)  # the cache keeps
         self.entries = tokens.held.entries
-        self.entries.place(step, tokens.slots)
         self.expected = self.entries.calls or (0 if any(tokens.held.before) else None)
 
     def _merge(self, k: Tensor, v: Tensor) -> KV:
+        if self.calls == 0:
+            self.entries.place(self.step, self.tokens.slots)
         self.entries.write(self.calls, k.squeeze(0).transpose(0, 1), v.squeeze(0).transpose(0, 1))
         return k, v
 
@@ -120,15 +117,11 @@ class CachedView(TokenView):
         """What the run's queries may see, added to the scores; None: all, or what `is_causal` says."""
         if run.sees != "own" and (window is None or window >= run.width):
             return None
-        if (r, window) not in self._masks:
+        if (r, window) not in self.masks:
             own = self._own[r].view(run.size, 1, run.queries, 1)
             slots = torch.arange(run.width, device=own.device)
-            self._masks[r, window] = _bias(seen(own, slots, window), dtype)
-        return self._masks[r, window]
-
-    @lazy
-    def _masks(self) -> dict[tuple[int, int | None], Tensor]:
-        return {}
+            self.masks[r, window] = _bias(seen(own, slots, window), dtype)
+        return self.masks[r, window]
 
     @lazy
     def _own(self) -> tuple[Tensor, ...]:

@@ -242,7 +242,7 @@ class CachedTokens(_Packed):
 
     def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held) -> None:
         self.live, self.mask, self.index, self.held = live, mask, index, held
-        self.positions = held.positions
+        self.positions = held.positions  # goes before the lazy one
 
     @classmethod
     def of(

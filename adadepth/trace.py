@@ -107,7 +107,7 @@ class Recorder:
     def output(self) -> Output:
         """The result; iterations that nobody ran are filled in."""
         none = self._x.new_zeros(self._x.shape[:2], dtype=self.dtype)
-        live = _stack(self._live, self._steps, torch.zeros_like(self._live[0]))
+        live = _stack(self._live, self._steps, none.bool())
         scores = _stack(self._scores, self._steps - 1, none) if self._has_scores else live[..., :-1].to(self.dtype)
         exits = _stack([none if weight is None else weight for weight in self._exits], self._steps, none)
         hidden = torch.zeros_like(self._x) if self._hidden is None else self._hidden

@@ -121,8 +121,8 @@ class RecurrentWrapper(nn.Module):
         start = x if start is None else tokens.take(start)
         previous, past = x, None
         for step in range(bounds.steps):
-            if step and tokens.empty:
-                break  # but the first iteration runs even on nothing: parameters then get a gradient, of zero
+            if tokens.empty and (step or not torch.is_grad_enabled()):
+                break  # with gradients the first iteration runs even on nothing: parameters then get one, of zero
             exits = bounds.can_exit(step, self.rule is not None)
             h, past = self._iterate(x, tokens, step, past, keep=exits)
             h = tokens.settle(h, x)

@@ -205,6 +205,50 @@ def test_a_new_cache_holds_nothing(layout: str) -> None:
     assert cache.nbytes == 0
 
 
+class Counting(torch.nn.Module):
+    """Cannot run on no tokens, as a block cannot that lets torch infer an axis."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        q = x.view(*x.shape[:-1], -1, 2).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@layouts
+def test_a_pass_in_which_nothing_runs_costs_nothing(layout: str) -> None:
+    loop, x = ad.RecurrentWrapper(Counting(), 2), rows(2, 6)
+    mask = torch.tensor([[False, False, True, True, False, True]] * 2)
+    cache = ad.KVReuseCache(layout=layout)
+    parts = [
+        loop(x[:, cut], mask=mask[:, cut], cache=cache) for cut in (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6))
+    ]
+    assert loop.block.calls == 4  # two passes of two iterations
+    assert cache.lengths.tolist() == [3, 3]
+    assert not parts[0].hidden.any() and not parts[2].trace.live.any()
+    if layout != "single":
+        want = loop(x, mask=mask)
+        torch.testing.assert_close(torch.cat([part.hidden for part in parts], 1), want.hidden, rtol=1e-10, atol=1e-12)
+
+
+def test_a_cache_keeps_nothing_in_the_loop_beside_itself() -> None:
+    held = []
+
+    class Watching(torch.nn.Module):
+        takes_view = True
+
+        def forward(self, x: Tensor, view: ad.TokenView) -> Tensor:
+            q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+            out = view.attend(q, q, q).transpose(1, 2).flatten(2)
+            held.append((view.past, view.present))
+            return out
+
+    loop = ad.RecurrentWrapper(Watching(), 3, rule=ad.Threshold(0.5))
+    loop(rows(2, 4), cache=ad.KVReuseCache())
+    assert held == [(None, [])] * 3
+
+
 @layouts
 def test_two_caches_of_one_loop_are_two(layout: str) -> None:
     loop, x = looped("attention", zoo=DEEP), [rows(2, 6), rows(2, 6)]

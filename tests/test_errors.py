@@ -124,6 +124,9 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "start expected the shape and dtype of x, (2, 5, 8) torch.float32, got (2, 5, 8) torch.float64.",
     ),
     "max_depth": (lambda: loop()(X, max_depth=4), "max_depth expected an int from 1 to steps=3, got 4."),
+    "a fraction": (lambda: loop()(X, max_depth=2.0), "max_depth expected an int from 1 to steps=3, got 2.0."),
+    "a list": (lambda: loop()(X, min_depth=[2]), "min_depth expected an int from 1 to steps=3, got [2]."),
+    "a bool": (lambda: loop()(X, min_depth=True), "min_depth expected an int from 1 to steps=3, got True."),
     "min_depth": (lambda: loop()(X, min_depth=0), "min_depth expected an int from 1 to steps=3, got 0."),
     "depth dtype": (
         lambda: loop()(X, max_depth=torch.ones(2, 1)),

@@ -1,5 +1,6 @@
 """What must hold of every loop, whatever else is in the batch: laws between its own results."""
 
+import numpy as np
 import pytest
 import torch
 from blocks_zoo import BLOCKS, DIM, looped, mixed
@@ -155,6 +156,14 @@ def test_nothing_to_run_gives_nothing(kind: str, causal: bool, skip: bool, shape
         assert out.states.shape == (*shape, 4, DIM)
         assert [t.shape[-1] for t in out.trace] == [4, 3, 4]
         assert not any(t.any() for t in (out.hidden, out.states, *out.trace))
+
+
+def test_a_depth_is_any_integer() -> None:
+    loop, x = looped("attention"), rows(2, 6)
+    want = loop(x, min_depth=2, max_depth=2)
+    got = loop(x, min_depth=np.int64(2), max_depth=np.array(2))
+    assert got.trace.live.shape == want.trace.live.shape
+    assert torch.equal(got.hidden, want.hidden)
 
 
 @both
