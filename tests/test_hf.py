@@ -48,6 +48,24 @@ def test_an_adapted_model_begins_as_the_original(name: str, dtype: torch.dtype) 
         assert model.loop.update.alpha.grad.abs() > 0
 
 
+def test_others_of_the_same_configuration_go_on_as_they_were() -> None:
+    teacher = original("llama")
+    student = transformers.AutoModelForCausalLM.from_config(teacher.config).double()
+    with torch.no_grad():
+        before = teacher(IDS).logits
+        model = adapt(student, 2)
+        model(IDS)
+        assert torch.equal(teacher(IDS).logits, before)
+    assert all(m.config is model.base.config for m in model.base.modules() if hasattr(m, "config"))
+
+
+def test_positions_that_are_counted_may_be_given() -> None:
+    model = spread("llama", slice(1, 3))
+    with torch.no_grad():
+        got = model(IDS, attention_mask=MASK, position_ids=POSITIONS).logits
+        assert torch.equal(got, model(IDS, attention_mask=MASK).logits)
+
+
 def part(base: Any, start: int, stop: int) -> Callable[[Tensor], Tensor]:
     """Some layers of an original as a model of their own: positions with the first, the norm with none."""
     base = copy.deepcopy(base)

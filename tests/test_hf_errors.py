@@ -26,7 +26,7 @@ from hf_zoo import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPTJConfig
 
-from adadepth.hf import AdaptiveConfig, AdaptiveForCausalLM, adapt, load_gates
+from adadepth.hf import AdaptiveCache, AdaptiveConfig, AdaptiveForCausalLM, adapt, load_gates
 
 
 def refused(call: Callable[[], Any]) -> str:
@@ -71,6 +71,10 @@ ADAPT = {
         "adapt expected a decoder in which a token sees itself and what stands before it, got config.is_causal=False. "
         "Set it to True.",
     ),
+    "layers by number": (
+        lambda: adapt(original("llama"), 2, layers=2),
+        "adapt expected layers to be a slice, such as slice(8, 20), or None, got 2.",
+    ),
     "no steps": (lambda: adapt(original("llama"), 0), "RecurrentWrapper needs steps >= 1, got steps=0."),
 }
 
@@ -93,9 +97,9 @@ FORWARD = {
     "no input": ({"input_ids": None}, "Expected either input_ids or inputs_embeds, got neither."),
     "two inputs": ({"inputs_embeds": torch.ones(3, 9, DIM)}, "Expected either input_ids or inputs_embeds, got both."),
     "positions": (
-        {"position_ids": POSITIONS},
-        "An adapted model does not take position_ids. It counts the real tokens of each row: pass padding as "
-        "attention_mask.",
+        {"position_ids": POSITIONS + 1},
+        "position_ids expected what an adapted model counts, the place of each token among its row's real tokens, from "
+        "0. Leave them away, and pass padding as attention_mask.",
     ),
     "attentions": (
         {"output_attentions": True},
@@ -113,13 +117,15 @@ FORWARD = {
     ),
     "a mask of four axes": (
         {"attention_mask": torch.ones(3, 1, 9, 9)},
-        "attention_mask expected shape (batch, seq) = (3, 9), or with the columns of the cache before them, got "
-        "(3, 1, 9, 9).",
+        "attention_mask expected shape (batch, seq) = (3, 9), got (3, 1, 9, 9).",
     ),
     "a short mask": (
         {"attention_mask": torch.ones(3, 8)},
-        "attention_mask expected shape (batch, seq) = (3, 9), or with the columns of the cache before them, got "
-        "(3, 8).",
+        "attention_mask expected shape (batch, seq) = (3, 9), got (3, 8).",
+    ),
+    "a long mask": (
+        {"attention_mask": torch.ones(3, 12)},
+        "attention_mask expected shape (batch, seq) = (3, 9), got (3, 12).",
     ),
     "another cache": (
         {"past_key_values": DynamicCache()},
@@ -138,6 +144,44 @@ FORWARD = {
 def test_forward_refuses(name: str) -> None:
     options, message = FORWARD[name]
     assert refused(lambda: spread("llama", None)(**{"input_ids": IDS, "attention_mask": MASK} | options)) == message
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused() -> None:
+    """Real tokens count, however much padding stands before them, and those that a cache holds."""
+    message = (
+        "The model knows 64 positions, but with these tokens a row holds 65. Pass fewer, or take a model with more."
+    )
+    ids = torch.randint(3, VOCAB, (2, 80), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(80).expand(2, 80) >= torch.tensor([[16], [40]])
+    for layers in (None, slice(1, 3)):
+        model = adapt(original("gpt2"), 2, layers=layers)
+        model.generation_config.eos_token_id = None
+        with torch.no_grad():
+            assert model(ids, attention_mask=mask).logits.isfinite().all()
+            assert refused(lambda model=model: model(ids[:, :65])) == message
+            assert refused(lambda model=model: model.generate(ids[:, :60], max_new_tokens=9)) == message
+
+
+def texts(model: AdaptiveForCausalLM, ids: Tensor, **options: Any) -> Tensor:
+    return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+
+
+def test_generate_refuses_a_cache_of_other_ids_or_of_another_kind() -> None:
+    model = spread("llama", None)
+    model.generation_config.eos_token_id = None
+    cache = AdaptiveCache()
+    first = texts(model, IDS[:1], max_new_tokens=3, past_key_values=cache)
+    assert refused(lambda: texts(model, IDS[:1], max_new_tokens=3, past_key_values=cache)) == (
+        "generate expected all ids so far, those that the cache holds before the new ones, got 9 columns with a cache "
+        "of 11. Pass them all, with the attention_mask of all."
+    )
+    assert torch.equal(
+        texts(model, first, max_new_tokens=2, past_key_values=cache), texts(model, IDS[:1], max_new_tokens=5)
+    )
+    assert refused(lambda: model.generate(IDS[:1], past_key_values=ad.KVReuseCache(), max_new_tokens=3)) == (
+        "past_key_values expected an AdaptiveCache, which holds keys and values of every iteration, got KVReuseCache. "
+        "Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one."
+    )
 
 
 def test_attention_refuses_what_it_cannot_honour() -> None:
@@ -259,6 +303,12 @@ def test_loading_refuses_what_is_not_this_model(tmp_path: Path) -> None:
     assert refused(lambda: load(update=ad.Interpolate(), gate=ad.LinearGate(DIM))).startswith(
         "The checkpoint is of another model: it lacks loop.gate.proj.bias, loop.gate.proj.weight; it has no place for "
         "loop.gate.mlps.0.0.bias, "
+    )
+    assert refused(lambda: load_gates(original("llama"), tmp_path / "gates", gaet=None)) == (
+        "load_gates expected gate, rule, update beside base and path, got gaet."
+    )
+    assert refused(lambda: load_gates(original("llama"), tmp_path / "nowhere")) == (
+        f"{tmp_path / 'nowhere'} holds no gates.safetensors. Give load_gates the folder that model.save_gates wrote."
     )
     assert refused(lambda: load_gates(original("gpt2"), tmp_path / "gates")) == (
         "The gates were saved from a base of model_type='llama', got one of 'gpt2'. Give load_gates the model that "

@@ -151,6 +151,9 @@ def test_assisted_decoding(layers: slice | None) -> None:
     assistant = original("gpt_neox")
     assert texts(model, ids, mask, max_new_tokens=20, assistant_model=assistant) == greedy
     assert texts(model, ids, mask, max_new_tokens=20, assistant_model=spread("gpt_neox", None)) == greedy
+    assistant.generation_config.eos_token_id = None
+    alone = texts(assistant, ids, mask, max_new_tokens=20)
+    assert texts(assistant, ids, mask, max_new_tokens=20, assistant_model=model) == alone
 
 
 def test_a_cache_goes_on_where_it_ended(model: AdaptiveForCausalLM) -> None:

@@ -7,7 +7,7 @@ from typing import Any, final
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteriaList
 
-from .cache import AdaptiveCache
+from .inputs import cache_of
 
 GivenDepth = int | Tensor | Callable[[Tensor], int | Tensor] | None
 _DEPTHS = ("min_depth", "max_depth")
@@ -43,12 +43,20 @@ class AdaptiveGenerationMixin(GenerationMixin):
                 f"{generation_config.cache_implementation!r}. Choose its layout: "
                 "past_key_values=adadepth.hf.AdaptiveCache(layout='compact')."
             )
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = AdaptiveCache()
+        cache = cache_of(model_kwargs.get("past_key_values"), generation_config.use_cache is not False)
+        if cache is not None:
+            model_kwargs["past_key_values"] = cache
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
+        past = cache_of(model_kwargs.get("past_key_values"), None)
+        if past is not None and "inputs_embeds" not in model_kwargs and input_ids.shape[1] <= past.get_seq_length() > 0:
+            raise ValueError(
+                "generate expected all ids so far, those that the cache holds before the new ones, got "
+                f"{input_ids.shape[1]} columns with a cache of {past.get_seq_length()}. Pass them all, with the "
+                "attention_mask of all."
+            )
         own = {name: model_kwargs.pop(name) for name in (*_DEPTHS, "rule") if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs

@@ -51,24 +51,25 @@ def refuse_unknown(options: dict[str, Any]) -> None:
 
 _OTHERWISE = f"Beside its own arguments it knows those of the loss: {', '.join(_LOSS_OPTIONS)}."
 _INSTEAD = {
-    "position_ids": "It counts the real tokens of each row: pass padding as attention_mask.",
     "output_hidden_states": "Pass states=True for the loop's state after every iteration.",
     "output_attentions": "Its attention computes no weights.",
 }
 
 
-def new_columns(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
+def new_columns(attention_mask: Tensor | None, x: Tensor, cache: AdaptiveCache | None) -> Tensor | None:
     """Which of the tokens `x (batch, seq, dim)` are real, `(batch, seq)` bool.
 
-    Raises: `ValueError` if the mask is not `(batch, seq)` or, with earlier columns before them, longer.
+    Raises: `ValueError` if the mask is neither `(batch, seq)` nor longer by the columns of the cache.
     """
     if attention_mask is None:
         return None
     batch, seq = x.shape[:2]
-    if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < seq:
+    past = 0 if cache is None else cache.get_seq_length()
+    if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] not in (seq, past + seq):
         raise ValueError(
-            f"attention_mask expected shape (batch, seq) = ({batch}, {seq}), or with the columns of the cache before "
-            f"them, got {tuple(attention_mask.shape)}."
+            f"attention_mask expected shape (batch, seq) = ({batch}, {seq})"
+            + (f", or with the {past} columns of the cache before them ({batch}, {past + seq})" if past else "")
+            + f", got {tuple(attention_mask.shape)}."
         )
     return attention_mask[:, attention_mask.shape[1] - seq :].to(x.device, torch.bool)
 
@@ -79,3 +80,24 @@ def positions_of(x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None) ->
     places = (ones.cumsum(1) - 1).clamp_min(0)
     held = None if cache is None else cache.parts["loop"].lengths
     return places if held is None or not len(held) else places + held.unsqueeze(1)
+
+
+def check_positions(given: Tensor | None, counted: Tensor, mask: Tensor | None, limit: int | None) -> None:
+    """Positions that are given must be those that are counted, and these below what the model knows.
+
+    Raises: `ValueError`.
+    """
+    real = counted if mask is None else counted.masked_fill(~mask, -1)
+    if limit is not None and real.numel() and int(real.max()) >= limit:
+        raise ValueError(
+            f"The model knows {limit} positions, but with these tokens a row holds {int(real.max()) + 1}. Pass fewer, "
+            "or take a model with more."
+        )
+    if given is None:
+        return
+    same = (given.to(real.device) == counted) | (real < 0)
+    if not bool(same.all()):
+        raise ValueError(
+            "position_ids expected what an adapted model counts, the place of each token among its row's real tokens, "
+            "from 0. Leave them away, and pass padding as attention_mask."
+        )

@@ -21,7 +21,7 @@ from .attention import NAME
 from .cache import AdaptiveCache
 from .config import AdaptiveConfig
 from .generation import AdaptiveGenerationMixin
-from .inputs import cache_of, check_inputs, new_columns, positions_of, refuse_unknown
+from .inputs import cache_of, check_inputs, check_positions, new_columns, positions_of, refuse_unknown
 from .pieces import KINDS, bind, complete, describe, rebind
 from .saving import check_loaded, write_gates
 from .stack import Stack
@@ -100,14 +100,14 @@ class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
         rule: Rule | None = None,
         states: bool = False,
         logits_to_keep: int | Tensor = 0,
-        **loss_options: Any,
+        **others: Any,
     ) -> AdaptiveOutput:
         """Run the model.
 
         Arguments:
             input_ids: `(batch, seq)`, the tokens passed now; or `inputs_embeds (batch, seq, dim)`.
             attention_mask: `(batch, seq)` or, with those in the cache before them, longer; 0 or False
-                for padding, anywhere. Positions are counted by it; `position_ids` are not taken.
+                for padding, anywhere.
             labels: `(batch, seq)`, -100 where nothing is to be learned; shifted inside.
             past_key_values: an `AdaptiveCache`, of earlier passes or new. For inference only.
             use_cache: whether to begin a cache; None: only with `past_key_values`.
@@ -115,14 +115,18 @@ class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
             rule: in place of the loop's, in this call.
             states: whether to return every iteration's state.
             logits_to_keep: how many of the last logits, or which columns; 0: all.
+            others: `position_ids (batch, seq)`, which must be those that are counted, each token's place
+                among its row's real ones; and what the loss takes.
 
         Raises: `ValueError` for arguments that do not fit together or that are not known.
         """
-        refuse_unknown(loss_options)
+        positions = others.pop("position_ids", None)
+        refuse_unknown(others)
         check_inputs(input_ids, inputs_embeds)
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = new_columns(attention_mask, x)
         cache = cache_of(past_key_values, use_cache)
+        mask = new_columns(attention_mask, x, cache)
+        self._check_positions(positions, x, mask, cache)
         with nullcontext() if cache is None else cache.passing(x, mask):
             options = {"min_depth": min_depth, "max_depth": max_depth, "states": states}
             hidden, out = self._run(x, mask, cache, rule, options)
@@ -130,7 +134,7 @@ class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
         loss = None
         if labels is not None:
             words = logits.shape[-1]
-            loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=words, **loss_options)
+            loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=words, **others)
         return AdaptiveOutput(loss, logits, cache, out.trace, out.states)
 
     def _run(
@@ -150,6 +154,15 @@ class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
         if self.coda is not None:
             hidden = self.coda(hidden, mask=mask, cache=parts.get("coda")).hidden
         return hidden, out
+
+    def _check_positions(
+        self, given: Tensor | None, x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None
+    ) -> None:
+        table = self.anatomy.position
+        if table is None and given is None:
+            return  # rotary: nothing to look at
+        limit = None if table is None else getattr(self.loop.block.backbone, table).num_embeddings
+        check_positions(given, positions_of(x, mask, cache), mask, limit)
 
     def _embed(self, x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None) -> Tensor:
         """What the backbone does to embeddings before its first layer, where the loop does not."""

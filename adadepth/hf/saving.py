@@ -42,8 +42,10 @@ def write_gates(loop: nn.Module, config: AdaptiveConfig, path: str | PathLike[st
 def read_config(path: str | PathLike[str], base: Any) -> AdaptiveConfig:
     """The configuration beside saved gates, for this base.
 
-    Raises: `ValueError` if they were trained on another.
+    Raises: `ValueError` if there are none, or if they were trained on another.
     """
+    if not (Path(path) / GATES).is_file():
+        raise ValueError(f"{path} holds no {GATES}. Give load_gates the folder that model.save_gates wrote.")
     config = AdaptiveConfig.from_pretrained(path)
     for name in _ALIKE:
         theirs, ours = getattr(config.text_config, name), getattr(base.config, name)
