@@ -34,4 +34,4 @@ docs: $(INSTALLED)  ## build the documentation into site/
 	$(RUN) -m mkdocs build --strict
 
 bench: $(INSTALLED)  ## all benchmarks, into benchmarks/RESULTS.md
-	for b in skip overhead ponder decode; do $(RUN) -m benchmarks.$$b || exit 1; done
+	for b in skip overhead ponder decode single; do $(RUN) -m benchmarks.$$b || exit 1; done

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Literal, final, get_args
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from .layouts import Grids, Layout, Pool, chosen, longer, zeros
@@ -28,7 +28,8 @@ class KVReuseCache:
             "filled": one for every iteration of the loop; the fastest. "compact": one for every
             iteration that the token ran, so their number is the sum of depths; gathered when read.
             "single": the newest alone, shown to every iteration. That is an approximation: the
-            results are not those of one pass unless all depths are 1.
+            results are not those of one pass unless all depths are 1; a model that was not trained for
+            it may lose much (benchmarks/RESULTS.md, "single").
         capacity: the most tokens a row may hold, allocated at once; None: it grows by halves.
 
     Attributes: `layout`, `capacity`; `steps` of the loop and `layers` (attention calls of the block),
@@ -72,7 +73,7 @@ class KVReuseCache:
         held = [self._depth] + ([] if self._entries is None else self._entries.tensors())
         return sum(tensor.nbytes for tensor in held)
 
-    def reorder(self, rows: Int[Tensor, "new_batch"]) -> None:
+    def reorder(self, rows: Integer[Tensor, "new_batch"]) -> None:
         """Row i becomes what row `rows[i]` was, with its length, positions and depths: beams, repetition, selection.
 
         Shapes: `(new_batch,)` int64; a row may come several times or not at all.
@@ -94,7 +95,7 @@ class KVReuseCache:
         self._lengths = [self._lengths[row] for row in order]
         self._depth = chosen(self._depth, 0, rows)
 
-    def crop(self, length: int | Int[Tensor, "batch"]) -> None:
+    def crop(self, length: int | Integer[Tensor, "batch"]) -> None:
         """Keep at most the first `length` real tokens of each row.
 
         Shapes: an int, or `(batch,)` integers.

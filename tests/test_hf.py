@@ -31,6 +31,7 @@ from hf_zoo import (
 )
 
 from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, adapt
+from adadepth.hf.cache import CACHE
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -148,3 +149,14 @@ def test_arguments() -> None:
     rule = model.loop.rule
     assert torch.equal(model(IDS, attention_mask=MASK, rule=ad.Threshold(2.0)).trace.depth, MASK)
     assert model.loop.rule is rule
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_goes_by_both_its_names(name: str) -> None:
+    model, cache = spread("llama", None), AdaptiveCache()
+    with torch.no_grad():
+        out = model(IDS[:, :6], attention_mask=MASK[:, :6], **{name: cache})
+        assert out.past_key_values is getattr(out, CACHE) is out[CACHE] is out[1] is cache
+        on = model(IDS[:, 6:], attention_mask=MASK, **{name: out.past_key_values}, return_dict=False)
+    assert on[1] is cache and cache.get_seq_length() == 9
+    assert near(on[0][MASK[:, 6:].bool()], model(IDS, attention_mask=MASK).logits[:, 6:][MASK[:, 6:].bool()])

@@ -27,6 +27,7 @@ from hf_zoo import (
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPTJConfig
 
 from adadepth.hf import AdaptiveCache, AdaptiveConfig, AdaptiveForCausalLM, adapt, load_gates
+from adadepth.hf.cache import CACHE
 
 
 def refused(call: Callable[[], Any]) -> str:
@@ -79,6 +80,7 @@ ADAPT = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("name", ADAPT)
 def test_adapt_refuses(name: str) -> None:
     call, message = ADAPT[name]
@@ -129,8 +131,12 @@ FORWARD = {
     ),
     "another cache": (
         {"past_key_values": DynamicCache()},
-        "past_key_values expected an AdaptiveCache, which holds keys and values of every iteration, got DynamicCache. "
+        f"{CACHE} expected an AdaptiveCache, which holds keys and values of every iteration, got DynamicCache. "
         "Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one.",
+    ),
+    "a cache under both its names": (
+        {"past_key_values": AdaptiveCache(), "cache": AdaptiveCache()},
+        f"past_key_values and cache are two names of the same argument, got both. Pass {CACHE} alone.",
     ),
     "a cache while gradients flow": (
         {"use_cache": True},
@@ -166,20 +172,19 @@ def texts(model: AdaptiveForCausalLM, ids: Tensor, **options: Any) -> Tensor:
     return model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
 
 
+@pytest.mark.plain
 def test_generate_refuses_a_cache_of_other_ids_or_of_another_kind() -> None:
     model = spread("llama", None)
     model.generation_config.eos_token_id = None
     cache = AdaptiveCache()
-    first = texts(model, IDS[:1], max_new_tokens=3, past_key_values=cache)
-    assert refused(lambda: texts(model, IDS[:1], max_new_tokens=3, past_key_values=cache)) == (
+    first = texts(model, IDS[:1], max_new_tokens=3, **{CACHE: cache})
+    assert refused(lambda: texts(model, IDS[:1], max_new_tokens=3, **{CACHE: cache})) == (
         "generate expected all ids so far, those that the cache holds before the new ones, got 9 columns with a cache "
         "of 11. Pass them all, with the attention_mask of all."
     )
-    assert torch.equal(
-        texts(model, first, max_new_tokens=2, past_key_values=cache), texts(model, IDS[:1], max_new_tokens=5)
-    )
-    assert refused(lambda: model.generate(IDS[:1], past_key_values=ad.KVReuseCache(), max_new_tokens=3)) == (
-        "past_key_values expected an AdaptiveCache, which holds keys and values of every iteration, got KVReuseCache. "
+    assert torch.equal(texts(model, first, max_new_tokens=2, **{CACHE: cache}), texts(model, IDS[:1], max_new_tokens=5))
+    assert refused(lambda: model.generate(IDS[:1], max_new_tokens=3, **{CACHE: ad.KVReuseCache()})) == (
+        f"{CACHE} expected an AdaptiveCache, which holds keys and values of every iteration, got KVReuseCache. "
         "Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one."
     )
 

@@ -16,6 +16,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, adapt
+from adadepth.hf.cache import CACHE
 
 NEW = 7
 # Random models repeat themselves, and a token that repeats does so at one depth.
@@ -27,9 +28,10 @@ def model() -> AdaptiveForCausalLM:
     return spread("llama", None)
 
 
-def texts(model: Any, ids: Tensor = IDS, mask: Tensor = MASK, **options: Any) -> list[list[int]]:
+def texts(model: Any, ids: Tensor = IDS, mask: Tensor = MASK, cache: Any = None, **options: Any) -> list[list[int]]:
     """The new tokens of each row, up to the end of its text."""
     options = {"max_new_tokens": NEW, "do_sample": False, **VARIED} | options
+    options |= {} if cache is None else {CACHE: cache}
     new = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
     return [row[: row.index(EOS) + 1] if EOS in row else row for row in new]
 
@@ -45,7 +47,7 @@ def alone(model: Any, **options: Any) -> list[list[int]]:
 def test_a_padded_batch_is_each_prompt_alone_is_no_cache(name: str, layers: slice | None) -> None:
     model = spread(name, layers)
     cache = AdaptiveCache()
-    greedy = texts(model, past_key_values=cache)
+    greedy = texts(model, cache=cache)
     assert greedy == alone(model) == texts(model, use_cache=False)
     real = cache.depth[:, -NEW:][cache.mask[:, -NEW:]]
     assert len(real.unique()) > 1 and len(cache.depth[:, : IDS.shape[1]].unique()) > 2
@@ -68,10 +70,10 @@ def test_one_step_is_the_original(name: str, layers: slice | None) -> None:
 def test_the_compact_layout_and_pieces_of_a_prompt_change_nothing(name: str) -> None:
     model = spread(name, slice(1, 3))
     cache = AdaptiveCache("compact")
-    assert texts(model, past_key_values=cache, prefill_chunk_size=4) == texts(model)
+    assert texts(model, cache=cache, prefill_chunk_size=4) == texts(model)
     assert cache.parts["loop"].layout == "compact"
     filled = AdaptiveCache()
-    texts(model, past_key_values=filled)
+    texts(model, cache=filled)
     assert cache.nbytes < filled.nbytes
 
 
@@ -126,7 +128,7 @@ def test_a_finished_row_costs_nothing(model: AdaptiveForCausalLM) -> None:
     stop = StoppingCriteriaList([_After([length + 2, length + 4, length + NEW])])
     cache = AdaptiveCache()
     ids = model.generate(
-        IDS, attention_mask=MASK, stopping_criteria=stop, max_new_tokens=NEW, do_sample=False, past_key_values=cache
+        IDS, attention_mask=MASK, stopping_criteria=stop, max_new_tokens=NEW, do_sample=False, **{CACHE: cache}
     )
     assert (ids[0, length + 2 :] == 0).all() and (ids[1, length + 4 :] == 0).all()
     assert cache.parts["loop"].lengths.tolist() == [length + 1, 6 + 3, 2 + NEW - 1]
@@ -159,15 +161,15 @@ def test_assisted_decoding(layers: slice | None) -> None:
 def test_a_cache_goes_on_where_it_ended(model: AdaptiveForCausalLM) -> None:
     cache = AdaptiveCache()
     model.generation_config.eos_token_id = None
-    first = model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False, past_key_values=cache)
+    first = model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False, **{CACHE: cache})
     mask = torch.cat([MASK, torch.ones(3, 3, dtype=MASK.dtype)], 1)
-    on = model.generate(first, attention_mask=mask, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    on = model.generate(first, attention_mask=mask, max_new_tokens=4, do_sample=False, **{CACHE: cache})
     assert torch.equal(on, model.generate(IDS, attention_mask=MASK, max_new_tokens=7, do_sample=False))
 
 
 def depths(model: AdaptiveForCausalLM, **options: Any) -> Tensor:
     cache = AdaptiveCache()
-    texts(model, past_key_values=cache, **options)
+    texts(model, cache=cache, **options)
     return cache.depth
 
 
@@ -203,7 +205,7 @@ def test_depths_follow_their_rows_into_beams_and_sequences(model: AdaptiveForCau
 
 def test_a_recorded_trace_is_replayed(model: AdaptiveForCausalLM) -> None:
     cache = AdaptiveCache()
-    text = texts(model, past_key_values=cache)
+    text = texts(model, cache=cache)
     recorded = cache.depth
     model.loop.rule = ad.Threshold(2.0)
     assert texts(model) != text
@@ -236,11 +238,11 @@ ERRORS = {
     "implementation": (
         {"cache_implementation": "static"},
         "An adapted model generates with a cache of its own, got cache_implementation='static'. Choose its layout: "
-        "past_key_values=adadepth.hf.AdaptiveCache(layout='compact').",
+        f"{CACHE}=adadepth.hf.AdaptiveCache(layout='compact').",
     ),
     "cache": (
-        {"past_key_values": DynamicCache()},
-        "past_key_values expected an AdaptiveCache, which holds keys and values of every iteration, got DynamicCache. "
+        {"cache": DynamicCache()},
+        f"{CACHE} expected an AdaptiveCache, which holds keys and values of every iteration, got DynamicCache. "
         "Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one.",
     ),
 }

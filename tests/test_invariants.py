@@ -158,6 +158,7 @@ def test_nothing_to_run_gives_nothing(kind: str, causal: bool, skip: bool, shape
         assert not any(t.any() for t in (out.hidden, out.states, *out.trace))
 
 
+@pytest.mark.plain
 def test_a_depth_is_any_integer() -> None:
     loop, x = looped("attention"), rows(2, 6)
     want = loop(x, min_depth=2, max_depth=2)

@@ -2,21 +2,26 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import final
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 
 from ..caches import KVReuseCache, LayoutName
 
 PARTS = ("prelude", "loop", "coda")
+# What transformers calls a cache in arguments and outputs: `cache` from 5.24 on.
+CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
 
 
 @final
 class AdaptiveCache(Cache):
     """What an adapted model has seen; made by `generate`, or passed to it and to the model as `past_key_values`.
+
+    From transformers 5.24 on that argument is called `cache`; the model takes both names with any version.
 
     Arguments:
         layout: of the loop's keys and values: "filled" (fastest), "compact" (memory for the sum of
@@ -58,6 +63,11 @@ class AdaptiveCache(Cache):
     def batch_size(self) -> int:
         """Rows held; -1 before the first pass."""
         return len(self._masks[0]) if self._masks else -1
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """That it grows with the tokens, unlike linear attention's: `generate` then passes only new columns."""
+        return [False]
 
     @contextmanager
     def passing(self, x: Tensor, mask: Tensor | None) -> Iterator[None]:

@@ -4,6 +4,8 @@ from typing import Any, ClassVar, final
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .cache import CACHE
+
 
 @final
 class AdaptiveConfig(PretrainedConfig):
@@ -15,7 +17,7 @@ class AdaptiveConfig(PretrainedConfig):
     """
 
     model_type = "adadepth"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "trace", "states"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE, "trace", "states"]
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import Any, final
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteriaList
 
+from .cache import CACHE
 from .inputs import cache_of
 
 GivenDepth = int | Tensor | Callable[[Tensor], int | Tensor] | None
@@ -31,8 +32,8 @@ class AdaptiveGenerationMixin(GenerationMixin):
     """`generate` as transformers has it, and in it `min_depth`, `max_depth` and `rule`.
 
     `min_depth` and `max_depth` are each an int; an integer tensor `(batch, 1)`, a depth per row; one of
-    `(batch, columns)`, a depth per token, as `past_key_values.depth` of an earlier call gives them for
-    a replay; or a function of the ids so far, `(batch, length)`, whose result broadcasts to them. `rule`
+    `(batch, columns)`, a depth per token, as the cache's `depth` of an earlier call gives them for a
+    replay; or a function of the ids so far, `(batch, length)`, whose result broadcasts to them. `rule`
     stands in place of the loop's; its threshold may be `(batch, 1)`.
     """
 
@@ -41,16 +42,16 @@ class AdaptiveGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"An adapted model generates with a cache of its own, got cache_implementation="
                 f"{generation_config.cache_implementation!r}. Choose its layout: "
-                "past_key_values=adadepth.hf.AdaptiveCache(layout='compact')."
+                f"{CACHE}=adadepth.hf.AdaptiveCache(layout='compact')."
             )
-        cache = cache_of(model_kwargs.get("past_key_values"), generation_config.use_cache is not False)
+        cache = cache_of(generation_config.use_cache is not False, model_kwargs.get(CACHE))
         if cache is not None:
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE] = cache
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        past = cache_of(model_kwargs.get("past_key_values"), None)
+        past = cache_of(None, model_kwargs.get(CACHE))
         if past is not None and "inputs_embeds" not in model_kwargs and input_ids.shape[1] <= past.get_seq_length() > 0:
             raise ValueError(
                 "generate expected all ids so far, those that the cache holds before the new ones, got "
@@ -72,7 +73,6 @@ class AdaptiveGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,  # generate looks for it here
         min_depth: GivenDepth = None,
         max_depth: GivenDepth = None,
@@ -80,11 +80,9 @@ class AdaptiveGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next pass: ids, mask and depths of the new columns."""
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
-        )
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         now = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
         for name, depth in zip(_DEPTHS, (min_depth, max_depth), strict=True):
             inputs[name] = _of_columns(name, depth, input_ids, past, past + now.shape[1])
         if finished is not None and finished.rows is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from .cache import AdaptiveCache
+from .cache import CACHE, AdaptiveCache
 
 _NEEDLESS = ("return_dict", "cache_position")
 _LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -22,19 +22,22 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None
         raise ValueError(f"Expected either input_ids or inputs_embeds, got {got}.")
 
 
-def cache_of(given: Cache | None, use_cache: bool | None) -> AdaptiveCache | None:
-    """The cache of a pass: the one given, or a new one if it is asked for.
+def cache_of(use_cache: bool | None, *given: Cache | None) -> AdaptiveCache | None:
+    """The cache of a pass: the one given, under whichever name, or a new one if it is asked for.
 
-    Raises: `ValueError` for a cache of another kind.
+    Raises: `ValueError` for a cache of another kind, or two.
     """
-    if given is None:
+    caches = [cache for cache in given if cache is not None]
+    if not caches:
         return AdaptiveCache() if use_cache else None
-    if not isinstance(given, AdaptiveCache):
+    if len(caches) > 1:
+        raise ValueError(f"past_key_values and cache are two names of the same argument, got both. Pass {CACHE} alone.")
+    if not isinstance(caches[0], AdaptiveCache):
         raise ValueError(
-            f"past_key_values expected an AdaptiveCache, which holds keys and values of every iteration, got "
-            f"{type(given).__name__}. Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one."
+            f"{CACHE} expected an AdaptiveCache, which holds keys and values of every iteration, got "
+            f"{type(caches[0]).__name__}. Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one."
         )
-    return given
+    return caches[0]
 
 
 def refuse_unknown(options: dict[str, Any]) -> None:

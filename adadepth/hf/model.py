@@ -9,7 +9,7 @@ from typing import Any, final, no_type_check
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..bounds import Depth
@@ -29,20 +29,17 @@ from .stack import Stack
 
 @dataclass
 @no_type_check  # made from a dictionary as well, as every output of transformers
-class AdaptiveOutput(ModelOutput):
-    """What an adapted model returns.
+class AdaptiveOutput(CausalLMOutputWithPast):
+    """What an adapted model returns: what causal language models do, and beside it `trace` and `states`.
 
     Shapes:
         loss: `()`, with labels.
         logits: `(batch, kept, vocabulary)`.
-        past_key_values: the cache, if one is used.
+        past_key_values: the `AdaptiveCache`, if one is used; from transformers 5.24 on also `cache`.
         trace: of the loop, over the tokens passed now.
         states: `(batch, seq, steps, dim)` on request: the loop's, before coda and outer norm.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: AdaptiveCache | None = None
     trace: Trace | None = None
     states: Tensor | None = None
 
@@ -100,6 +97,7 @@ class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
         rule: Rule | None = None,
         states: bool = False,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **others: Any,
     ) -> AdaptiveOutput:
         """Run the model.
@@ -115,6 +113,7 @@ class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
             rule: in place of the loop's, in this call.
             states: whether to return every iteration's state.
             logits_to_keep: how many of the last logits, or which columns; 0: all.
+            cache: `past_key_values`, as transformers calls it from 5.24 on.
             others: `position_ids (batch, seq)`, which must be those that are counted, each token's place
                 among its row's real ones; and what the loss takes.
 
@@ -124,18 +123,18 @@ class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
         refuse_unknown(others)
         check_inputs(input_ids, inputs_embeds)
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = cache_of(past_key_values, use_cache)
-        mask = new_columns(attention_mask, x, cache)
-        self._check_positions(positions, x, mask, cache)
-        with nullcontext() if cache is None else cache.passing(x, mask):
+        held = cache_of(use_cache, past_key_values, cache)
+        mask = new_columns(attention_mask, x, held)
+        self._check_positions(positions, x, mask, held)
+        with nullcontext() if held is None else held.passing(x, mask):
             options = {"min_depth": min_depth, "max_depth": max_depth, "states": states}
-            hidden, out = self._run(x, mask, cache, rule, options)
+            hidden, out = self._run(x, mask, held, rule, options)
         logits = self._logits(hidden, logits_to_keep)
         loss = None
         if labels is not None:
             words = logits.shape[-1]
             loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=words, **others)
-        return AdaptiveOutput(loss, logits, cache, out.trace, out.states)
+        return AdaptiveOutput(loss, logits, held, trace=out.trace, states=out.states)
 
     def _run(
         self, x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None, rule: Rule | None, options: dict[str, Any]

@@ -1,0 +1,57 @@
+"""What the approximate layout costs in loss: a small trained model decodes held-out text from each cache.
+
+`python -m benchmarks.single` trains the demonstration's byte model on the standard library, and then reads the
+second half of each held-out window byte by byte.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor
+
+import adadepth as ad
+from examples.adaponderlm.model import AdaptiveLM, Shape
+from examples.adaponderlm.text import even_windows, stdlib_text
+from examples.adaponderlm.train import Recipe, nll, train
+
+from ._measure import machine, write_section
+
+
+@torch.no_grad()
+def decoded(model: AdaptiveLM, windows: Tensor, layout: str, least: int) -> tuple[float, float]:
+    """Nats per byte and mean depth over the second half of `windows (batch, length + 1)`, read byte by byte."""
+    ids, prompt = windows[:, :-1].long(), windows.shape[1] // 2
+    cache = ad.KVReuseCache(layout)
+    pieces = [ids[:, :prompt], *ids[:, prompt:].split(1, 1)]
+    hidden = torch.cat([model.looped(model.embedding(x), min_depth=least, cache=cache).hidden for x in pieces], 1)
+    losses = nll(model.head(model.norm(hidden)), windows[:, 1:].long())
+    return losses[:, prompt:].mean().item(), cache.depth[:, prompt:].double().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1200, help="of training")
+    parser.add_argument("--windows", type=int, default=256)
+    args = parser.parse_args()
+    recipe = Recipe(args.steps)
+    text = stdlib_text(recipe.window)
+    windows = even_windows(text.held_out, args.windows, recipe.window)
+    torch.manual_seed(0)
+    model = AdaptiveLM(Shape())
+    for _ in train(model, text.train, recipe, torch.Generator().manual_seed(0)):
+        pass
+    model.eval()
+    lines = ["| exits | filled: nats, mean depth | compact | single |", "|" + "---|" * 4]
+    for exits, least in (("learned", 2), ("none", model.shape.steps)):
+        results = [decoded(model, windows, layout, least) for layout in ("filled", "compact", "single")]
+        lines.append(" | ".join([f"| {exits}", *(f"{nats:.4f}, {depth:.2f}" for nats, depth in results)]) + " |")
+    print(machine(), *lines, sep="\n")
+    write_section(
+        "single",
+        f"Nats per byte and mean depth, decoded from each layout; compact is filled. {machine()}\n\n"
+        + "\n".join(lines),
+    )
+
+
+if __name__ == "__main__":
+    main()
