@@ -25,7 +25,6 @@ class Layout(ABC):
     What stands beyond a row's length is finite: masked attention multiplies it by 0, not by nothing.
     """
 
-    batch: int
     capacity: int
 
     @abstractmethod
@@ -152,7 +151,7 @@ class Pool(Layout):
     """
 
     def __init__(self, iterations: int, batch: int, capacity: int, device: torch.device) -> None:
-        self.batch, self.capacity, self.count = batch, capacity, 1
+        self.capacity, self.count = capacity, 1
         self.table = zeros(torch.empty(0, dtype=torch.int32, device=device), iterations, batch, capacity)
         self.pools: list[KV] = []  # (entries, kv_heads, head_dim)
 
@@ -196,7 +195,7 @@ class Pool(Layout):
         self.table, self.capacity = longer(self.table, 2, capacity), capacity
 
     def take(self, rows: Tensor, used: int) -> None:
-        self.table, self.batch = chosen(self.table, 1, rows), len(rows)
+        self.table = chosen(self.table, 1, rows)
         self._collect()
 
     def keep(self, lengths: Sequence[int], used: int) -> None:

@@ -67,7 +67,12 @@ class TokenSet(ABC):
     @lazy
     def positions(self) -> PositionRows:
         """The place of each token among its row's real tokens, from 0; before the first, that of the first."""
-        return _places(self.live, self.mask)
+        return _positions(self.live, self.mask)
+
+
+def places(mask: MaskRows) -> PositionRows:
+    """The place of each token among its row's real tokens, from 0; before the first, that of the first."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def all_tokens(x: Tensor, mask: MaskRows | None, skip: bool) -> TokenSet:
@@ -249,7 +254,7 @@ class CachedTokens(_Packed):
         cls, x: Tensor, mask: MaskRows | None, entries: Layout, before: list[int], after: list[int]
     ) -> "CachedTokens":
         live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        positions = torch.tensor(before, dtype=torch.int64, device=x.device).unsqueeze(1) + _places(live, mask)
+        positions = torch.tensor(before, dtype=torch.int64, device=x.device).unsqueeze(1) + _positions(live, mask)
         return cls(live, mask, live.flatten().nonzero().squeeze(1), Held(entries, before, after, positions))
 
     def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
@@ -271,11 +276,11 @@ class CachedTokens(_Packed):
         return list(runs_of(self.live.sum(-1).tolist(), self.held.before, self.held.after))
 
 
-def _places(live: MaskRows, mask: MaskRows | None) -> PositionRows:
+def _positions(live: MaskRows, mask: MaskRows | None) -> PositionRows:
     if mask is None:
         batch, seq = live.shape
         return torch.arange(seq, device=live.device).expand(batch, seq)
-    return (mask.cumsum(-1) - 1).clamp_min(0)
+    return places(mask)
 
 
 def _rows_of(live: MaskRows) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin
 
 from ..caches import KVReuseCache, LayoutName
+from ..tokens import places
 
 PARTS = ("prelude", "loop", "coda")
 # What transformers calls a cache in arguments and outputs: `cache` from 5.24 on.
@@ -51,8 +52,7 @@ class AdaptiveCache(Cache):
         mask = self.mask
         if not mask.any():
             return mask.long()
-        position = (mask.cumsum(1) - 1).clamp_min(0)
-        return torch.where(mask, self.parts["loop"].depth.gather(1, position), 0)
+        return torch.where(mask, self.parts["loop"].depth.gather(1, places(mask)), 0)
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import Rule, Threshold
+from ..tokens import places
 from ..trace import Trace
 from ..wrapper import RecurrentWrapper
 from . import flops
@@ -162,7 +163,7 @@ def _predict(rule: Rule, full: list[Trace]) -> float:
 
 def _apply(rule: Rule, full: Trace) -> Tensor:
     mask = full.live[..., 0]
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    positions = places(mask)
     remaining, depth = mask.to(full.scores.dtype), mask.long()
     for seen in range(1, full.scores.shape[-1] + 1):
         remaining = torch.minimum(rule(full.scores[..., :seen], remaining, positions), remaining)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from ..tokens import places
 from .cache import CACHE, AdaptiveCache
 
 _NEEDLESS = ("return_dict", "cache_position")
@@ -79,10 +80,9 @@ def new_columns(attention_mask: Tensor | None, x: Tensor, cache: AdaptiveCache |
 
 def positions_of(x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None) -> Tensor:
     """The place of each token among the real tokens of its row, `(batch, seq)` int64."""
-    ones = x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
-    places = (ones.cumsum(1) - 1).clamp_min(0)
+    new = places(x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask)
     held = None if cache is None else cache.parts["loop"].lengths
-    return places if held is None or not len(held) else places + held.unsqueeze(1)
+    return new if held is None or not len(held) else new + held.unsqueeze(1)
 
 
 def check_positions(given: Tensor | None, counted: Tensor, mask: Tensor | None, limit: int | None) -> None:
