@@ -6,7 +6,7 @@ queries. It knows nothing of gates and losses.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn, final
 
 import torch
@@ -179,6 +179,12 @@ class TokenView(ABC):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """The answers to the queries of the tokens that run."""
 
+    def _mask_of(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What may be seen, made once for all calls of the iteration that ask alike."""
+        if key not in self.masks:
+            self.masks[key] = make()
+        return self.masks[key]
+
     def _past(self) -> tuple[Tensor | None, Tensor | None]:
         """The keys and values of this call in the iteration before."""
         return (None, None) if self.past is None else self.past[self.calls]
@@ -194,12 +200,15 @@ class WholeView(TokenView):
         return k, v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        seq = q.shape[2]
-        allowed = None
-        if how.window is not None and how.window < seq:
-            slots = torch.arange(seq, device=q.device)
-            allowed = seen(slots[:, None], slots, how.window)
-        return how.ask(q, k, v, allowed, self.causal)
+        window, seq = how.window, q.shape[2]
+        if window is None or window >= seq:
+            return how.ask(q, k, v, None, self.causal)
+        return how.ask(q, k, v, self._mask_of(window, lambda: self._seen(seq, window)), self.causal)
+
+    def _seen(self, seq: int, window: int) -> Tensor:
+        """`(seq, seq)` bool."""
+        slots = torch.arange(seq, device=self.tokens.live.device)
+        return seen(slots[:, None], slots, window)
 
 
 @final
@@ -221,9 +230,7 @@ class DenseView(TokenView):
         mask, seq = self.tokens.mask, self.tokens.live.shape[1]
         if mask is None and (window is None or window >= seq):
             return None
-        if window not in self.masks:
-            self.masks[window] = self._mask(window)
-        return self.masks[window]
+        return self._mask_of(window, lambda: self._mask(window))
 
     def _mask(self, window: int | None) -> Tensor:
         mask, positions = self.tokens.mask, self.tokens.positions[:, None]

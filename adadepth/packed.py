@@ -64,9 +64,7 @@ class PackedView(TokenView):
             return None
         if self.causal and group.whole and (window is None or window >= group.queries):
             return None
-        if (g, window) not in self.masks:
-            self.masks[g, window] = _bias(self._seen(g, group, window), dtype)
-        return self.masks[g, window]
+        return self._mask_of((g, window), lambda: _bias(self._seen(g, group, window), dtype))
 
     def _seen(self, g: int, group: Group, window: int | None) -> Tensor:
         """`(size, 1, queries or 1, width)` bool."""
@@ -117,11 +115,12 @@ class CachedView(TokenView):
         """What the run's queries may see, added to the scores; None: all, or what `is_causal` says."""
         if run.sees != "own" and (window is None or window >= run.width):
             return None
-        if (r, window) not in self.masks:
-            own = self._own[r].view(run.size, 1, run.queries, 1)
-            slots = torch.arange(run.width, device=own.device)
-            self.masks[r, window] = _bias(seen(own, slots, window), dtype)
-        return self.masks[r, window]
+        return self._mask_of((r, window), lambda: _bias(self._seen(r, run, window), dtype))
+
+    def _seen(self, r: int, run: Run, window: int | None) -> Tensor:
+        """`(size, 1, queries, width)` bool."""
+        own = self._own[r].view(run.size, 1, run.queries, 1)
+        return seen(own, torch.arange(run.width, device=own.device), window)
 
     @lazy
     def _own(self) -> tuple[Tensor, ...]:
