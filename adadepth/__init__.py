@@ -16,6 +16,14 @@ from .gates import Gate as Gate
 from .gates import LinearGate as LinearGate
 from .gates import PerIterationMLPGate as PerIterationMLPGate
 from .gates import SharedMLPGate as SharedMLPGate
+from .losses import BottomKPenalty as BottomKPenalty
+from .losses import LossGain as LossGain
+from .losses import depth_prior as depth_prior
+from .losses import expected_depth as expected_depth
+from .losses import loss_gain as loss_gain
+from .losses import per_iteration_loss as per_iteration_loss
+from .losses import ponder_cost as ponder_cost
+from .losses import random_depth as random_depth
 from .masks import ACT as ACT
 from .masks import Lookahead as Lookahead
 from .masks import Rule as Rule

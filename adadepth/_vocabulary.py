@@ -42,13 +42,13 @@ def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Modul
     """
     dtype = torch.promote_types(states[0].dtype, torch.float32)
     tokens = [state.reshape(-1, state.shape[-1]) for state in states]
-    rows = max(1, TILE // _vocabulary(owner, head, tokens[0][:0]))
+    rows = max(1, TILE // vocabulary_of(owner, head, tokens[0][:0]))
     chunks = zip(*(state.split(rows) for state in tokens), strict=True)
     scores = [measure(*(head(state).log_softmax(-1, dtype=dtype) for state in chunk)) for chunk in chunks]
     return torch.cat(scores).view(states[0].shape[:-1])
 
 
-def _vocabulary(owner: str, head: nn.Module, nothing: Tensor) -> int:
+def vocabulary_of(owner: str, head: nn.Module, nothing: Tensor) -> int:
     """The size of the head's vocabulary, found by asking it about no tokens."""
     logits = head(nothing)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:

@@ -80,9 +80,11 @@ UPDATES: dict[str, Callable[[], ad.Update]] = {
     "Ungated": lambda: ad.Ungated(ad.Residual()),
     "ReZero": lambda: _opened(ad.ReZero(ad.Interpolate())),
 }
-FUNCTIONS = """bottom_k check_block depth_mask geometric_depths is_monotonic iteration live_share make_monotonic
-mask_depth positions top_k uniform_depths"""
-OTHERS = "CausalEncoder Gate KVReuseCache Output Pointwise RecurrentWrapper Rule TokenView Trace Update testing"
+FUNCTIONS = """bottom_k check_block depth_mask depth_prior expected_depth geometric_depths is_monotonic iteration
+live_share loss_gain make_monotonic mask_depth per_iteration_loss ponder_cost positions random_depth top_k
+uniform_depths"""
+OTHERS = """BottomKPenalty CausalEncoder Gate KVReuseCache LossGain Output Pointwise RecurrentWrapper Rule TokenView
+Trace Update testing"""
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])

@@ -26,13 +26,13 @@ class Looped(nn.Module):
 
 
 def prior_loss(model: Looped, out: ad.Output, labels: Tensor, rate: float) -> Tensor:
-    """The iterations' losses, each weighing 1 - rate of the one before."""
-    weights = (1 - rate) ** torch.arange(out.states.shape[2], dtype=out.states.dtype)
-    return (toy.losses(model.head(out.states), labels) * weights / weights.sum()).sum(-1).mean()
+    """The iterations' losses, weighted by the prior."""
+    each = ad.per_iteration_loss(out.states, model.head, labels)
+    return (each * ad.depth_prior("geometric", each.shape[-1], rate)).sum(-1).mean()
 
 
 class Gain(ad.Gate):
-    """How much less the last iteration's loss is expected to be than this one's, in nats."""
+    """How much less the best later iteration's loss is expected to be than this one's, in nats."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class Gain(ad.Gate):
 
 
 def gain_loss(model: Looped, out: ad.Output, labels: Tensor) -> Tensor:
-    each = toy.losses(model.head(out.states), labels).detach()
-    return ((each[..., :-1] - each[..., -1:] - out.trace.scores)[out.trace.live[..., :-1]] ** 2).mean()
+    gain = ad.loss_gain(ad.per_iteration_loss(out.states, model.head, labels)).gain
+    return ((gain - out.trace.scores)[out.trace.live[..., :-1]] ** 2).mean()
 
 
 @pytest.fixture(scope="module")

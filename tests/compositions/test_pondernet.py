@@ -23,12 +23,6 @@ class PonderNet(nn.Module):
         return self.looped(self.embed(ids), states=True, **call)
 
 
-def geometric_prior(rate: float, steps: int) -> Tensor:
-    """(steps,); like the loop's, the last entry is all that remains."""
-    survival = (1 - rate) ** torch.arange(steps)
-    return survival - torch.cat([survival[1:], torch.zeros(1)])
-
-
 def ponder_loss(model: PonderNet, out: ad.Output, labels: Tensor, prior: Tensor, beta: float) -> Tensor:
     p = out.trace.exit_probs
     expected = (p * toy.losses(model.head(out.states), labels)).sum(-1)
@@ -52,7 +46,7 @@ def test_exits_are_the_products_of_the_definition(model: PonderNet) -> None:
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
 def test_exits_move_to_the_prior_when_the_loss_is_flat(model: PonderNet, rate: float) -> None:
-    prior, ids = geometric_prior(rate, steps=4), toy.batch(toy.HELD_OUT)[0]
+    prior, ids = ad.depth_prior("geometric", steps=4, rate=rate), toy.batch(toy.HELD_OUT)[0]
     for p in model.head.parameters():
         nn.init.zeros_(p)  # every iteration predicts the same
 
@@ -67,7 +61,7 @@ def test_exits_move_to_the_prior_when_the_loss_is_flat(model: PonderNet, rate: f
 
 
 def test_exits_leave_the_prior_for_the_iterations_that_answer() -> None:
-    prior, (ids, labels) = geometric_prior(0.5, steps=4), toy.batch(toy.HELD_OUT)
+    prior, (ids, labels) = ad.depth_prior("geometric", steps=4, rate=0.5), toy.batch(toy.HELD_OUT)
     model = PonderNet(steps=4)
     toy.train(lambda i, y: ponder_loss(model, model(i), y, prior, 0.05), [model], steps=60)
     with torch.no_grad():
@@ -91,7 +85,7 @@ def test_drawn_exits_are_as_frequent_as_their_probabilities() -> None:
 def test_packed_equals_dense(model: PonderNet, drawn: bool) -> None:
     ids, labels = toy.batch(0)
     mask, labels = toy.ragged(labels)
-    prior, most = geometric_prior(0.3, steps=4).double(), torch.randint(1, 5, ids.shape)
+    prior, most = ad.depth_prior("geometric", steps=4, rate=0.3).double(), torch.randint(1, 5, ids.shape)
     if drawn:
         model.looped.rule = ad.SurvivalThreshold(torch.rand(ids.shape))  # each token leaves as drawn
 

@@ -64,15 +64,15 @@ def batch(seed: int, rows: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def ragged(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """A mask with padding anywhere, and the labels with -1 there."""
+    """A mask with padding anywhere, and the labels with -100 there."""
     mask = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0)) < 0.8
-    return mask, labels.masked_fill(~mask, -1)
+    return mask, labels.masked_fill(~mask, -100)
 
 
 def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy (batch, seq, ...) of logits (batch, seq, ..., NUMBERS); 0 where the label is -1."""
+    """Cross-entropy (batch, seq, ...) of logits (batch, seq, ..., NUMBERS); 0 where the label is -100."""
     labels = labels.view(*labels.shape, *[1] * (logits.dim() - 3)).expand(logits.shape[:-1])
-    return F.cross_entropy(logits.movedim(-1, 1), labels, ignore_index=-1, reduction="none")
+    return F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
 
 
 def train(loss: Callable[[Tensor, Tensor], Tensor], modules: Iterable[nn.Module], steps: int, lr: float = 5e-3) -> None:

@@ -1,0 +1,219 @@
+"""Losses that train depth. They read the trace and the states of a pass, and nothing else.
+
+Means are over real tokens; padding counts nowhere. Labels stand where the state that is to predict them
+stands: for a language model they are the ids shifted by one.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ._types import StateRows
+from ._vocabulary import TILE, vocabulary_of
+from .selection import bottom_k
+from .trace import Trace
+
+LossRows = Float[Tensor, "batch seq steps"]
+
+
+@final
+@dataclass(frozen=True)
+class BottomKPenalty:
+    """The mean of the smallest share k of what the gates say: pressure on those who go on with the least reason.
+
+    Called as `penalty(values, live, at)`. k grows linearly from 0 at training step `warmup[0]` to `k_max`
+    at `warmup[1]`.
+
+    Shapes: `values (batch, seq, steps - 1)`, `trace.gates`, `trace.survival` or logits of the scores;
+    `live (batch, seq, steps)`, `trace.live`; the result `()`, 0 while k is.
+    Arguments: `k_max`, in (0, 1]; `over`: "all" counts every iteration of a real token, as 0 where it
+    has left, so that k bounds the share of iterations that the penalty prunes; "live" only those of
+    tokens that go on.
+    Raises: `ValueError` if `k_max` is not in (0, 1], the warm-up runs backwards, or shapes do not fit.
+    Source: AdaPonderLM, arXiv 2603.01914: the penalty of the second stage, weighted there by λ = 0.1.
+    """
+
+    k_max: float = 0.1
+    warmup: tuple[int, int] = (0, 0)
+    over: Literal["all", "live"] = "all"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.k_max <= 1:
+            raise ValueError(f"BottomKPenalty expected k_max, a share, in (0, 1], got {self.k_max}.")
+        if not 0 <= self.warmup[0] <= self.warmup[1]:
+            raise ValueError(
+                "BottomKPenalty expected warmup=(first, last), training steps with 0 <= first <= last, got "
+                f"{self.warmup}."
+            )
+        if self.over not in ("all", "live"):
+            raise ValueError(f"BottomKPenalty expected over to be 'all' or 'live', got {self.over!r}.")
+
+    def k(self, at: int) -> float:
+        """The share at training step `at`."""
+        first, last = self.warmup
+        return self.k_max if at >= last else self.k_max * max(0, at - first) / (last - first)
+
+    def __call__(
+        self, values: Float[Tensor, "batch seq gated"], live: Bool[Tensor, "batch seq steps"], at: int
+    ) -> Float[Tensor, ""]:
+        """The penalty at training step `at`."""
+        if live.shape != (*values.shape[:2], values.shape[2] + 1):
+            raise ValueError(
+                f"BottomKPenalty expected live of shape (batch, seq, steps) and values with one iteration fewer, got "
+                f"{tuple(live.shape)} and {tuple(values.shape)}. Pass trace.live and trace.gates or trace.survival."
+            )
+        share, goes_on = self.k(at), live[..., 1:]
+        if share == 0:
+            return values.new_zeros(())
+        # Who has left comes first, whatever the unit of the values, and counts as 0.
+        ranked = values.masked_fill(~goes_on, -torch.inf)
+        chosen = bottom_k(ranked, share, goes_on if self.over == "live" else live[..., :1].expand_as(goes_on))
+        return chosen.masked_fill(chosen == -torch.inf, 0).sum() / max(1, chosen.numel())
+
+
+def ponder_cost(trace: Trace) -> Float[Tensor, ""]:
+    """The mean of N + R: the iterations that a token ran, and the weight that left at the last of them.
+
+    N has no gradient; that of R tells the gates to let go sooner. For exits by the rule `ACT`.
+
+    Shapes: `()`; 0 where no token is real.
+    Source: Graves 2016, arXiv 1603.08983, equations 10 to 12.
+    """
+    last = (trace.depth - 1).clamp_min(0).unsqueeze(-1)
+    return _per_token(trace.depth + trace.exit_probs.gather(-1, last).squeeze(-1), trace)
+
+
+def expected_depth(trace: Trace) -> Float[Tensor, ""]:
+    """The mean of Σ_i i · exit_probs_i, the iteration after which a token's weight leaves.
+
+    For soft exits its gradient tells the gates to let go; for hard ones it is the mean depth and has none.
+
+    Shapes: `()`; 0 where no token is real.
+    Source: PonderNet, Banino et al. 2021, arXiv 2107.05407, section 2.2: the expected number of steps.
+    """
+    steps = torch.arange(1, trace.exit_probs.shape[-1] + 1, device=trace.exit_probs.device)
+    return _per_token((trace.exit_probs * steps).sum(-1), trace)
+
+
+def per_iteration_loss(
+    states: StateRows, head: nn.Module, labels: Int[Tensor, "batch seq"], chunk: int | None = None
+) -> LossRows:
+    """Every token's cross-entropy after every iteration, in nats, unreduced; 0 where the label is -100.
+
+    Never all logits at once: they are made `chunk` tokens at a time, and again in the backward pass.
+
+    Shapes: `states (batch, seq, steps, dim)`, from `looped(x, states=True)`; `labels (batch, seq)`; the
+    result `(batch, seq, steps)`, in float32 or wider.
+    Arguments: `head`, from `(n, dim)` to logits `(n, vocabulary)`, a final norm in it where there is one;
+    `chunk`, tokens with all their iterations, None: as many as make about two million logits.
+    Raises: `ValueError` if `labels` do not fit `states`, `chunk < 1`, or the head gives no logits.
+    """
+    if labels.shape != states.shape[:2]:
+        raise ValueError(
+            f"per_iteration_loss expected labels of shape (batch, seq) = {tuple(states.shape[:2])}, got "
+            f"{tuple(labels.shape)}. For a language model shift them: states[:, :-1] with ids[:, 1:]."
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"per_iteration_loss needs chunk >= 1, got {chunk}.")
+    steps, tokens = states.shape[2], states.flatten(0, 1)
+    size = chunk or max(1, TILE // (steps * vocabulary_of("per_iteration_loss", head, tokens[:0, 0])))
+    parts = zip(tokens.split(size), labels.flatten().split(size), strict=True)
+    return torch.cat([checkpoint(_nats, *part, head, use_reentrant=False) for part in parts]).view(states.shape[:3])
+
+
+def _nats(states: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+    """`(n, steps)` of `states (n, steps, dim)` and `labels (n,)`."""
+    logits = head(states.flatten(0, 1))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    each = labels.repeat_interleave(states.shape[1])
+    return F.cross_entropy(logits, each, reduction="none").view(states.shape[:2])
+
+
+def depth_prior(kind: Literal["geometric", "uniform"], steps: int, rate: float = 0.2) -> Float[Tensor, " steps"]:
+    """How much each iteration counts, before anything is known: weights that sum to 1.
+
+    As weights of `per_iteration_loss` they train a trajectory whose every iteration answers, without a
+    gate; a gate's `exit_probs` may be held near them; `random_depth` draws from them.
+
+    Shapes: `(steps,)` float32.
+    Arguments: `kind`: "uniform", or "geometric": of what is left, the share `rate` at each iteration and
+    all of it at the last, as the exits of a gate that always scores 1 - rate.
+    Raises: `ValueError` if `kind` is another, `steps < 1`, or `rate` is not in (0, 1).
+    Source: PonderNet, Banino et al. 2021, arXiv 2107.05407, section 2.2 (the geometric prior).
+    """
+    if steps < 1:
+        raise ValueError(f"depth_prior needs steps >= 1, got {steps}.")
+    if not 0 < rate < 1:
+        raise ValueError(f"depth_prior expected rate, the share that leaves, in (0, 1), got {rate}.")
+    if kind == "uniform":
+        return torch.full((steps,), 1 / steps)
+    if kind != "geometric":
+        raise ValueError(f"depth_prior expected kind to be 'geometric' or 'uniform', got {kind!r}.")
+    left = (1 - rate) ** torch.arange(steps, dtype=torch.float64)
+    leaves = torch.full_like(left, rate)
+    leaves[-1] = 1
+    return (left * leaves).float()
+
+
+def random_depth(prior: Float[Tensor, " steps"], at: int, seed: int = 0) -> int:
+    """A depth for the whole batch of training step `at`, drawn from `prior`: pass it as `max_depth`.
+
+    The same on every rank, whatever their random states are: it is a function of its arguments. A prior
+    of 0 at the first iterations keeps a minimum.
+
+    Arguments: `prior (steps,)`, weights of the depths 1 to steps, as from `depth_prior`.
+    Raises: `ValueError` if `prior` is not one row of weights, none negative and not all 0.
+    Source: a random number of iterations in each step: Geiping et al. 2025, arXiv 2502.05171, section 3.3.
+    """
+    weights = prior.tolist() if prior.dim() == 1 else []
+    if not sum(weights) > 0 or min(weights) < 0:
+        raise ValueError(
+            f"random_depth expected prior (steps,), weights of which none is negative and not all are 0, got {prior}."
+        )
+    return random.Random(f"{seed} {at}").choices(range(1, len(weights) + 1), weights)[0]
+
+
+@final
+class LossGain(NamedTuple):
+    """What later iterations have to give: see `loss_gain`.
+
+    Shapes: both `(batch, seq, steps - 1)`, as `trace.scores`. `gain` in nats, a target to regress;
+    `goes_on` bool, a label to classify.
+    """
+
+    gain: Float[Tensor, "batch seq gated"]
+    goes_on: Bool[Tensor, "batch seq gated"]
+
+
+def loss_gain(losses: LossRows, margin: float = 0.0, min_depth: int = 1) -> LossGain:
+    """What a gate may be taught: how far the best later iteration is below this one, L_i - min_{j>i} L_j.
+
+    Both targets are without gradient. Take the losses of a pass in which nobody leaves (`rule=None` or
+    `min_depth=steps`): for a token that has left, later iterations repeat its last loss. Where tokens
+    wait for each other, use `Lookahead` or the losses of one iteration earlier: a token that knows its
+    answer must stay until others have seen it.
+
+    Arguments: `losses`, from `per_iteration_loss`; `margin`, in nats, what one more stay must gain;
+    `min_depth`: before it a token goes on whatever it gains.
+    Raises: `ValueError` if `min_depth` is not in 1..steps.
+    Source: the supervised guidance that AdaPonderLM, arXiv 2603.01914, names as future work.
+    """
+    steps = losses.shape[-1]
+    if not 1 <= min_depth <= steps:
+        raise ValueError(f"loss_gain expected min_depth from 1 to steps={steps}, got {min_depth}.")
+    losses = losses.detach()
+    later = losses[..., 1:].flip(-1).cummin(-1).values.flip(-1)
+    gain = losses[..., :-1] - later
+    early = torch.arange(1, steps, device=gain.device) < min_depth
+    return LossGain(gain, (gain > margin) | early)
+
+
+def _per_token(values: Tensor, trace: Trace) -> Tensor:
+    """The mean over real tokens of what is 0 at padding."""
+    return values.sum() / trace.live[..., 0].sum().clamp_min(1)
