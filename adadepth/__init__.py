@@ -1,5 +1,6 @@
 """adadepth: composable primitives of adaptive depth. Each token decides how often a block is applied to it."""
 
+from . import diagnostics as diagnostics
 from . import testing as testing
 from .attention import TokenView as TokenView
 from .blocks import CausalEncoder as CausalEncoder
@@ -12,6 +13,8 @@ from .criteria import EntropyGate as EntropyGate
 from .criteria import KLGate as KLGate
 from .criteria import MarginGate as MarginGate
 from .criteria import MaxProbGate as MaxProbGate
+from .flops import Flops as Flops
+from .flops import TokenFlops as TokenFlops
 from .gates import Gate as Gate
 from .gates import LinearGate as LinearGate
 from .gates import PerIterationMLPGate as PerIterationMLPGate

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from .._modes import evaluating
 from ..masks import Rule, Threshold
 from ..tokens import places
 from ..trace import Trace
@@ -203,18 +204,15 @@ def _arguments(model: AdaptiveForCausalLM | RecurrentWrapper, batch: Tensor | Ma
 def _measuring(
     model: nn.Module, loop: RecurrentWrapper
 ) -> Iterator[Callable[[Rule | None, list[dict[str, Any]]], list[Trace]]]:
-    """Yields what runs batches by a rule; in eval mode and without gradients, and all as before at the end."""
-    rule, training = loop.rule, [(module, module.training) for module in model.modules()]
+    """Yields what runs batches by a rule; all is as before at the end."""
+    before = loop.rule
 
     def traces(rule: Rule | None, batches: list[dict[str, Any]]) -> list[Trace]:
         loop.rule = rule
         return [model(**batch).trace for batch in batches]
 
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             yield traces
     finally:
-        loop.rule = rule
-        for module, mode in training:
-            module.training = mode
+        loop.rule = before

@@ -1,0 +1,157 @@
+"""What depth does to a model's losses on held-out data: per token, so that every question is a mean over some of them.
+
+All begins with a function `score(batch, **depths)` that runs the model on one batch and passes
+`min_depth=` and `max_depth=` on to its loop. It returns the losses in nats and the depths of the tokens
+that count, two tensors of one shape, whose first axis are rows:
+
+    def score(ids, **depths):
+        out = model(ids[:, :-1], **depths)
+        return nll(out.logits, ids[:, 1:]), out.trace.depth
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Score = Callable[..., tuple[Tensor, Tensor]]
+
+
+@final
+class Measured(NamedTuple):
+    """What tokens lost, in nats, and how deep they went.
+
+    Shapes: both `(rows, ...)`, the same.
+    """
+
+    loss: Float[Tensor, "*tokens"]
+    depth: Int[Tensor, "*tokens"] | Float[Tensor, "*tokens"]
+
+    @property
+    def nats(self) -> float:
+        """The mean loss."""
+        return self.loss.double().mean().item()
+
+    @property
+    def mean_depth(self) -> float:
+        """The mean depth."""
+        return self.depth.double().mean().item()
+
+    def against(self, other: "Measured") -> tuple[float, float]:
+        """How much more this loses than `other` on the same tokens, and the standard error of that.
+
+        Tokens of one row go together; rows are taken to be independent.
+        """
+        rows = (self.loss - other.loss).double().reshape(len(self.loss), -1).mean(1)
+        return rows.mean().item(), rows.std().item() / len(rows) ** 0.5
+
+
+@final
+class Group(NamedTuple):
+    """Some of the tokens: their `name`, their `share` of all, their mean `loss` or gain."""
+
+    name: object
+    share: float
+    loss: float
+
+
+@final
+class Oracle(NamedTuple):
+    """Every token at the depth that serves it best: the loss and the depths, and what there is to win.
+
+    `better` is the share of tokens that some depth serves better than the last one does.
+    """
+
+    measured: Measured
+    better: float
+
+
+@torch.no_grad()
+def measure(score: Score, data: Iterable[Any], **depths: Any) -> Measured:
+    """Losses and depths over all batches of `data`; `depths` go to every call of `score`.
+
+    Raises: `ValueError` if there is no batch, or losses and depths differ in shape.
+    """
+    parts = [score(batch, **depths) for batch in data]
+    if not parts:
+        raise ValueError(
+            "measure expected at least one batch, got none. A generator that has run once is empty: list it."
+        )
+    for loss, depth in parts:
+        if loss.shape != depth.shape:
+            raise ValueError(
+                f"measure expected score to return losses and depths of the same tokens, got {tuple(loss.shape)} and "
+                f"{tuple(depth.shape)}. Cut both to the tokens that have a label."
+            )
+    losses, each = zip(*parts, strict=True)
+    return Measured(torch.cat(losses), torch.cat(each))
+
+
+def forced(score: Score, data: Iterable[Any], steps: int) -> list[Measured]:
+    """The depth curve: everyone at depth 1, at depth 2, … at depth `steps`.
+
+    The same weights at other depths than they were trained for: a model trained for one depth is
+    usually better at it, and is the stricter opponent.
+    """
+    data = list(data)
+    return [measure(score, data, min_depth=depth, max_depth=depth) for depth in range(1, steps + 1)]
+
+
+def mixture(fixed: list[Measured], mean: float) -> Measured:
+    """Some rows at one depth and the rest at the next, so that the mean is `mean`: what it loses on average.
+
+    With fixed depths of separately trained models, the line that a policy has to beat.
+
+    Arguments: `fixed`, of depth 1, 2, …
+    Raises: `ValueError` if `mean` is not among the depths.
+    """
+    if not 1 <= mean <= len(fixed):
+        raise ValueError(f"mixture expected a mean depth from 1 to {len(fixed)}, got {mean}.")
+    low = min(int(mean), len(fixed) - 1)
+    if not low:
+        return fixed[0]
+    (loss, depth), (next_loss, next_depth) = fixed[low - 1], fixed[low]
+    part = mean - low
+    return Measured(torch.lerp(loss, next_loss, part), torch.lerp(depth.double(), next_depth.double(), part))
+
+
+def oracle(fixed: list[Measured]) -> Oracle:
+    """The headroom: every token at the one of the forced depths at which it loses least, the shallowest of equals.
+
+    No policy reaches it: it is chosen by the label.
+    """
+    losses = torch.stack([each.loss for each in fixed], -1)
+    least, best = losses.min(-1)
+    return Oracle(Measured(least, best + 1), (least < losses[..., -1]).double().mean().item())
+
+
+def gain_by(shallow: Measured, deep: Measured, groups: Tensor) -> list[Group]:
+    """Where depth pays: how much less `deep` loses than `shallow`, by any grouping of the tokens.
+
+    Arguments: `groups`, integers of the tokens' shape: the place in a word, the decile of the entropy, a
+    class of frequency.
+    """
+    return _groups(shallow.loss - deep.loss, groups)
+
+
+def by_exit(measured: Measured) -> list[Group]:
+    """Share and mean loss of the tokens that leave at each depth; of depths at which none leaves nothing."""
+    return _groups(measured.loss, measured.depth)
+
+
+def deciles(values: Float[Tensor, "*tokens"]) -> Int[Tensor, "*tokens"]:
+    """Ten groups of equal size, 0 for the smallest values: of an entropy, a loss, a frequency."""
+    rank = values.flatten().argsort(stable=True).argsort()
+    return (rank * 10 // max(1, values.numel())).view(values.shape)
+
+
+def _groups(values: Tensor, groups: Tensor) -> list[Group]:
+    if values.shape != groups.shape:
+        raise ValueError(f"expected one group for each token, {tuple(values.shape)}, got {tuple(groups.shape)}.")
+    names, which = groups.unique(return_inverse=True)
+    counts = which.flatten().bincount(minlength=len(names)).double()
+    sums = torch.zeros_like(counts).index_add_(0, which.flatten(), values.flatten().double())
+    rows = zip(names.tolist(), (counts / values.numel()).tolist(), (sums / counts).tolist(), strict=True)
+    return [Group(*row) for row in rows]

@@ -1,0 +1,153 @@
+"""FLOPs of a pass, from its trace: one token's are measured once, and counted as often as it ran.
+
+A FLOP is a multiplication or an addition of a matrix product; nothing else counts. Only the forward
+pass is meant; training costs about three times as much.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import _vocabulary as _vocabulary  # defines the operator whose formula stands below
+from ._modes import evaluating
+from .trace import Trace
+from .wrapper import RecurrentWrapper
+
+LENGTHS = (2, 4)  # at which what grows with the square of the length is told from what grows with it
+
+
+@final
+class Flops(NamedTuple):
+    """What a pass cost, in FLOPs.
+
+    `block` without its attention; `attention`, the products of queries with keys and of weights with
+    values; `update`; `gate`; `once`, what runs once for every token. For comparison, the same tokens in
+    `one_pass`, an iteration of the block and `once`, and at `fixed` depth: all iterations, no gate.
+    """
+
+    block: float
+    attention: float
+    update: float
+    gate: float
+    once: float
+    one_pass: float
+    fixed: float
+
+    @property
+    def total(self) -> float:
+        """Of the whole pass."""
+        return self.block + self.attention + self.update + self.gate + self.once
+
+    @property
+    def relative(self) -> float:
+        """In passes of the model before it was looped: "3.6×" in the papers. 0 for no tokens."""
+        return self.total / self.one_pass if self.one_pass else 0.0
+
+    @property
+    def bound(self) -> float:
+        """How many times faster than fixed depth this can be: (F0 + K·F) / (F0 + mean depth·F). 1 for no tokens."""
+        return self.fixed / self.total if self.total else 1.0
+
+
+@final
+class Cost(NamedTuple):
+    """FLOPs of one token: by itself, and for each `key` that it sees."""
+
+    token: float
+    key: float = 0.0
+
+
+FREE = Cost(0.0)
+
+
+@final
+@dataclass(frozen=True)
+class TokenFlops:
+    """The FLOPs of one token: in the `block`, in `gate` and `update` after each iteration but the last, and `once`."""
+
+    block: Cost
+    gate: tuple[float, ...]
+    update: tuple[float, ...]
+    once: Cost = FREE
+
+    @classmethod
+    def measure(
+        cls, looped: RecurrentWrapper, dim: int, once: Sequence[Callable[[Tensor], object]] = ()
+    ) -> "TokenFlops":
+        """Count what the pieces do to a few random tokens.
+
+        The block is taken to do the same at every iteration. With Triton or `torch.compile` inside it,
+        what the counter cannot see counts as nothing.
+
+        Arguments: `looped`; `dim`, the width of its input; `once`, what else runs once for every token,
+        called with `(1, n, dim)`: a prelude, a coda, a head.
+        """
+        some = next(looped.parameters(), torch.empty(0))
+        tokens = [torch.randn(1, n, dim, device=some.device, dtype=some.dtype) for n in LENGTHS]
+        x, n, steps = tokens[0], LENGTHS[0], range(looped.steps - 1)
+        gate, update = looped.gate, looped.update
+        with evaluating(looped, *(part for part in once if isinstance(part, nn.Module))):
+            block = _per_token(partial(looped, max_depth=1), tokens)
+            parts = [_per_token(part, tokens) for part in once]
+            gates = [0.0 if gate is None else _count(gate, x, x, step) / n for step in steps]
+            updates = [_count(update, x, x, x, x.new_ones(1, n, step + 1), step) / n for step in steps]
+        return cls(block, tuple(gates), tuple(updates), Cost(sum(c.token for c in parts), sum(c.key for c in parts)))
+
+    def count(self, trace: Trace, keys: int | None = None) -> Flops:
+        """The FLOPs of the pass that left `trace`, with tokens that left skipped.
+
+        Each query is multiplied with as many keys as the longest row holds, as it is in the kernels: causal
+        attention could do with half. Padding costs nothing else, and the few queries by which the packed
+        execution fills up rows that ask together are not counted. Looks at the data: a host sync on a GPU.
+
+        Arguments: `keys`, of the longest row, where a cache holds more of them than the trace has tokens.
+        """
+        live = trace.live.sum(1)  # (batch, steps)
+        width = keys if keys is not None else int(live.max()) if live.numel() else 0
+        ran = live.sum(0).tolist()
+        once = (self.once.token + self.once.key * width) * ran[0]
+        one = (self.block.token + self.block.key * width) * ran[0]
+        updates = self.update[: len(ran) - 1]
+        return Flops(
+            block=self.block.token * sum(ran),
+            attention=self.block.key * width * sum(ran),
+            update=sum(cost * n for cost, n in zip(updates, ran[1:], strict=True)),
+            gate=sum(cost * n for cost, n in zip(self.gate, ran[:-1], strict=False)),
+            once=once,
+            one_pass=once + one,
+            fixed=once + one * len(ran) + sum(updates) * ran[0],
+        )
+
+
+def _per_token(part: Callable[[Tensor], object], tokens: Sequence[Tensor]) -> Cost:
+    (n, more), (few, many) = LENGTHS, [_count(part, x) for x in tokens]
+    pair = (many - few * more / n) / (more**2 - n * more)
+    return Cost(few / n - pair * n, pair)
+
+
+def _count(run: Callable[..., object], *args: object) -> float:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        run(*args)
+    return float(counter.get_total_flops())
+
+
+def _attention(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: object, **_: object) -> int:
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def _vocabulary_mix(
+    h: Sequence[int], weight: Sequence[int], bias: object, table: Sequence[int], *args: object, **_: object
+) -> int:
+    return 2 * h[0] * weight[0] * (h[1] + table[1])
+
+
+# Operators that torch's counter does not know.
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.adadepth.expected_embedding: _vocabulary_mix,
+}

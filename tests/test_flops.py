@@ -1,0 +1,102 @@
+"""FLOPs counted from a trace, against torch's counter on the packed execution and against sums written out."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import adadepth as ad
+from adadepth.flops import FORMULAS, Cost
+
+DIM, HEADS, SEQ, STEPS = 128, 4, 96, 4
+
+
+def block() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(DIM, HEADS, 4 * DIM, dropout=0.0, batch_first=True, norm_first=True)
+    return ad.CausalEncoder(layer)
+
+
+def looped(update: ad.Update | None = None, gate: ad.Gate | None = None, steps: int = STEPS) -> ad.RecurrentWrapper:
+    torch.manual_seed(0)
+    return ad.RecurrentWrapper(block(), steps, gate, update=update)
+
+
+def ponder() -> ad.Update:
+    return ad.Ponder(nn.Embedding(500, DIM), nn.Linear(DIM, 500, bias=False))
+
+
+@pytest.mark.parametrize("mean", [1.5, 2.5, 3.6])
+@pytest.mark.parametrize("update", [ad.Interpolate, ponder], ids=["interpolate", "ponder"])
+@pytest.mark.parametrize("gate", [False, True], ids=["no gate", "gate"])
+def test_the_trace_costs_what_the_packed_execution_does(mean: float, update: type, gate: bool) -> None:
+    """Within 1 %: the queries by which groups of rows are filled up."""
+    model, head = looped(update(), ad.PerIterationMLPGate(DIM, STEPS) if gate else None), nn.Linear(DIM, 300)
+    generator = torch.Generator().manual_seed(0)
+    depth = ad.uniform_depths((6, SEQ), STEPS, mean, generator)
+    mask = torch.arange(SEQ) >= torch.tensor([0, 0, 10, 40, 0, 70]).unsqueeze(1)
+    cost = ad.TokenFlops.measure(model, DIM, once=[head])
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        out = model(torch.randn(6, SEQ, DIM, generator=generator), mask=mask, min_depth=depth, max_depth=depth)
+        head(out.hidden[mask])
+    flops = cost.count(out.trace)
+    assert abs(counter.get_total_flops() / flops.total - 1) < 0.01
+    assert flops.once == 2 * DIM * 300 * mask.sum()
+    assert (flops.gate > 0) == gate
+    assert (flops.update > 0) == (update is ponder)
+
+
+def test_each_part_is_what_its_matrices_say() -> None:
+    cost = ad.TokenFlops.measure(looped(ponder(), ad.PerIterationMLPGate(DIM, STEPS, hidden=16)), DIM)
+    assert cost.block == (2 * 12 * DIM**2, 4 * DIM)  # for each key: a product with the query, and one with the weight
+    assert cost.gate == (2 * (DIM * 16 + 16),) * (STEPS - 1)
+    assert cost.update == (2 * 2 * 500 * DIM,) * (STEPS - 1)
+    assert cost.once == (0, 0)
+
+
+def test_a_prelude_that_attends_runs_once() -> None:
+    cost = ad.TokenFlops.measure(looped(), DIM, once=[looped(steps=1), nn.Linear(DIM, 10)])
+    assert cost.once == (2 * 12 * DIM**2 + 2 * DIM * 10, 4 * DIM)
+
+
+def trace_of(depth: Tensor, steps: int = STEPS) -> ad.Trace:
+    live = ad.depth_mask(depth, steps)
+    return ad.Trace(live, torch.zeros(*live.shape[:2], steps - 1), torch.zeros(live.shape))
+
+
+def test_a_trace_is_counted_token_by_token() -> None:
+    depth = torch.tensor([[4, 1, 2, 0], [3, 3, 0, 0]])
+    cost = ad.TokenFlops(Cost(100.0, 3.0), (1.0, 2.0, 4.0), (10.0, 20.0, 40.0), Cost(7.0, 0.5))
+    flops = cost.count(trace_of(depth))
+    assert flops.block == 100 * 13
+    assert flops.attention == 3 * 3 * 13  # the longer row holds three
+    assert flops.gate == 1 * 5 + 2 * 4 + 4 * 3  # those who ran the first three iterations
+    assert flops.update == 10 * 4 + 20 * 3 + 40 * 1  # those who went on
+    assert flops.once == 7 * 5 + 0.5 * 3 * 5
+    assert flops.one_pass == flops.once + (100 + 3 * 3) * 5
+    assert flops.fixed == flops.once + 4 * (100 + 3 * 3) * 5 + 70 * 5
+    assert flops.relative == flops.total / flops.one_pass
+    assert flops.bound == flops.fixed / flops.total
+    assert cost.count(trace_of(depth), keys=20).attention == 3 * 20 * 13
+
+
+def test_relative_flops_are_the_mean_depth_where_only_the_block_costs() -> None:
+    depth = torch.tensor([[4, 1, 2, 1]])
+    assert ad.TokenFlops(Cost(100.0), (0.0,) * 3, (0.0,) * 3).count(trace_of(depth)).relative == 2
+    flops = ad.TokenFlops(Cost(100.0), (0.0,) * 3, (0.0,) * 3, Cost(50.0)).count(trace_of(depth))
+    assert flops.bound == (50 + 4 * 100) / (50 + 2 * 100)
+
+
+def test_a_shortened_loop_and_no_tokens_are_counted() -> None:
+    cost = ad.TokenFlops(Cost(100.0, 3.0), (1.0, 2.0, 4.0), (10.0, 20.0, 40.0))
+    assert cost.count(trace_of(torch.tensor([[2, 2]]), steps=2)).gate == 2
+    nothing = cost.count(trace_of(torch.zeros(2, 3, dtype=torch.int64)))
+    assert (nothing.total, nothing.relative, nothing.bound) == (0, 0, 1)
+
+
+def test_measuring_leaves_the_model_as_it_was() -> None:
+    model = looped(gate=ad.LinearGate(DIM)).train()
+    model.gate.eval()
+    ad.TokenFlops.measure(model, DIM)
+    assert model.training
+    assert not model.gate.training
+    assert all(p.grad is None for p in model.parameters())
