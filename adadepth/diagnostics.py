@@ -50,11 +50,11 @@ class Measured(NamedTuple):
 
 @final
 class Group(NamedTuple):
-    """Some of the tokens: their `name`, their `share` of all, their mean `loss` or gain."""
+    """Some of the tokens: their `name`, their `share` of all, and the `mean` of a loss or a gain over them."""
 
-    name: object
+    name: int | float
     share: float
-    loss: float
+    mean: float
 
 
 @final
@@ -133,12 +133,12 @@ def gain_by(shallow: Measured, deep: Measured, groups: Tensor) -> list[Group]:
     Arguments: `groups`, integers of the tokens' shape: the place in a word, the decile of the entropy, a
     class of frequency.
     """
-    return _groups(shallow.loss - deep.loss, groups)
+    return group_means(shallow.loss - deep.loss, groups)
 
 
 def by_exit(measured: Measured) -> list[Group]:
     """Share and mean loss of the tokens that leave at each depth; of depths at which none leaves nothing."""
-    return _groups(measured.loss, measured.depth)
+    return group_means(measured.loss, measured.depth)
 
 
 def deciles(values: Float[Tensor, "*tokens"]) -> Int[Tensor, "*tokens"]:
@@ -147,9 +147,16 @@ def deciles(values: Float[Tensor, "*tokens"]) -> Int[Tensor, "*tokens"]:
     return (rank * 10 // max(1, values.numel())).view(values.shape)
 
 
-def _groups(values: Tensor, groups: Tensor) -> list[Group]:
+def group_means(values: Float[Tensor, "*tokens"], groups: Tensor) -> list[Group]:
+    """The share and the mean value of each group of tokens, by ascending name.
+
+    Arguments: `values` and `groups` of one shape.
+    Raises: `ValueError` if their shapes differ.
+    """
     if values.shape != groups.shape:
-        raise ValueError(f"expected one group for each token, {tuple(values.shape)}, got {tuple(groups.shape)}.")
+        raise ValueError(
+            f"group_means expected a group for each value, {tuple(values.shape)}, got {tuple(groups.shape)}."
+        )
     names, which = groups.unique(return_inverse=True)
     counts = which.flatten().bincount(minlength=len(names)).double()
     sums = torch.zeros_like(counts).index_add_(0, which.flatten(), values.flatten().double())

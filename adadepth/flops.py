@@ -10,12 +10,12 @@ from functools import partial
 from typing import NamedTuple, final
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import _vocabulary as _vocabulary  # defines the operator whose formula stands below
 from ._modes import evaluating
-from .trace import Trace
 from .wrapper import RecurrentWrapper
 
 LENGTHS = (2, 4)  # at which what grows with the square of the length is told from what grows with it
@@ -98,18 +98,19 @@ class TokenFlops:
             updates = [_count(update, x, x, x, x.new_ones(1, n, step + 1), step) / n for step in steps]
         return cls(block, tuple(gates), tuple(updates), Cost(sum(c.token for c in parts), sum(c.key for c in parts)))
 
-    def count(self, trace: Trace, keys: int | None = None) -> Flops:
-        """The FLOPs of the pass that left `trace`, with tokens that left skipped.
+    def count(self, live: Bool[Tensor, "batch seq steps"], keys: int | None = None) -> Flops:
+        """The FLOPs of a pass in which the tokens of `live` ran and others were skipped.
 
         Each query is multiplied with as many keys as the longest row holds, as it is in the kernels: causal
         attention could do with half. Padding costs nothing else, and the few queries by which the packed
         execution fills up rows that ask together are not counted. Looks at the data: a host sync on a GPU.
 
-        Arguments: `keys`, of the longest row, where a cache holds more of them than the trace has tokens.
+        Arguments: `live`, as `trace.live` or `depth_mask(depth, steps)`; `keys`, of the longest row, where a cache
+        holds more of them than there are tokens.
         """
-        live = trace.live.sum(1)  # (batch, steps)
-        width = keys if keys is not None else int(live.max()) if live.numel() else 0
-        ran = live.sum(0).tolist()
+        rows = live.sum(1)  # (batch, steps)
+        width = keys if keys is not None else int(rows.max()) if rows.numel() else 0
+        ran = rows.sum(0).tolist()
         once = (self.once.token + self.once.key * width) * ran[0]
         one = (self.block.token + self.block.key * width) * ran[0]
         updates = self.update[: len(ran) - 1]

@@ -113,7 +113,7 @@ def test_gain_is_grouped() -> None:
     for name in got:
         gains = [(shallow.loss[i] - deep.loss[i]).item() for i in map(tuple, (groups == name).nonzero().tolist())]
         assert got[name].share == pytest.approx(len(gains) / 12)
-        assert got[name].loss == pytest.approx(sum(gains) / len(gains))
+        assert got[name].mean == pytest.approx(sum(gains) / len(gains))
 
 
 def test_exits_have_their_share_and_their_loss() -> None:
@@ -142,7 +142,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "mean": (lambda: mixture(random_curve(0), 4.5), "mixture expected a mean depth from 1 to 4, got 4.5."),
     "groups": (
         lambda: gain_by(random_curve(0)[0], random_curve(0)[1], torch.zeros(3, 5)),
-        "expected one group for each token, (3, 4), got (3, 5).",
+        "group_means expected a group for each value, (3, 4), got (3, 5).",
     ),
 }
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import adadepth as ad
@@ -38,7 +38,7 @@ def test_the_trace_costs_what_the_packed_execution_does(mean: float, update: typ
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         out = model(torch.randn(6, SEQ, DIM, generator=generator), mask=mask, min_depth=depth, max_depth=depth)
         head(out.hidden[mask])
-    flops = cost.count(out.trace)
+    flops = cost.count(out.trace.live)
     assert abs(counter.get_total_flops() / flops.total - 1) < 0.01
     assert flops.once == 2 * DIM * 300 * mask.sum()
     assert (flops.gate > 0) == gate
@@ -58,15 +58,10 @@ def test_a_prelude_that_attends_runs_once() -> None:
     assert cost.once == (2 * 12 * DIM**2 + 2 * DIM * 10, 4 * DIM)
 
 
-def trace_of(depth: Tensor, steps: int = STEPS) -> ad.Trace:
-    live = ad.depth_mask(depth, steps)
-    return ad.Trace(live, torch.zeros(*live.shape[:2], steps - 1), torch.zeros(live.shape))
-
-
 def test_a_trace_is_counted_token_by_token() -> None:
     depth = torch.tensor([[4, 1, 2, 0], [3, 3, 0, 0]])
     cost = ad.TokenFlops(Cost(100.0, 3.0), (1.0, 2.0, 4.0), (10.0, 20.0, 40.0), Cost(7.0, 0.5))
-    flops = cost.count(trace_of(depth))
+    flops = cost.count(ad.depth_mask(depth, STEPS))
     assert flops.block == 100 * 13
     assert flops.attention == 3 * 3 * 13  # the longer row holds three
     assert flops.gate == 1 * 5 + 2 * 4 + 4 * 3  # those who ran the first three iterations
@@ -76,20 +71,20 @@ def test_a_trace_is_counted_token_by_token() -> None:
     assert flops.fixed == flops.once + 4 * (100 + 3 * 3) * 5 + 70 * 5
     assert flops.relative == flops.total / flops.one_pass
     assert flops.bound == flops.fixed / flops.total
-    assert cost.count(trace_of(depth), keys=20).attention == 3 * 20 * 13
+    assert cost.count(ad.depth_mask(depth, STEPS), keys=20).attention == 3 * 20 * 13
 
 
 def test_relative_flops_are_the_mean_depth_where_only_the_block_costs() -> None:
     depth = torch.tensor([[4, 1, 2, 1]])
-    assert ad.TokenFlops(Cost(100.0), (0.0,) * 3, (0.0,) * 3).count(trace_of(depth)).relative == 2
-    flops = ad.TokenFlops(Cost(100.0), (0.0,) * 3, (0.0,) * 3, Cost(50.0)).count(trace_of(depth))
+    assert ad.TokenFlops(Cost(100.0), (0.0,) * 3, (0.0,) * 3).count(ad.depth_mask(depth, STEPS)).relative == 2
+    flops = ad.TokenFlops(Cost(100.0), (0.0,) * 3, (0.0,) * 3, Cost(50.0)).count(ad.depth_mask(depth, STEPS))
     assert flops.bound == (50 + 4 * 100) / (50 + 2 * 100)
 
 
 def test_a_shortened_loop_and_no_tokens_are_counted() -> None:
     cost = ad.TokenFlops(Cost(100.0, 3.0), (1.0, 2.0, 4.0), (10.0, 20.0, 40.0))
-    assert cost.count(trace_of(torch.tensor([[2, 2]]), steps=2)).gate == 2
-    nothing = cost.count(trace_of(torch.zeros(2, 3, dtype=torch.int64)))
+    assert cost.count(ad.depth_mask(torch.tensor([[2, 2]]), 2)).gate == 2
+    nothing = cost.count(ad.depth_mask(torch.zeros(2, 3, dtype=torch.int64), STEPS))
     assert (nothing.total, nothing.relative, nothing.bound) == (0, 0, 1)
 
 

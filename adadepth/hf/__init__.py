@@ -14,6 +14,7 @@ from .model import AdaptiveForCausalLM as AdaptiveForCausalLM  # noqa: E402
 from .model import AdaptiveOutput as AdaptiveOutput  # noqa: E402
 from .retrofit import adapt as adapt  # noqa: E402
 from .retrofit import load_gates as load_gates  # noqa: E402
+from .scoring import scorer as scorer  # noqa: E402
 
 AutoConfig.register(AdaptiveConfig.model_type, AdaptiveConfig, exist_ok=True)
 AutoModelForCausalLM.register(AdaptiveConfig, AdaptiveForCausalLM, exist_ok=True)
