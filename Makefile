@@ -15,8 +15,12 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
-demo: $(INSTALLED)  ## train a small adaptive model on real text and show what it does
-	$(RUN) -m examples.adaponderlm $(ARGS)
+# make demo QUICK=1 SEED=1 POLICY=survival UPDATE=ponder TEXT='a.txt b.txt' OUT=somewhere
+FLAGS = $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED)) $(if $(POLICY),--policy $(POLICY)) \
+	$(if $(UPDATE),--update $(UPDATE)) $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT))
+
+demo: $(INSTALLED)  ## train small adaptive models on real text and show what came of it
+	$(RUN) -m examples.adaponderlm $(FLAGS) $(ARGS)
 
 # Shapes are checked by jaxtyping's hook; what must run without it has a call of its own.
 test: $(INSTALLED)  ## everything that CI runs

@@ -100,21 +100,24 @@ def forced(score: Score, data: Iterable[Any], steps: int) -> list[Measured]:
 
 
 def mixture(fixed: list[Measured], mean: float) -> Measured:
-    """Some rows at one depth and the rest at the next, so that the mean is `mean`: what it loses on average.
+    """Some rows at one fixed depth and the rest at another, so that the mean is `mean`: what that loses on average.
 
-    With fixed depths of separately trained models, the line that a policy has to beat.
+    Of all pairs of depths the best one: with separately trained models, the lower hull of their losses,
+    which a policy has to beat.
 
     Arguments: `fixed`, of depth 1, 2, …
     Raises: `ValueError` if `mean` is not among the depths.
     """
     if not 1 <= mean <= len(fixed):
         raise ValueError(f"mixture expected a mean depth from 1 to {len(fixed)}, got {mean}.")
-    low = min(int(mean), len(fixed) - 1)
-    if not low:
-        return fixed[0]
-    (loss, depth), (next_loss, next_depth) = fixed[low - 1], fixed[low]
-    part = mean - low
-    return Measured(torch.lerp(loss, next_loss, part), torch.lerp(depth.double(), next_depth.double(), part))
+    mixed = [
+        Measured(torch.lerp(low.loss, high.loss, part), torch.lerp(low.depth.double(), high.depth.double(), part))
+        for i, low in enumerate(fixed, 1)
+        for j, high in enumerate(fixed[i - 1 :], i)
+        if i <= mean <= j
+        for part in [(mean - i) / max(1, j - i)]
+    ]
+    return min(mixed, key=lambda each: each.nats)
 
 
 def oracle(fixed: list[Measured]) -> Oracle:

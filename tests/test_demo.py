@@ -1,32 +1,44 @@
-"""The demonstration in examples/adaponderlm: its text, its training, its figures, and what it refuses."""
+"""The demonstration in examples/adaponderlm: text, trainings, policies, figures, and what it refuses."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import adadepth as ad
+from adadepth.diagnostics import measure
 from examples.adaponderlm import __main__ as demo
 from examples.adaponderlm import evaluate, text
+from examples.adaponderlm.exits import LONG, Gated, Probed, Routed, WordRouter, letters_seen, policy
+from examples.adaponderlm.jobs import Trained, score_with
 from examples.adaponderlm.model import AdaptiveLM, Shape
-from examples.adaponderlm.train import Recipe, allow_exits, nll, penalty, schedule, train
+from examples.adaponderlm.train import Recipe, Training, nll, schedule
 
 SMALL = Shape(dim=16, heads=2)
+TINY = Recipe(10, batch=2, window=16, probed=4)
+NOTHING = Probed(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 4))
 
 
-def small_model(tau: float | None = None) -> AdaptiveLM:
+def small_model(exits: Gated | None = None, shape: Shape = SMALL) -> AdaptiveLM:
     torch.manual_seed(0)
-    model = AdaptiveLM(SMALL)
-    if tau is not None:
-        allow_exits(model, Recipe(2, tau=tau))
+    model = AdaptiveLM(shape)
+    if exits is not None:
+        exits.begin(model, lambda: NOTHING)
         for mlp in model.looped.gate.mlps:  # spread the scores, so that depths are mixed
             mlp[-1].weight.data.normal_(std=5.0)
             mlp[-1].bias.data.zero_()
     return model.eval()
 
 
-def some_bytes(count: int) -> torch.Tensor:
+def some_bytes(count: int) -> Tensor:
     return torch.randint(256, (count,), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
@@ -36,46 +48,64 @@ def rows(output: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
-def test_quick_run_prints_every_figure(capsys):
-    demo.main(["--quick", "--steps", "8"])
+def test_a_quick_run_prints_every_figure_and_writes_the_report(capsys, tmp_path):
+    demo.main(["--quick", "--steps", "10", "--out", str(tmp_path)])
     output = capsys.readouterr().out
     table = rows(output)
-    assert list(table)[:7] == [
-        "learned",
-        "fixed 3 or 4",
-        "random, from 2",
-        *(f"fixed {i}" for i in range(1, 5)),
+    assert list(table)[:16] == [
+        "exits",
+        next(name for name in table if name.startswith("line at")),
+        *(f"trained at {i}" for i in range(1, 5)),
+        *(f"forced to {i}" for i in range(1, 5)),
+        "confidence (top probability)",
+        "convergence (relative change)",
+        "KL of successive predictions",
+        "uniform pruning",
+        "geometric pruning",
+        "oracle",
     ]
-    assert [table[str(i)][0] for i in range(1, 5)] == ["0.0%", "0.0%", "0.0%", "100.0%"]  # eight steps close no gate
-    assert table["learned"][:3] == table["fixed 4"][:3]
-    nats, bits = float(table["learned"][1]), float(table["learned"][2])
-    assert 2 < nats < 5.6
-    assert bits == pytest.approx(nats / 0.6931, abs=2e-3)
+    depth, flops, nats, _ = table["exits"]
+    assert 2 < float(depth) < 3.6
+    assert 1.9 < float(flops) < float(depth)  # the head runs once
+    assert 2 < float(nats) < 5.6
+    assert [table[f"trained at {i}"][0] for i in range(1, 5)] == ["1.00", "2.00", "3.00", "4.00"]
+    for name in ("line at", "uniform", "geometric"):
+        row = next(cells for first, cells in table.items() if first.startswith(name))
+        assert float(row[1]) == pytest.approx(float(flops), abs=0.06)
+    assert sum(float(table[str(i)][0].rstrip("%")) for i in range(1, 5)) == pytest.approx(100, abs=0.3)
     assert "Python's standard library" in output
-    assert "Evaluated on 4,096 held-out bytes" in output
-    assert "1.00 of the 4 iterations, which would be its share of the dense time" in " ".join(output.split())
+    assert "Evaluated on 16,384 held-out bytes" in output
+    *_, last = output.strip().splitlines()
+    assert last == f"Report: {tmp_path / 'report.html'}"
+    report = (tmp_path / "report.html").read_text()
+    assert report.startswith("<!DOCTYPE html>")
+    assert not re.search(r"src=|href=.(?!#)|url\((?!#)|@import|<script", report)
+    for cell in ("exits", "KL of successive predictions", nats, "Where the depth went", "Where depth pays", "Training"):
+        assert cell in report
 
 
-def test_an_interrupt_evaluates_what_is_there(capsys, monkeypatch, tmp_path):
-    def interrupted(*args):
-        steps = train(*args)
-        yield from (next(steps) for _ in range(2))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo, "train", interrupted)
-    path = tmp_path / "book.txt"
-    path.write_bytes(b"It is a truth universally acknowledged. " * 400)
-    demo.main(["--quick", "--text", str(path)])
-    output = capsys.readouterr().out
-    assert "Stopped after 2 of 20 steps; this is what there is.\n" in output
-    assert "Exits were not trained yet: every byte goes to full depth.\n" in output
-    assert rows(output)["learned"][0] == "4.00"
+def test_an_interrupt_leaves_a_report_of_what_there_is(tmp_path):
+    command = [sys.executable, "-m", "examples.adaponderlm", "--quick", "--steps", "2000", "--out", str(tmp_path)]
+    root = Path(demo.__file__).parents[2]
+    run = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for _ in range(600):
+        if (tmp_path / "text.pt").exists():
+            break
+        time.sleep(0.1)
+    time.sleep(8)  # processes start, and the first steps are made
+    os.killpg(run.pid, signal.SIGINT)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert "Stopped early; this is what there is." in output
+    assert re.search(r"fixed 3 stopped after \d+ of 2000 steps\.", output)
+    assert "Exits were not trained yet: there is nothing to evaluate." in output
+    assert "<svg" in (tmp_path / "report.html").read_text()
 
 
 ERRORS = {
     "missing": (None, "error: cannot read {path}: No such file or directory"),
     "empty": (b"", "error: the text is empty"),
-    "binary": (b"\x7fELF\0\0", "error: {path} is not text: it holds zero bytes"),
+    "binary": (b"\x7fELF\0\0", "error: {path} is not text: 3 of its 6 bytes are control characters"),
     "short": (
         b"x" * 2569,
         "error: the text is too short: 2,569 bytes, expected at least 2,570, so that the part held out fills two "
@@ -91,26 +121,33 @@ def test_bad_text_is_refused_in_one_line(case, tmp_path):
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(SystemExit) as e:
-        demo.main(["--text", str(path)])
+        demo.main(["--text", str(path), "--out", str(tmp_path / "out")])
     assert str(e.value) == message.format(path=path)
 
 
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(SystemExit) as e:
-        demo.main(["--text", str(tmp_path)])
+        demo.main(["--text", str(tmp_path), "--out", str(tmp_path / "out")])
     assert str(e.value) == f"error: cannot read {tmp_path}: Is a directory"
 
 
-def test_one_step_is_refused():
+def test_too_few_steps_are_refused(tmp_path):
     with pytest.raises(SystemExit) as e:
-        demo.main(["--steps", "1"])
-    assert str(e.value) == "error: --steps expected at least 2, one for each stage, got 1"
+        demo.main(["--steps", "2", "--out", str(tmp_path)])
+    assert str(e.value) == "error: --steps expected at least 3, some for each stage, got 2"
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as e:
+        demo.main(["--out", str(tmp_path / "file")])
+    assert str(e.value) == f"error: cannot write to {tmp_path / 'file'}: File exists"
 
 
 def test_a_python_without_sources_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(SystemExit) as e:
-        demo.main([])
+        demo.main(["--out", str(tmp_path / "out")])
     assert str(e.value) == (
         "error: this Python has no library sources to train on; give a text of your own: --text FILE"
     )
@@ -155,41 +192,117 @@ def test_windows_are_spread_and_do_not_overlap():
     assert text.even_windows(data, 99, 10)[:, 0].tolist() == list(range(0, 100, 10))
 
 
-def test_exits_come_in_the_second_stage_and_training_is_repeatable():
-    def steps(seed):
-        recipe = Recipe(10, batch=2, window=16, tau=0.97)  # survival 0.982, 0.964 of fresh gates: all leave at 2
-        return list(train(small_model(), some_bytes(500), recipe, torch.Generator().manual_seed(seed)))
+def trained(exits: str | None, seed: int = 0, shape: Shape = SMALL) -> Training:
+    """All of the tiny recipe: at full depth, or with exits in its second stage."""
+    data, training = some_bytes(500), Training(shape, TINY, seed)
+    for _ in range(TINY.first):
+        training.fixed(data, 4)
+    if exits is None:
+        for _ in range(TINY.steps - TINY.first):
+            training.fixed(data, 4)
+    else:
+        training.begin(chosen := policy(exits), data)
+        for _ in range(TINY.steps - TINY.first):
+            training.adaptive(data, chosen)
+    return training
 
-    done = steps(0)
-    assert [progress.stage for progress in done] == [1] * 4 + [2] * 6
-    assert [progress.depth for progress in done] == [4.0] * 4 + [2.0] * 6
-    assert steps(0) == done
-    assert steps(1) != done
+
+def weights(training: Training) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in training.model.parameters()])
 
 
-def test_training_moves_the_gates_slowly():
-    model, recipe = small_model(), Recipe(10, batch=2, window=16, k_max=1.0, weight=1.0)
-    done = train(model, some_bytes(500), recipe, torch.Generator().manual_seed(0))
-    for _ in range(5):
-        next(done)
-    gate = model.looped.gate
-    before = [p.detach().clone() for p in (*gate.parameters(), *model.head.parameters())]
-    *_, last = done
-    moved = [(p - b).abs().max() for p, b in zip((*gate.parameters(), *model.head.parameters()), before, strict=True)]
-    assert last.stage == 2
+@pytest.mark.parametrize("exits", ["router", "survival", "paper", None])
+def test_training_is_repeatable_and_a_function_of_the_seed(exits):
+    assert torch.equal(weights(trained(exits)), weights(trained(exits)))
+    assert not torch.equal(weights(trained(exits)), weights(trained(exits, seed=1)))
+
+
+def test_the_probe_leaves_the_training_as_it_was():
+    training, data = Training(SMALL, TINY, 0), some_bytes(500)
+    before, state = weights(training), training.generator.get_state()
+    ids, losses = training.probe(data)
+    assert ids.shape == (4, 16)
+    assert losses.shape == (4, 16, 4)
+    assert torch.equal(weights(training), before)
+    assert torch.equal(training.generator.get_state(), state)
+
+
+def test_a_resumed_training_is_the_same(tmp_path):
+    training, data = Training(SMALL, TINY, 0), some_bytes(500)
+    for _ in range(4):
+        training.fixed(data, 4)
+    training.save(tmp_path / "trunk.pt")
+    other = Training(SMALL, TINY, seed=9)
+    other.resume(tmp_path / "trunk.pt")
+    for _ in range(TINY.steps - 4):
+        assert training.fixed(data, 4) == other.fixed(data, 4)
+    assert torch.equal(weights(training), weights(other))
+    assert torch.equal(weights(trained(None)), weights(training))
+
+
+@pytest.mark.parametrize("update", ["interpolate", "ponder"])
+@pytest.mark.parametrize("exits", ["router", "survival", "paper"])
+def test_every_policy_trains_with_every_update(exits, update):
+    model = trained(exits, shape=SMALL._replace(update=update)).model
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert (model.router is None) == (exits != "router")
+    assert isinstance(model.looped.update, ad.SurvivalScaled) == (exits == "survival")
+    assert (model.looped.gate is None) == (exits == "router")
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == len(set(names))
+
+
+def test_gates_move_slowly():
+    data, training, exits = some_bytes(500), Training(SMALL, TINY, 0), policy("survival")
+    training.step = TINY.first
+    training.begin(exits, data)
+    model = training.model
+    before = [p.detach().clone() for p in (*model.looped.gate.parameters(), *model.head.parameters())]
+    for _ in range(6):
+        training.adaptive(data, exits)
+    after = (*model.looped.gate.parameters(), *model.head.parameters())
+    moved = [(p - b).abs().max() for p, b in zip(after, before, strict=True)]
     assert all(0 < m < moved[-1] / 4 for m in moved[:-1])
 
 
-def test_the_penalty_is_the_mean_of_the_smallest_survival_values():
-    survival = torch.tensor([[0.5, 0.2], [0.9, 0.0]])
+@pytest.mark.parametrize("survival", [True, False])
+def test_going_on_costs_the_smallest_values(survival):
     scores = torch.tensor([[0.5, 0.4], [0.9, 0.3]])
     live = torch.tensor([[True, True, True], [True, True, False]])
     trace = ad.Trace(live[None], scores[None], torch.zeros(1, 2, 3))
-    torch.testing.assert_close(trace.survival[0], survival)
-    recipe = Recipe(10, weight=2.0, k_max=0.75, warm=(0.2, 0.6))
-    assert penalty(trace, recipe, 0.2).item() == 0
-    assert penalty(trace, recipe, 0.4).item() == pytest.approx(2 * 0.1)  # k = 0.375: two of four
-    assert penalty(trace, recipe, 0.9).item() == pytest.approx(2 * 0.7 / 3)
+    exits = Gated(survival, weight=2.0, penalty=ad.BottomKPenalty(0.75, warmup=(200, 600)))
+    assert exits.cost(trace, 200).item() == 0
+    second = 0.2 if survival else 0.4  # of the first byte; the second byte left there, which counts as 0
+    assert exits.cost(trace, 400).item() == pytest.approx(2 * second / 2)  # k = 0.375: two of four
+    assert exits.cost(trace, 900).item() == pytest.approx(2 * (second + 0.5) / 3)
+    assert Routed().cost(trace, 900).item() == 0
+
+
+def test_letters_are_counted_from_the_start_of_the_word():
+    lines = [b"a big_word, 42x (b)", b"   abcdefghijk l..mn"[:19]]
+    want = []
+    for line in lines:
+        count, counts = 0, []
+        for byte in line.decode():
+            count = count + 1 if byte.isalnum() or byte == "_" else 0
+            counts.append(min(count, LONG))
+        want.append(counts)
+    assert letters_seen(torch.tensor([list(line) for line in lines])).tolist() == want
+
+
+def test_a_router_goes_deep_where_the_last_iterations_gain():
+    ids = torch.tensor([list(b"the longest words ")])
+    seen = letters_seen(ids)
+    losses = torch.zeros(1, ids.shape[1], 4)
+    losses[..., 1] = seen  # the later in its word, the more a byte gains
+    router = WordRouter.fit(ids, losses)
+    depth = router(ids)
+    assert depth.equal(router.depths[seen])
+    assert depth.min() == 2
+    assert depth.max() == 4
+    assert (router.depths.diff() >= 0).all()
+    losses[..., 1] = -seen  # words that gain less further on are no shallower there
+    assert (WordRouter.fit(ids, losses).depths.diff() >= 0).all()
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
@@ -199,34 +312,67 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 
-def test_figures_are_those_of_the_policies_they_name():
-    model = small_model(tau=0.1)
-    windows = text.random_windows(some_bytes(2000), 40, 32, torch.Generator().manual_seed(0))
-    result = evaluate.evaluate(model, windows, torch.Generator().manual_seed(0), repeats=1)
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    return text.random_windows(some_bytes(2000), 40, 32, torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def result(windows) -> evaluate.Evaluation:
+    models = {"exits": small_model(Gated(survival=True, tau=0.1))}
+    for i in range(1, 5):
+        torch.manual_seed(i)
+        models[f"fixed {i}"] = AdaptiveLM(SMALL).eval()
+    each = {
+        name: Trained(
+            model, [], None if name == "exits" else measure(score_with(model), [windows], max_depth=int(name[-1]))
+        )
+        for name, model in models.items()
+    }
+    return evaluate.evaluate(each, windows, windows, seed=0, repeats=1)
+
+
+def test_figures_are_those_of_the_policies_they_name(result, windows):
     ids, targets = windows[:, :-1], windows[:, 1:]
+    model = small_model(Gated(survival=True, tau=0.1))
     with torch.no_grad():
-        learned = model(ids)
-        assert set(learned.trace.depth.flatten().tolist()) == {2, 3, 4}
-        torch.testing.assert_close(result.learned.loss, nll(learned.logits, targets))
-        for depth, fixed in enumerate(result.forced, 1):
-            plain = model(ids, min_depth=depth, max_depth=depth)
-            torch.testing.assert_close(fixed.loss, nll(plain.logits, targets))
-            assert fixed.mean_depth == depth
-    mean = result.learned.mean_depth
-    assert result.random.depth.min() == 2
-    assert result.random.mean_depth == pytest.approx(mean, abs=0.1)
-    assert result.mixture.mean_depth == pytest.approx(mean)
-    low = int(mean)
-    between = sorted(result.forced[i].nats for i in (low - 1, low))
-    assert between[0] <= result.mixture.nats <= between[1]
+        out = model(ids)
+        assert set(out.trace.depth.flatten().tolist()) == {2, 3, 4}
+        torch.testing.assert_close(result.exits.measured.loss, nll(out.logits, targets))
+        model.looped.gate = model.looped.rule = None
+        for depth, row in enumerate(result.forced, 1):
+            torch.testing.assert_close(row.measured.loss, nll(model(ids, max_depth=depth).logits, targets))
+    mean = result.exits.measured.mean_depth
+    for row in (*result.criteria, *result.elsewhere):
+        assert row.measured.mean_depth == pytest.approx(mean, rel=0.05)
+        assert row.measured.depth.min() >= 2
+    for row in result.random:
+        assert row.measured.depth.min() == 2
+        assert row.flops.total == pytest.approx(result.exits.flops.total, rel=0.05)
+    assert result.line.flops.total == pytest.approx(result.exits.flops.total, rel=1e-6)
     assert result.timed.live == pytest.approx(mean / 4)
-    assert model.looped.skip
+    best = torch.stack([row.measured.loss for row in result.forced]).amin(0)
+    assert torch.equal(result.oracle.measured.loss, best)
 
 
-def test_the_standard_error_is_that_of_windows():
-    a, b = (
-        evaluate.Measured(torch.tensor(loss), torch.ones(2, 2))
-        for loss in ([[1.0, 3.0], [5.0, 5.0]], [[1.0, 1.0], [2.0, 2.0]])
-    )
-    more, error = a.against(b)
-    assert (more, error) == pytest.approx((2.0, 1.0))  # windows differ by 1 and 3
+def test_the_line_is_the_best_mixture_of_two_trained_depths(result):
+    depth, nats = result.line.measured.mean_depth, [row.measured.nats for row in result.trained]
+    pairs = [(low, high) for low in range(1, 5) for high in range(low + 1, 5) if low <= depth <= high]
+    mixed = [nats[low - 1] + (nats[high - 1] - nats[low - 1]) * (depth - low) / (high - low) for low, high in pairs]
+    assert result.line.measured.nats == pytest.approx(min(mixed))
+    assert result.line.name == f"line at {depth:.2f}"
+
+
+def test_without_a_whole_ladder_there_is_no_line(windows):
+    model = small_model(Gated(survival=False, tau=0.1))
+    result = evaluate.evaluate({"exits": Trained(model, [], None)}, windows, windows, seed=0, repeats=1)
+    assert result.line is None
+    assert result.trained == result.elsewhere == []
+
+
+def test_exits_are_switched_off_and_on_again():
+    model = small_model(Gated(survival=True))
+    before = model.looped.gate, model.looped.rule, model.looped.update
+    with evaluate.without_exits(model):
+        assert model(some_bytes(12)[None].long()).trace.depth.unique().tolist() == [4]
+    assert before == (model.looped.gate, model.looped.rule, model.looped.update)

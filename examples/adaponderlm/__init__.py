@@ -8,4 +8,5 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from adadepth._extras import need
 
-need("rich", extra="examples")
+for library in ("rich", "matplotlib", "transformers"):
+    need(library, extra="examples")

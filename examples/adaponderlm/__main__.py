@@ -1,20 +1,24 @@
-"""`python -m examples.adaponderlm`: train a small adaptive model on real text, and say what came of it."""
+"""`python -m examples.adaponderlm`: train small adaptive models on real text, and say what came of it."""
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
+from torch import Tensor
 
+from . import html
 from .evaluate import evaluate
+from .exits import POLICIES
+from .jobs import EXITS, TRUNK, Setup, load, train_all
 from .model import AdaptiveLM, Shape
-from .report import STAGES, progress_bar, show
+from .report import Bars, show
 from .text import BadInput, Text, even_windows, file_text, stdlib_text
-from .train import Recipe, train
+from .train import Recipe
 
-THREADS = 4  # more only wait for each other on so small a model
+UPDATES = ("interpolate", "ponder")
 
 
 def arguments(args: Sequence[str] | None) -> argparse.Namespace:
@@ -26,60 +30,79 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="text to train on, its last tenth held out (default: the standard library)",
     )
+    parser.add_argument("--policy", choices=POLICIES, default=POLICIES[0], help="who decides how deep a byte goes")
+    parser.add_argument("--update", choices=UPDATES, default=UPDATES[0], help="what the next iteration is given")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the random exits")
-    parser.add_argument("--steps", type=int, help="steps of training (default: 1200, two minutes on two cores)")
-    parser.add_argument("--quick", action="store_true", help="a few seconds of everything, to see that it works")
+    parser.add_argument("--steps", type=int, help="steps of training (default: 1000)")
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="for models and the report")
+    parser.add_argument("--quick", action="store_true", help="a minute of everything, to see that it works")
     return parser.parse_args(args)
 
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Train and evaluate as the command line says."""
-    default, held_out, repeats = (20, 2**12, 1) if args.quick else (1200, 2**17, 10)
-    recipe = Recipe(default if args.steps is None else args.steps)
-    if recipe.steps < 2:
-        raise BadInput(f"--steps expected at least 2, one for each stage, got {recipe.steps}")
+    default, held_out, repeats, probed = (60, 2**14, 3, 128) if args.quick else (1000, 200 * 2**10, 10, 1024)
+    recipe = Recipe(default if args.steps is None else args.steps, probed=probed)
+    if recipe.steps < 3:
+        raise BadInput(f"--steps expected at least 3, some for each stage, got {recipe.steps}")
     text = stdlib_text(recipe.window) if args.text is None else file_text(args.text, recipe.window)
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    model = AdaptiveLM(Shape())
-    introduce(console, model, text)
-    fit(console, model, text, recipe, generator)
-    start = time.perf_counter()
     windows = even_windows(text.held_out, held_out // recipe.window, recipe.window)
-    result = evaluate(model, windows, generator, repeats)
-    console.print(f"Evaluated on {windows[:, 1:].numel():,} held-out bytes in {time.perf_counter() - start:.0f} s.\n")
-    show(console, result)
+    setup = Setup(Shape(update=args.update), recipe, args.seed, args.policy, _folder(args.out))
+    introduce(console, setup, text)
+    fit(console, setup, text, windows)
+    trained, result = load(setup), None
+    for name, each in trained.items():
+        if name != TRUNK and len(each.history) < recipe.steps:
+            console.print(f"{name} stopped after {len(each.history)} of {recipe.steps} steps.")
+    if EXITS in trained:
+        start = time.perf_counter()
+        fitted = even_windows(text.train, max(2, len(windows) // 4), recipe.window)
+        result = evaluate(trained, windows, fitted, args.seed, repeats)
+        console.print(
+            f"Evaluated on {windows[:, 1:].numel():,} held-out bytes in {time.perf_counter() - start:.0f} s.\n"
+        )
+        show(console, result)
+    else:
+        console.print("Exits were not trained yet: there is nothing to evaluate.")
+    path = setup.folder / "report.html"
+    html.write(path, f"Adaptive depth: {args.policy}, {args.update}, seed {args.seed}", trained, result, windows)
+    console.print(f"\nReport: {path}", soft_wrap=True)
 
 
-def introduce(console: Console, model: AdaptiveLM, text: Text) -> None:
+def introduce(console: Console, setup: Setup, text: Text) -> None:
     """What is trained on what."""
-    parameters, shape = sum(p.numel() for p in model.parameters()), model.shape
+    shape = setup.shape
+    parameters = sum(p.numel() for p in AdaptiveLM(shape).parameters())
     size = f"{parameters:,} parameters; {shape.layers} layer, {shape.dim} wide, is applied to each byte"
     console.print(f"Text: {text.source}: {len(text.train):,} bytes to train on, {len(text.held_out):,} held out.")
-    console.print(f"Model: {size} up to {shape.steps} times.")
+    console.print(f"Model: {size} up to {shape.steps} times; policy {setup.policy}, update {shape.update}.")
 
 
-def fit(console: Console, model: AdaptiveLM, text: Text, recipe: Recipe, generator: torch.Generator) -> None:
-    """Train with a progress bar; an interrupt ends it early."""
-    bar = progress_bar(console)
-    task = bar.add_task(STAGES[1], total=recipe.steps, loss=float("nan"), depth=float("nan"))
-    done, loss, depth = 0, 0.0, 0.0
+def fit(console: Console, setup: Setup, text: Text, windows: Tensor) -> None:
+    """Train everything with progress bars; an interrupt ends it early."""
+    bars = Bars(console, setup.recipe.steps)
+    workers = max(1, min(setup.shape.steps, len(os.sched_getaffinity(0))))
     try:
-        with bar:
-            for done, now in enumerate(train(model, text.train, recipe, generator), 1):
-                keep = 0.95 if done > 1 else 0.0
-                loss, depth = keep * loss + (1 - keep) * now.loss, keep * depth + (1 - keep) * now.depth
-                bar.update(task, completed=done, description=STAGES[now.stage], loss=loss, depth=depth)
+        with bars.progress:
+            for name, now in train_all(setup, text, windows, workers):
+                bars.show(name, now)
     except KeyboardInterrupt:
-        console.print(f"Stopped after {done} of {recipe.steps} steps; this is what there is.")
-    if model.looped.gate is None:
-        console.print("Exits were not trained yet: every byte goes to full depth.")
+        console.print("Stopped early; this is what there is.")
+
+
+def _folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"cannot write to {path}: {error.strerror}") from None
+    for old in path.glob("*.pt"):
+        old.unlink()
+    return path
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line; what cannot be done is refused in one line."""
     parsed = arguments(args)
-    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     try:
         run(parsed, Console(markup=False, emoji=False))  # file names may look like either
     except BadInput as error:

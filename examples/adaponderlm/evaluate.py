@@ -1,39 +1,41 @@
-"""Held-out loss and depth of the same weights under several policies, and what skipping is worth in seconds."""
+"""Held-out loss, depth and FLOPs under every policy, and what skipping is worth in seconds."""
 
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import adadepth as ad
+from adadepth.diagnostics import Measured, forced, measure, mixture, oracle
+from adadepth.hf import calibrate
 
+from .jobs import BATCH, EXITS, Trained, fixed_name, score_with
 from .model import AdaptiveLM
-from .train import nll
 
-BATCH = 32
+NOT_BEFORE = 2  # what leaves after one iteration shows others the keys of a bare embedding
 
 
-class Measured(NamedTuple):
-    """The loss of each held-out byte in nats, `(windows, window)`, and the depth at which it was predicted."""
+@dataclass(frozen=True)
+class After:
+    """A rule of our own: another one's word counts from iteration `first` on."""
 
-    loss: Tensor
-    depth: Tensor
+    first: int
+    rule: ad.Rule
 
-    @property
-    def nats(self) -> float:
-        """Mean loss per byte."""
-        return self.loss.mean().item()
+    def __call__(self, scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        return remaining if scores.shape[-1] < self.first else self.rule(scores, remaining, positions)
 
-    @property
-    def mean_depth(self) -> float:
-        """Mean number of iterations per byte."""
-        return self.depth.double().mean().item()
 
-    def against(self, other: "Measured") -> tuple[float, float]:
-        """How much more this loses than `other`, and the standard error of that, windows being independent."""
-        difference = (self.loss - other.loss).mean(1)
-        return difference.mean().item(), difference.std().item() / len(difference) ** 0.5
+class Row(NamedTuple):
+    """A policy by name, what it loses, and its FLOPs."""
+
+    name: str
+    measured: Measured
+    flops: ad.Flops
 
 
 class Timed(NamedTuple):
@@ -44,41 +46,116 @@ class Timed(NamedTuple):
     live: float
 
 
-@torch.inference_mode()
-def learned(model: AdaptiveLM, windows: Tensor) -> Measured:
-    """Every byte leaves when its gate says so."""
-    parts = []
-    for batch in windows.split(BATCH):
-        prediction = model(batch[:, :-1])
-        parts.append((nll(prediction.logits, batch[:, 1:]), prediction.trace.depth))
-    return _join(parts)
+class Evaluation(NamedTuple):
+    """All policies on the same windows of held-out bytes.
+
+    `exits` is the learned one; `trained` were trained for one depth each; `line` mixes two of them at the FLOPs of
+    `exits`, None if they are not there; `forced`, `criteria` and `random` are the weights of `exits`, with other
+    exits, and `elsewhere` a criterion on those of the deepest trained model; the oracle picks by the label.
+    """
+
+    exits: Row
+    trained: list[Row]
+    line: Row | None
+    forced: list[Row]
+    criteria: list[Row]
+    random: list[Row]
+    elsewhere: list[Row]
+    oracle: Row
+    better: float
+    timed: Timed
+
+
+def evaluate(trained: Mapping[str, Trained], windows: Tensor, fitted: Tensor, seed: int, repeats: int) -> Evaluation:
+    """Measure all policies on `windows (n, window + 1)`; thresholds of criteria are found on `fitted`."""
+    model = trained[EXITS].model
+    batches = windows.split(BATCH)
+    exits = _row(EXITS, model, measure(score_with(model), batches))
+    depth = min(max(exits.measured.mean_depth, NOT_BEFORE), model.shape.steps)
+    timed = time_both(model, windows[: 2 * BATCH], repeats)
+    fixed = [trained[name] for i in range(model.shape.steps) if (name := fixed_name(i + 1)) in trained]
+    complete = [each for each in fixed if each.measured is not None]
+    with without_exits(model):
+        curve = forced(score_with(model), batches, model.shape.steps)
+        best, better = oracle(curve)
+        found = _row("oracle", model, best)
+        rows = [_row(f"forced to {i}", model, measured) for i, measured in enumerate(curve, 1)]
+        equal = equal_depth(exits.flops, rows)
+        criteria = list(_criteria(model, batches, fitted, depth))
+        random = list(_random(model, batches, equal, seed))
+    ladder = [_row(f"trained at {i}", each.model, each.measured) for i, each in enumerate(complete, 1)]
+    elsewhere, line = [], None
+    if len(complete) == model.shape.steps:
+        deepest = complete[-1].model
+        line = _row(f"line at {equal:.2f}", deepest, mixture([row.measured for row in ladder], equal))
+        with without_exits(deepest):
+            others = [row for row in _criteria(deepest, batches, fitted, depth) if row.name.startswith("KL")]
+        elsewhere = [row._replace(name=f"KL, weights of {ladder[-1].name}") for row in others]
+    return Evaluation(exits, ladder, line, rows, criteria, random, elsewhere, found, better, timed)
+
+
+@contextmanager
+def without_exits(model: AdaptiveLM) -> Iterator[None]:
+    """The same weights and the plain update, with every byte at full depth, or as deep as it is told."""
+    looped = model.looped
+    before = model.router, looped.gate, looped.rule, looped.update
+    model.router, looped.gate, looped.rule, looped.update = None, None, None, ad.Ungated(model.plain_update())
+    try:
+        yield
+    finally:
+        model.router, looped.gate, looped.rule, looped.update = before
+
+
+def _criteria(model: AdaptiveLM, batches: tuple[Tensor, ...], fitted: Tensor, depth: float) -> Iterator[Row]:
+    """Exits by what needs no training, each with the threshold that gives `depth` on other text."""
+    head, looped = nn.Sequential(model.norm, model.head), model.looped
+    gates: dict[str, ad.Gate] = {
+        "confidence (top probability)": ad.MaxProbGate(head),
+        "convergence (relative change)": ad.ConvergenceGate(),
+        "KL of successive predictions": ad.KLGate(head),
+    }
+    with torch.no_grad():
+        rows = [{"x": model.embedding(part[:, :-1])} for part in fitted.split(BATCH // 4)]
+    for name, gate in gates.items():
+        looped.gate = gate
+        looped.rule = calibrate(looped, rows, depth, lambda tau: After(NOT_BEFORE, ad.Threshold(tau))).rule
+        yield _row(name, model, measure(score_with(model), batches))
+    looped.gate = looped.rule = None
+
+
+def _random(model: AdaptiveLM, batches: tuple[Tensor, ...], depth: float, seed: int) -> Iterator[Row]:
+    """Exits by chance at the given mean depth, and like the others not before iteration 2."""
+    draws: dict[str, Callable[..., Tensor]] = {"uniform": ad.uniform_depths, "geometric": ad.geometric_depths}
+    for name, draw in draws.items():
+        generator, score = torch.Generator().manual_seed(seed), score_with(model)
+
+        def drawn(windows: Tensor, score=score, draw=draw, generator=generator) -> tuple[Tensor, Tensor]:
+            shape = windows[:, 1:].shape
+            depths = NOT_BEFORE - 1 + draw(shape, model.shape.steps - 1, depth - NOT_BEFORE + 1, generator)
+            return score(windows, min_depth=depths, max_depth=depths)
+
+        yield _row(f"{name} pruning", model, measure(drawn, batches))
+
+
+def _row(name: str, model: AdaptiveLM, measured: Measured) -> Row:
+    cost = ad.TokenFlops.measure(model.looped, model.shape.dim, once=[model.answer])
+    depth, steps = measured.depth, model.shape.steps
+    if not depth.is_floating_point():
+        return Row(name, measured, cost.count(ad.depth_mask(depth, steps)))
+    # A mixture of whole rows costs what its mean depth does, on the line from the first iteration to the last.
+    first, last = (cost.count(ad.depth_mask(torch.full(depth.shape, end), steps)) for end in (1, steps))
+    part = (measured.mean_depth - 1) / (steps - 1)
+    return Row(name, measured, ad.Flops(*(a + (b - a) * part for a, b in zip(first, last, strict=True))))
+
+
+def equal_depth(flops: ad.Flops, forced: list[Row]) -> float:
+    """The mean depth at which bytes that are told their depth cost `flops`."""
+    first, last = forced[0].flops.total, forced[-1].flops.total
+    return min(len(forced), 1 + (len(forced) - 1) * (flops.total - first) / (last - first))
 
 
 @torch.inference_mode()
-def forced(model: AdaptiveLM, windows: Tensor) -> list[Measured]:
-    """Every byte leaves after 1, 2, … iterations: all at once, since without exits iterations do not differ."""
-    steps = model.shape.steps
-    losses = []
-    for batch in windows.split(BATCH):
-        logits = model(batch[:, :-1], min_depth=steps, every=True).logits
-        losses.append(nll(logits, batch[:, 1:, None].expand(-1, -1, steps)))
-    loss = torch.cat(losses)
-    return [Measured(loss[..., i], torch.full(loss.shape[:2], i + 1)) for i in range(steps)]
-
-
-@torch.inference_mode()
-def random(model: AdaptiveLM, windows: Tensor, mean: float, generator: torch.Generator) -> Measured:
-    """Bytes leave by chance at the given mean depth, and like the learned exits not before iteration 2."""
-    parts = []
-    for batch in windows.split(BATCH):
-        depth = 1 + ad.uniform_depths(batch[:, :-1].shape, model.shape.steps - 1, mean - 1, generator)
-        prediction = model(batch[:, :-1], min_depth=depth, max_depth=depth)
-        parts.append((nll(prediction.logits, batch[:, 1:]), prediction.trace.depth))
-    return _join(parts)
-
-
-@torch.inference_mode()
-def timed(model: AdaptiveLM, windows: Tensor, repeats: int) -> Timed:
+def time_both(model: AdaptiveLM, windows: Tensor, repeats: int) -> Timed:
     """Both executions of each batch in turn, best of `repeats`, so that a slow moment of the machine meets both."""
     batches = windows[:, :-1].split(BATCH)
     seconds = {True: 0.0, False: 0.0}
@@ -94,39 +171,3 @@ def timed(model: AdaptiveLM, windows: Tensor, repeats: int) -> Timed:
     model.looped.skip = True
     live = ad.live_share(torch.cat([model(batch).trace.live for batch in batches]))
     return Timed(seconds[False], seconds[True], live)
-
-
-def _join(parts: list[tuple[Tensor, Tensor]]) -> Measured:
-    losses, depths = zip(*parts, strict=True)
-    return Measured(torch.cat(losses), torch.cat(depths))
-
-
-class Evaluation(NamedTuple):
-    """Every policy on the same held-out windows; `forced[i]` is depth i + 1."""
-
-    learned: Measured
-    mixture: Measured
-    random: Measured
-    forced: list[Measured]
-    timed: Timed
-
-
-def evaluate(model: AdaptiveLM, windows: Tensor, generator: torch.Generator, repeats: int) -> Evaluation:
-    """Measure all policies on `windows (n, window + 1)` of held-out bytes."""
-    model.eval()
-    exits = learned(model, windows)
-    fixed = forced(model, windows)
-    return Evaluation(
-        learned=exits,
-        mixture=mixture(fixed, exits.mean_depth),
-        random=random(model, windows, exits.mean_depth, generator),
-        forced=fixed,
-        timed=timed(model, windows[: 2 * BATCH], repeats),
-    )
-
-
-def mixture(fixed: list[Measured], mean: float) -> Measured:
-    """The expected loss of the two fixed depths around `mean`, whole windows drawn so that they reach it."""
-    low = min(int(mean), len(fixed) - 1)
-    pairs = zip(fixed[low - 1], fixed[low], strict=True)
-    return Measured(*(torch.lerp(a.double(), b.double(), mean - low) for a, b in pairs))

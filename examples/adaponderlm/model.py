@@ -1,10 +1,12 @@
 """A byte-level language model around a looped stack, of adadepth's public pieces.
 
-The raw residual stream is fed back from iteration to iteration; the final norm belongs to the head, outside the loop.
+With the update "interpolate" the raw residual stream is fed back from iteration to iteration, and the final norm
+belongs to the head, outside the loop. With "ponder", the paper's, what is fed back is the embedding that the state
+predicts; the final norm is then the end of the block.
 """
 
 import math
-from typing import NamedTuple, final
+from typing import Literal, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,13 @@ VOCABULARY = 256
 
 
 class Shape(NamedTuple):
-    """How large the model is: `layers` of width `dim` are applied up to `steps` times."""
+    """How large the model is: `layers` of width `dim` are applied up to `steps` times, with the `update` between."""
 
     dim: int = 128
     heads: int = 4
     layers: int = 1
     steps: int = 4
+    update: Literal["interpolate", "ponder"] = "interpolate"
 
 
 class Layer(nn.Module):
@@ -52,6 +55,7 @@ class Stack(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Layer(shape.dim, shape.heads) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.dim) if shape.update == "ponder" else nn.Identity()
         half = shape.dim // shape.heads // 2
         self.register_buffer("speed", 10000.0 ** -(torch.arange(half) / half), persistent=False)
 
@@ -61,7 +65,7 @@ class Stack(nn.Module):
         turn = torch.polar(torch.ones_like(angle), angle)
         for layer in self.layers:
             x = layer(x, view, turn)
-        return x
+        return self.norm(x)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
@@ -81,15 +85,29 @@ class Prediction(NamedTuple):
 
 @final
 class AdaptiveLM(nn.Module):
-    """Embedding, looped stack, norm and head. It starts without exits: `looped.gate` and `looped.rule` are None."""
+    """Embedding, looped stack, norm and head. It starts without exits, at full depth for every byte.
+
+    `router`, if there is one, maps ids to depths `(batch, seq)`; otherwise `looped.gate` and `looped.rule` decide.
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         self.embedding = nn.Embedding(VOCABULARY, shape.dim)
-        self.looped = ad.RecurrentWrapper(Stack(shape), shape.steps, update=ad.SurvivalScaled(ad.Interpolate()))
-        self.norm, self.head = nn.LayerNorm(shape.dim), nn.Linear(shape.dim, VOCABULARY, bias=False)
+        self.looped = ad.RecurrentWrapper(Stack(shape), shape.steps)
+        self.norm = nn.Identity() if shape.update == "ponder" else nn.LayerNorm(shape.dim)
+        self.head = nn.Linear(shape.dim, VOCABULARY, bias=False)
+        self.looped.update = self.plain_update()
+        self.router: nn.Module | None = None
         self._start(shape)
+
+    def plain_update(self) -> ad.Update:
+        """The update by name, before any policy scales it."""
+        return ad.Interpolate() if self.shape.update == "interpolate" else ad.Ponder(self.embedding, self.head)
+
+    def answer(self, h: Tensor) -> Tensor:
+        """Logits `(..., 256)` of states `(..., dim)`."""
+        return self.head(self.norm(h))
 
     def forward(
         self, ids: Tensor, *, min_depth: int | Tensor = 2, max_depth: int | Tensor | None = None, every: bool = False
@@ -98,8 +116,10 @@ class AdaptiveLM(nn.Module):
 
         A token that left after one iteration would show others the keys of its bare embedding, hence `min_depth`.
         """
+        if self.router is not None and max_depth is None:
+            min_depth = max_depth = self.router(ids)
         out = self.looped(self.embedding(ids), min_depth=min_depth, max_depth=max_depth, states=every)
-        return Prediction(self.head(self.norm(out.states if every else out.hidden)), out.trace)
+        return Prediction(self.answer(out.states if every else out.hidden), out.trace)
 
     def _start(self, shape: Shape) -> None:
         """Small weights, smaller where layers × steps of them write into one stream; embeddings that weigh in it."""

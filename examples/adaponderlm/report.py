@@ -1,83 +1,117 @@
-"""What a reader sees: a progress bar while training, and the tables after it."""
+"""What a reader sees in the terminal: progress bars while training, and the tables after it."""
+
+from collections.abc import Iterable
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .evaluate import Evaluation, Measured
+from adadepth.diagnostics import by_exit
 
-BITS = 1.4426950408889634  # in a nat
-STAGES = {1: "stage 1: full depth", 2: "stage 2: exits"}
+from . import train
+from .evaluate import Evaluation, Row
+
+COLUMNS = ("exits", "depth", "FLOPs", "nats/byte", "more than exits")
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar over the steps that shows the stage, and the smoothed loss and mean depth of what is trained on."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.2f} depth {task.fields[depth]:.2f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+class Bars:
+    """A bar for each training, with its smoothed loss and mean depth."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        text = "{task.completed}/{task.total} loss {task.fields[loss]:.2f} depth {task.fields[depth]:.2f}"
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn(text), TimeElapsedColumn()
+        self.progress, self.steps = Progress(*columns, console=console), steps
+        self.tasks: dict[str, tuple[int, float]] = {}
+
+    def show(self, name: str, now: train.Progress) -> None:
+        """Move the bar of `name`."""
+        if name not in self.tasks:
+            self.tasks[name] = self.progress.add_task(name, total=self.steps, loss=now.loss, depth=now.depth), now.loss
+        task, loss = self.tasks[name]
+        loss = 0.8 * loss + 0.2 * now.loss
+        self.tasks[name] = task, loss
+        self.progress.update(task, completed=now.step, loss=loss, depth=now.depth)
 
 
 def show(console: Console, result: Evaluation) -> None:
     """All tables, and what they do and do not say."""
-    steps = len(result.forced)
-    console.print(_policies(result))
-    console.print(
-        "The second row mixes two fixed depths to the same mean. All rows are the same weights, trained with learned "
-        "exits: a model trained for one fixed depth usually does better at it, and is not in this "
-        "table. ± is one standard error.\n"
-    )
-    console.print(_exits(result.learned, steps), "")
-    console.print(_time(result))
-    console.print(
-        f"Packed runs only the bytes that have not left: {result.timed.live:.2f} of the {steps} iterations, which "
-        "would be its share of the dense time if nothing else took any."
-    )
-
-
-def _policies(result: Evaluation) -> Table:
-    learned = result.learned
-    low = min(int(learned.mean_depth), len(result.forced) - 1)
     table = Table(title="Held-out loss: who decides how deep a byte goes", title_justify="left")
-    for column in ("exits", "mean depth", "nats/byte", "bits/byte", "nats above learned"):
-        table.add_column(column, justify="left" if column == "exits" else "right")
-    _policy(table, "learned", learned, learned)
-    _policy(table, f"fixed {low} or {low + 1}", result.mixture, learned)
-    _policy(table, "random, from 2", result.random, learned)
-    table.add_section()
-    for depth, measured in enumerate(result.forced, 1):
-        _policy(table, f"fixed {depth}", measured, learned)
-    return table
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
+    for rows in sections(result):
+        for cells in (cells_of(row, result.exits) for row in rows):
+            table.add_row(*cells)
+        table.add_section()
+    console.print(table)
+    for line in verdicts(result):
+        console.print(line)
+    console.print("")
+    console.print(_exits(result))
+    console.print("")
+    console.print(_time(result))
 
 
-def _policy(table: Table, name: str, measured: Measured, learned: Measured) -> None:
-    more, error = measured.against(learned)
-    difference = "" if measured is learned else f"{more:+.4f} ± {error:.4f}"
-    nats = measured.nats
-    table.add_row(name, f"{measured.mean_depth:.2f}", f"{nats:.4f}", f"{nats * BITS:.4f}", difference)
+def sections(result: Evaluation) -> Iterable[list[Row]]:
+    """The rows of the large table, in groups."""
+    line = [] if result.line is None else [result.line]
+    weights = [*result.criteria, *result.random, result.oracle]
+    return [rows for rows in ([result.exits, *line], result.trained, result.forced, weights, result.elsewhere) if rows]
 
 
-def _exits(learned: Measured, steps: int) -> Table:
-    table = Table(title="Learned exits: where bytes leave", title_justify="left")
-    for column in ("after iteration", "share of bytes", "nats/byte of these", "bits/byte"):
+def cells_of(row: Row, exits: Row) -> tuple[str, ...]:
+    """The cells of a row; differences with one standard error, windows being independent."""
+    more, error = row.measured.against(exits.measured)
+    difference = "" if row is exits else f"{more:+.4f} ± {error:.4f}"
+    return (
+        row.name,
+        f"{row.measured.mean_depth:.2f}",
+        f"{row.flops.relative:.2f}",
+        f"{row.measured.nats:.4f}",
+        difference,
+    )
+
+
+def verdicts(result: Evaluation) -> Iterable[str]:
+    """What the table says, in words."""
+    exits, steps = result.exits, len(result.forced)
+    yield (
+        "FLOPs are in passes of the model with one iteration. trained: models trained at that depth from the same "
+        "weights on the same batches; line: a mixture of two of them at the FLOPs of exits. All others but the last "
+        "are the weights of exits. ± is one standard error."
+    )
+    saved = 1 - exits.measured.mean_depth / steps
+    yield f"Exits run {exits.measured.mean_depth:.2f} of {steps} iterations: {saved:.0%} fewer."
+    if result.line is not None:
+        for name, other in (
+            ("one pass trained alike", result.trained[0]),
+            ("fixed depths at equal FLOPs", result.line),
+        ):
+            more, error = exits.measured.against(other.measured)
+            word = (
+                "better than" if more < -2 * error else "worse than" if more > 2 * error else "equal, within error, to"
+            )
+            yield f"They are {word} {name}: {more:+.4f} ± {error:.4f} nats."
+    else:
+        yield "Not all fixed depths were trained to the end, so there is no line to compare with."
+    yield f"Another depth than the last would have served {result.better:.0%} of the bytes better (oracle)."
+
+
+def _exits(result: Evaluation) -> Table:
+    table = Table(title="Exits: where bytes leave", title_justify="left")
+    for column in ("after iteration", "share of bytes", "nats/byte of these"):
         table.add_column(column, justify="right")
-    for depth in range(1, steps + 1):
-        here = learned.depth == depth
-        nats = learned.loss[here].mean().item()
-        figures = (f"{nats:.4f}", f"{nats * BITS:.4f}") if here.any() else ("–", "–")
-        table.add_row(str(depth), f"{here.double().mean().item():.1%}", *figures)
+    groups = {group.name: group for group in by_exit(result.exits.measured)}
+    for depth in range(1, len(result.forced) + 1):
+        group = groups.get(depth)
+        table.add_row(str(depth), *(("0.0%", "–") if group is None else (f"{group.share:.1%}", f"{group.mean:.4f}")))
     return table
 
 
 def _time(result: Evaluation) -> Table:
-    timed = result.timed
+    timed, flops = result.timed, result.exits.flops
     table = Table(title="Time of the same predictions, computed twice", title_justify="left")
-    for column in ("dense", "packed", "packed / dense", "live share"):
+    for column in ("dense", "packed", "packed / dense", "live share", "FLOPs / fixed depth"):
         table.add_column(column, justify="right")
-    ratio = timed.packed / timed.dense
-    table.add_row(f"{timed.dense:.3f} s", f"{timed.packed:.3f} s", f"{ratio:.2f}", f"{timed.live:.2f}")
+    ratios = (f"{timed.packed / timed.dense:.2f}", f"{timed.live:.2f}", f"{1 / flops.bound:.2f}")
+    table.add_row(f"{timed.dense:.3f} s", f"{timed.packed:.3f} s", *ratios)
     return table

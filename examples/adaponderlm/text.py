@@ -13,6 +13,7 @@ from torch import Tensor
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
 EVERY = 16  # of the library's files, one in this many is held out
 TENTH = 10  # of any other text, the last part of this size
+CONTROL = bytes(set(range(32)) - set(b"\t\n\r\f") | {127})
 
 
 class BadInput(ValueError):
@@ -72,8 +73,9 @@ def _read(path: Path) -> bytes:
         data = path.read_bytes()
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}") from None
-    if b"\0" in data:
-        raise BadInput(f"{path} is not text: it holds zero bytes")
+    strange = len(data) - len(data.translate(None, CONTROL))
+    if strange > len(data) // 1000:
+        raise BadInput(f"{path} is not text: {strange:,} of its {len(data):,} bytes are control characters")
     return data
 
 

@@ -1,12 +1,9 @@
-"""Training in two stages: full depth for all tokens, then gates that learn who may leave.
+"""Training in two stages: full depth for all bytes, then exits as a policy says."""
 
-Gates that move from the start close before they know anything, and a token that left gives no gradient that could
-bring it back. So they come late, open, slow and small, and the penalty on them grows from nothing.
-"""
-
+import copy
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -14,81 +11,121 @@ from torch import Tensor
 
 import adadepth as ad
 
-from .model import AdaptiveLM
+from .exits import Policy, Probed
+from .model import AdaptiveLM, Shape
 from .text import random_windows
 
 
 class Recipe(NamedTuple):
-    """`steps` of training on `batch` windows of `window` bytes, the first `open_share` of them without exits.
+    """`steps` of training on `batch` windows of `window` bytes, the share `open_share` of them without exits.
 
-    The penalty is `weight` times the mean of the smallest share `k` of the survival values, halted ones counting as
-    0; k grows from 0 to `k_max` over the part `warm` of the second stage.
+    `gate_lr` is a gate's part of the learning rate. A probe, from which a router is made, takes a tenth of the steps
+    on a copy that is then thrown away, and looks at `probed` windows.
     """
 
     steps: int
-    batch: int = 8
+    batch: int = 16
     window: int = 128
-    lr: float = 4e-3
+    lr: float = 3e-3
     open_share: float = 0.4
     gate_lr: float = 0.1
-    gate_hidden: int = 16
-    gate_bias: float = 4.0
-    tau: float = 0.3  # at 0.05 the gates must shrink an update to nothing before it is saved
-    weight: float = 0.3
-    k_max: float = 0.5
-    warm: tuple[float, float] = (0.1, 0.6)
+    probed: int = 1024
+
+    @property
+    def first(self) -> int:
+        """The step at which exits begin."""
+        return math.ceil(self.open_share * self.steps)
 
 
 class Progress(NamedTuple):
-    """One step of training: the stage (1 or 2), the loss in nats per byte and the mean depth of its batch."""
+    """One step of training: its number, from 1, the loss in nats per byte and the mean depth of its batch."""
 
-    stage: int
+    step: int
     loss: float
     depth: float
 
 
-def train(model: AdaptiveLM, data: Tensor, recipe: Recipe, generator: torch.Generator) -> Iterator[Progress]:
-    """Train on `data (n,)` uint8, one step for each item that is asked for."""
-    model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=0.01)
-    first = math.ceil(recipe.open_share * recipe.steps)
-    for step in range(recipe.steps):
-        if step == first:
-            optimiser.add_param_group({"params": allow_exits(model, recipe), "scale": recipe.gate_lr})
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.lr * schedule(step, recipe.steps) * group.get("scale", 1.0)
-        windows = random_windows(data, recipe.batch, recipe.window, generator)
-        part = (step - first) / (recipe.steps - first)
-        yield _step(model, optimiser, windows, recipe, part)
+@final
+class Training:
+    """A model, its optimiser, and how far they are. The seed decides the weights and the batches."""
 
+    def __init__(self, shape: Shape, recipe: Recipe, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model, self.recipe, self.step = AdaptiveLM(shape), recipe, 0
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
 
-def _step(
-    model: AdaptiveLM, optimiser: torch.optim.Optimizer, windows: Tensor, recipe: Recipe, part: float
-) -> Progress:
-    prediction = model(windows[:, :-1])
-    loss = nll(prediction.logits, windows[:, 1:]).mean()
-    optimiser.zero_grad()
-    (loss + penalty(prediction.trace, recipe, part)).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimiser.step()
-    return Progress(1 if part < 0 else 2, loss.item(), prediction.trace.depth.double().mean().item())
+    def save(self, path: Path) -> None:
+        """All that `resume` needs."""
+        state = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "step": self.step}
+        torch.save(state | {"generator": self.generator.get_state()}, path)
 
+    def resume(self, path: Path) -> None:
+        """Go on from what a training without exits saved."""
+        state = torch.load(path)
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.generator.set_state(state["generator"])
+        self.step = state["step"]
 
-def allow_exits(model: AdaptiveLM, recipe: Recipe) -> list[torch.nn.Parameter]:
-    """Begin the second stage: give the loop a gate and a rule. Returns the gate's parameters."""
-    shape = model.shape
-    model.looped.gate = ad.PerIterationMLPGate(shape.dim, shape.steps, recipe.gate_hidden, recipe.gate_bias)
-    model.looped.rule = ad.SurvivalThreshold(recipe.tau)
-    return list(model.looped.gate.parameters())
+    def begin(self, policy: Policy, data: Tensor) -> None:
+        """Let bytes leave from here on."""
+        slow = policy.begin(self.model, lambda: self.probe(data))
+        if slow:
+            self.optimiser.add_param_group({"params": slow, "scale": self.recipe.gate_lr})
 
+    def fixed(self, data: Tensor, depth: int) -> Progress:
+        """One step with every byte at `depth`."""
+        return self._update(data, lambda trace: 0.0, min_depth=depth, max_depth=depth)
 
-def penalty(trace: ad.Trace, recipe: Recipe, part: float) -> Tensor:
-    """What going on costs, `part` of the second stage into it; below 0 is the first stage."""
-    begin, end = recipe.warm
-    k = recipe.k_max * min(1.0, (part - begin) / (end - begin))
-    if k <= 0:
-        return trace.scores.new_zeros(())
-    return recipe.weight * ad.bottom_k(trace.survival, k).mean()
+    def adaptive(self, data: Tensor, policy: Policy) -> Progress:
+        """One step with exits."""
+        recipe = self.recipe
+        thousandth = 1000 * (self.step - recipe.first) // max(1, recipe.steps - recipe.first)
+        return self._update(data, lambda trace: policy.cost(trace, thousandth))
+
+    def probe(self, data: Tensor) -> Probed:
+        """What each iteration is worth: a copy learns to answer after every iteration, and is looked at."""
+        trial = copy.deepcopy(self)
+        count = math.ceil(self.recipe.steps / 10)
+        for step in range(count):
+            trial._descend(trial.every_iteration(trial._windows(data)), 0.5 * (1 - step / count))
+        windows = random_windows(data, self.recipe.probed, self.recipe.window, trial.generator)
+        with torch.no_grad():
+            losses = torch.cat([trial.losses(rows) for rows in windows.split(32)])
+        return Probed(windows[:, :-1], losses)
+
+    def losses(self, windows: Tensor) -> Tensor:
+        """Of every byte after every iteration, `(rows, window, steps)`."""
+        model = self.model
+        states = model.looped(model.embedding(windows[:, :-1]), states=True).states
+        return ad.per_iteration_loss(states, torch.nn.Sequential(model.norm, model.head), windows[:, 1:])
+
+    def every_iteration(self, windows: Tensor) -> Tensor:
+        """The loss after the last iteration, and half the mean of those before it, from the second on."""
+        *_, last = losses = self.losses(windows).mean((0, 1))[1:]
+        return last + 0.5 * losses[:-1].mean() if len(losses) > 1 else last
+
+    def _update(self, data: Tensor, cost: Any, **depths: int) -> Progress:
+        windows = self._windows(data)
+        prediction = self.model(windows[:, :-1], **depths)
+        loss = nll(prediction.logits, windows[:, 1:]).mean()
+        self._descend(loss + cost(prediction.trace), schedule(self.step, self.recipe.steps))
+        self.step += 1
+        return Progress(self.step, loss.item(), prediction.trace.depth.double().mean().item())
+
+    def _windows(self, data: Tensor) -> Tensor:
+        return random_windows(data, self.recipe.batch, self.recipe.window, self.generator)
+
+    def _descend(self, loss: Tensor, share: float) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.recipe.lr * share * group.get("scale", 1.0)
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimiser.step()
 
 
 def nll(logits: Tensor, targets: Tensor) -> Tensor:

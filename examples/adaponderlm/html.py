@@ -1,0 +1,86 @@
+"""The same in one self-contained page, with pictures."""
+
+from collections.abc import Mapping
+from html import escape
+from itertools import accumulate
+from pathlib import Path
+
+from torch import Tensor
+
+from adadepth import viz
+from adadepth.diagnostics import gain_by
+
+from .evaluate import Evaluation
+from .exits import LONG, letters_seen
+from .jobs import EXITS, TRUNK, Trained
+from .report import COLUMNS, cells_of, sections, verdicts
+
+SHOWN = 8  # windows in the heat map
+EVERY = 10  # steps between two points of a curve
+
+
+def write(path: Path, title: str, trained: Mapping[str, Trained], result: Evaluation | None, windows: Tensor) -> None:
+    """The report, of what there is."""
+    parts = [("Training", viz.svg(_curves(trained)))]
+    if result is not None:
+        parts = [*_results(result), ("Where the depth went", _text(trained, result, windows)), *parts]
+        parts += [("Where depth pays", _gains(result, windows))] if result.line is not None else []
+    path.write_text(viz.page(title, *parts))
+
+
+def _results(result: Evaluation) -> list[tuple[str, str]]:
+    rows = [cells_of(row, result.exits) for rows in sections(result) for row in rows]
+    said = "".join(f"<p>{escape(line)}</p>" for line in verdicts(result))
+    named = [result.exits, *result.criteria, *result.random, *result.elsewhere]
+    points = {row.name: (row.flops.relative, row.measured.nats) for row in named}
+    lines = {"the same weights, forced": result.forced, "trained at 1, 2, …": result.trained}
+    curves = {
+        name: ([row.flops.relative for row in rows], [row.measured.nats for row in rows])
+        for name, rows in lines.items()
+        if rows
+    }
+    measured, timed = result.exits.measured, result.timed
+    figure = viz.plot_exits(measured.depth, len(result.forced), nll=measured.loss)
+    time = (
+        f"<p>The same predictions took {timed.dense:.3f} s computed for every byte at every iteration (dense), and "
+        f"{timed.packed:.3f} s with bytes that left skipped (packed): {timed.packed / timed.dense:.2f} of it. "
+        f"{timed.live:.2f} of the iterations were live.</p>"
+    )
+    return [
+        ("Who decides how deep a byte goes", viz.table(COLUMNS, rows) + said),
+        ("Loss against relative FLOPs", viz.svg(viz.plot_frontier(points, curves, y="held-out loss, nats per byte"))),
+        ("Exits: share and loss", viz.svg(figure) + time),
+    ]
+
+
+def _text(trained: Mapping[str, Trained], result: Evaluation, windows: Tensor) -> str:
+    """Held-out windows, coloured by the depth at which each byte was read to predict the next."""
+    ids, measured = windows[:SHOWN, :-1], result.exits.measured
+    tokens = [viz.pieces(lambda row: bytes(row).decode(errors="replace"), row) for row in ids]
+    steps = trained[EXITS].model.shape.steps
+    picture = viz.heat_map(tokens, measured.depth[:SHOWN], steps, nll=measured.loss[:SHOWN])
+    return f"<p>Held-out text; a byte’s depth is that at which it predicts the next byte.</p>{picture}"
+
+
+def _curves(trained: Mapping[str, Trained]):
+    panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {"loss, nats per byte": {}, "mean depth": {}}
+    for name, (_, history, _) in trained.items():
+        if name != TRUNK:
+            kept = history[EVERY - 1 :: EVERY]
+            smooth = list(accumulate((now.loss for now in history), lambda old, new: 0.95 * old + 0.05 * new))
+            panels["loss, nats per byte"][name] = [now.step for now in kept], smooth[EVERY - 1 :: EVERY]
+            panels["mean depth"][name] = [now.step for now in kept], [now.depth for now in kept]
+    return viz.plot_curves(panels)
+
+
+def _gains(result: Evaluation, windows: Tensor) -> str:
+    """By the letters of a word seen: what training at full depth gains over training at two, and the exits there."""
+    seen = letters_seen(windows[:, :-1])
+    gains = gain_by(result.trained[1].measured, result.trained[-1].measured, seen)
+    rows = []
+    for place, share, gain in gains:
+        letters = f"{place} or more" if place == LONG else str(place)
+        depth = result.exits.measured.depth[seen == place].double().mean().item()
+        rows.append((letters, f"{share:.1%}", f"{gain:+.4f}", f"{depth:.2f}"))
+    said = "By the letters of its word that have been read: what training at full depth gains over training at two."
+    return f"<p>{said}</p>" + viz.table(("letters", "share", "gain, nats", "depth by exits"), rows)
