@@ -5,8 +5,8 @@ A rule sees whole rows: all scores so far `(batch, seq, step + 1)`, newest last,
 stays, not what leaves: `remaining * s` keeps saturated gates alive where `remaining - remaining * (1 - s)`
 rounds to 0. The loop clamps it into [0, remaining], so no rule can bring a token back.
 
-A rule that looks across a row (the best k of it) makes a token's depth depend on later tokens unless
-it is written causally: for training only.
+With a cache the rows are those of the new tokens alone. A rule that looks across a row (the best k of it,
+or only back) therefore decides otherwise in decoding, and is for training only.
 """
 
 from collections.abc import Callable

@@ -55,7 +55,8 @@ def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
     """Check that a rule is stateless, treats rows apart, is finite, and works in a loop.
 
     Arguments: `rule`; `steps`, those of the loop it is for; `causal`, False for a rule that looks
-    across a row and is for training only: then later tokens may change earlier ones.
+    across a row and is for training only: then other tokens of the row may change the result. Looking
+    back is no better than looking ahead: in decoding a rule sees the new tokens alone.
     Raises: `AssertionError`.
     """
     for seen in range(1, steps):
@@ -77,6 +78,8 @@ def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
         if causal:
             before = rule(scores[:, :4], remaining[:, :4], positions[:, :4])
             _same("rule", "the first tokens without the later ones", before, stays[:, :4])
+            after = rule(scores[:, 4:], remaining[:, 4:], positions[:, 4:])
+            _same("rule", "the later tokens without the first ones, as in decoding", after, stays[:, 4:])
     _agree(8, steps, LinearGate(8, bias=0.0).double(), rule, Interpolate(), torch.float64)
 
 

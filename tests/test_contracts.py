@@ -158,6 +158,10 @@ def _top_one(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
     return remaining * (scores[..., -1] == scores[..., -1].amax(-1, keepdim=True))
 
 
+def _below_all_before(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    return remaining * (scores[..., -1] <= scores[..., -1].cummin(-1).values)
+
+
 def test_the_suites_fail_on_pieces_that_break_them() -> None:
     with pytest.raises(AssertionError, match="The gate gave another result for a token alone: off by"):
         ad.testing.check_gate(_Peeks(), DIM)
@@ -168,3 +172,6 @@ def test_the_suites_fail_on_pieces_that_break_them() -> None:
     ):
         ad.testing.check_rule(_top_one)
     ad.testing.check_rule(_top_one, causal=False)
+    with pytest.raises(AssertionError, match="the later tokens without the first ones, as in decoding: off by"):
+        ad.testing.check_rule(_below_all_before)
+    ad.testing.check_rule(_below_all_before, causal=False)

@@ -1,0 +1,31 @@
+"""How our docstrings become pages: each paragraph `Label: text` stands by itself, and lists of names are lists."""
+
+import re
+
+from griffe import Extension, Object
+
+LABEL = re.compile(r"(Arguments|Attributes|Raises|Returns|Shapes|Source|Unit):(?: (.*))?")
+ITEM = re.compile(r" {4}(\w+(?:, \w+)*): (.*)")
+
+
+def laid_out(docstring: str) -> str:
+    """A docstring as Markdown."""
+    lines = []
+    for line in docstring.splitlines():
+        if label := LABEL.fullmatch(line):
+            lines += ["", f"**{label[1]}:** {label[2] or ''}".rstrip(), *([] if label[2] else [""])]
+        elif item := ITEM.fullmatch(line):
+            lines.append(f"- {', '.join(f'`{name}`' for name in item[1].split(', '))}: {item[2]}")
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+class Docstrings(Extension):
+    """Lays out every docstring that is loaded."""
+
+    def on_object(self, *, obj: Object, **kwargs: object) -> None:
+        """After an object was read."""
+        del kwargs
+        if obj.docstring is not None:
+            obj.docstring.value = laid_out(obj.docstring.value)
