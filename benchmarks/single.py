@@ -1,7 +1,7 @@
 """What the approximate layout costs in loss: a small trained model decodes held-out text from each cache.
 
-`python -m benchmarks.single` trains the demonstration's byte model on the standard library, and then reads the
-second half of each held-out window byte by byte.
+`python -m benchmarks.single` trains the demonstration's byte model with survival gates on the standard library, and
+then reads the second half of each held-out window byte by byte.
 """
 
 import argparse
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import adadepth as ad
+from examples.adaponderlm.exits import policy
 from examples.adaponderlm.model import AdaptiveLM, Shape
 from examples.adaponderlm.text import even_windows, stdlib_text
-from examples.adaponderlm.train import Recipe, nll, train
+from examples.adaponderlm.train import Recipe, Training, nll
 
 from ._measure import machine, write_section
 
@@ -28,19 +29,26 @@ def decoded(model: AdaptiveLM, windows: Tensor, layout: str, least: int) -> tupl
     return losses[:, prompt:].mean().item(), cache.depth[:, prompt:].double().mean().item()
 
 
+def trained(recipe: Recipe, data: Tensor) -> AdaptiveLM:
+    """In both stages."""
+    training, exits = Training(Shape(), recipe, seed=0), policy("survival")
+    while training.step < recipe.first:
+        training.fixed(data, training.model.shape.steps)
+    training.begin(exits, data)
+    while training.step < recipe.steps:
+        training.adaptive(data, exits)
+    return training.model.eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200, help="of training")
+    parser.add_argument("--steps", type=int, default=1000, help="of training")
     parser.add_argument("--windows", type=int, default=256)
     args = parser.parse_args()
     recipe = Recipe(args.steps)
     text = stdlib_text(recipe.window)
     windows = even_windows(text.held_out, args.windows, recipe.window)
-    torch.manual_seed(0)
-    model = AdaptiveLM(Shape())
-    for _ in train(model, text.train, recipe, torch.Generator().manual_seed(0)):
-        pass
-    model.eval()
+    model = trained(recipe, text.train)
     lines = ["| exits | filled: nats, mean depth | compact | single |", "|" + "---|" * 4]
     for exits, least in (("learned", 2), ("none", model.shape.steps)):
         results = [decoded(model, windows, layout, least) for layout in ("filled", "compact", "single")]

@@ -41,7 +41,7 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Train and evaluate as the command line says."""
-    default, held_out, repeats, probed = (60, 2**14, 3, 128) if args.quick else (1000, 200 * 2**10, 10, 1024)
+    default, held_out, repeats, probed = (100, 2**14, 3, 128) if args.quick else (1000, 200 * 2**10, 10, 1024)
     recipe = Recipe(default if args.steps is None else args.steps, probed=probed)
     if recipe.steps < 3:
         raise BadInput(f"--steps expected at least 3, some for each stage, got {recipe.steps}")
