@@ -1,0 +1,81 @@
+"""Who decides when a token leaves: each policy a gate, an update, and a rule for every threshold."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+import adadepth as ad
+
+from .model import DIM, STEPS, Interpreter
+
+
+class Training(NamedTuple):
+    """How a policy is trained: with exits at threshold `tau`, and a penalty of `weight`."""
+
+    tau: float
+    weight: float = 0.0
+
+
+class Policy(NamedTuple):
+    """A gate, an update and a rule.
+
+    `reads` is the property of a trace that the rule compares with its threshold and that a penalty pushes down:
+    "gates" or "survival". `training` is None for what judges the weights of stage 1 as they are.
+    """
+
+    name: str
+    gate: Callable[[Interpreter], ad.Gate]
+    rule: Callable[[float], ad.Rule]
+    update: Callable[[], ad.Update] = ad.Replace
+    reads: str = "gates"
+    training: Training | None = None
+
+    def attach(self, model: Interpreter, tau: float) -> None:
+        """Give the model this policy, with new gates."""
+        model.looped.gate, model.looped.update = self.gate(model), self.update()
+        model.looped.rule = self.rule(tau)
+
+
+def gates(hidden: int | None) -> ad.Gate:
+    """Gates that start open for every token alike: larger weights let them close before they know for whom."""
+    gate = ad.PerIterationMLPGate(DIM, STEPS, hidden=hidden, bias=4.0)
+    for weight in gate.parameters():
+        if weight.dim() == 2:
+            nn.init.normal_(weight, std=0.02)
+    return gate
+
+
+def late(tau: float) -> ad.Rule:
+    """The decision is one iteration old: a token stays for one more, in which others see its answer."""
+    return ad.Lookahead(ad.Threshold(tau))
+
+
+PAPER = Policy(
+    name="paper's gates",
+    gate=lambda model: gates(hidden=None),
+    rule=ad.Threshold,
+    update=ad.Interpolate,
+    training=Training(tau=0.05, weight=0.1),
+)
+SURVIVAL = Policy(
+    name="survival gates",
+    gate=lambda model: gates(hidden=16),
+    rule=ad.SurvivalThreshold,
+    update=lambda: ad.SurvivalScaled(ad.Interpolate()),
+    reads="survival",
+    training=Training(tau=0.05, weight=0.3),
+)
+TRAINED_ENTROPY = Policy(
+    name="entropy late, trained",
+    gate=lambda model: ad.EntropyGate(model.head),
+    rule=late,
+    training=Training(tau=0.2),
+)
+TRAINED = (PAPER, SURVIVAL, TRAINED_ENTROPY)
+UNTRAINED = (
+    Policy("KL", lambda model: ad.KLGate(model.head), ad.Threshold),
+    Policy("relative change", lambda model: ad.ConvergenceGate(), ad.Threshold),
+    Policy("entropy", lambda model: ad.EntropyGate(model.head), ad.Threshold),
+    Policy("entropy late", lambda model: ad.EntropyGate(model.head), late),
+)
