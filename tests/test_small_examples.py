@@ -1,0 +1,107 @@
+"""The small examples run, and what they print is what they claim."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+import adadepth as ad
+from examples import a_gate_of_your_own, classify_sequences, wrap_a_block
+
+WRAPPED = """\
+check_block: nothing to say
+iterations of each token:
+tensor([[2, 4, 1, 2, 3, 2, 4, 2],
+        [0, 0, 0, 2, 4, 1, 3, 3]])
+work done: 63% of 4 iterations for all
+all computed and selected: the same
+decoded with a cache: the same
+refused:
+  Convolved mixes tokens outside its attention calls: in evaluation mode packed and dense execution
+  differ by 6.6e-01 relative, first in conv (Conv1d). A looped block may mix tokens in attention only,
+  and must read positions from adadepth.positions() or view.positions.
+"""
+
+
+def test_a_block_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    wrap_a_block.main()
+    assert capsys.readouterr().out == WRAPPED
+
+
+def test_what_differs_is_said() -> None:
+    looped = ad.RecurrentWrapper(wrap_a_block.Block(16, 2, 1), 2)
+    x = torch.randn(1, 3, 16)
+    whole = looped(x)
+    assert wrap_a_block.compare([whole], whole) == "the same"
+    assert wrap_a_block.compare([looped(x + 1e-3)], whole) == "differs"
+    assert wrap_a_block.compare([looped(x, max_depth=1)], whole) == "differs"
+
+
+def test_the_rotary_positions_are_relative() -> None:
+    q, k = torch.randn(2, 1, 1, 5, 8)
+    near, far = (
+        wrap_a_block.rotate(q, at) @ wrap_a_block.rotate(k, at).mT
+        for at in (torch.arange(5)[None], torch.arange(7, 12)[None])
+    )
+    torch.testing.assert_close(near, far)
+
+
+def test_harder_questions_run_deeper(capsys: pytest.CaptureFixture[str]) -> None:
+    classify_sequences.main(["--quick"])
+    head, *lines = capsys.readouterr().out.splitlines()
+    table = {line[:22].strip(): [float(number) for number in line[22:].split()] for line in lines}
+    assert head.split() == ["hops", "1", "2", "3", "4", "all"]
+    held = [f"right: held at {depth}" for depth in (1, 2, 3, 4)]
+    assert list(table) == ["right: one pass", *held, "right: free to leave", "iterations taken"]
+
+    once, free, taken = table["right: one pass"], table["right: free to leave"], table["iterations taken"]
+    assert once[0] > 0.95 and all(abs(share - 0.5) < 0.1 for share in once[2:4])  # a guess between two
+    for depth, name in enumerate(held, 1):
+        for hops, share in enumerate(table[name][:4], 1):
+            assert share > 0.9 if hops <= depth else share < 0.5
+    assert free[-1] > once[-1] + 0.2 and free[-1] > table[held[-1]][-1] - 0.02  # depth pays, and leaving costs little
+    assert taken[:4] == sorted(taken[:4]) and taken[3] > taken[0] + 1
+    assert taken[-1] < 0.9 * 4
+
+
+def test_questions_are_what_they_say() -> None:
+    rows = classify_sequences.draw(200, 3, 5, torch.Generator().manual_seed(0))
+    assert rows.hops.unique().tolist() == [1, 2, 3]
+    assert rows.mask[:, 0].all() and (rows.mask.sum(1) % 2 == 1).all() and not rows.mask.all()
+    for names, targets, mask, label, hops in zip(*rows, strict=True):
+        nodes = dict(zip(names[mask].tolist(), targets[mask].tolist(), strict=True))
+        assert len(nodes) == mask.sum()
+        at = nodes.pop(14)  # where the class token points to, after ten names and four classes
+        for _ in range(int(hops)):
+            at = nodes[at]
+        assert at == 10 + label
+        assert sum(target >= 10 for target in nodes.values()) == 2  # the ends
+
+
+def test_a_gate_a_rule_and_an_update_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    a_gate_of_your_own.main()
+    out = capsys.readouterr().out
+    number = r"(\d+\.\d+)"
+    found = re.fullmatch(
+        "gate, rule and update keep their contracts\n"
+        rf"step 1: loss {number}, mean depth {number}\n"
+        rf"step 20: loss {number}, mean depth {number}\n"
+        rf"gate.scale: gradient {number}\n"
+        rf"gate.bias: gradient {number}\n"
+        rf"update.pull: gradient {number}\n"
+        "decoded with a cache: the same\n"
+        r"tensor\((\[\[[\d,\s\[\]]+\]\])\)\n",
+        out,
+    )
+    assert found, out
+    before, _, after, _, *gradients = (float(value) for value in found.groups()[:-1])
+    assert after < before
+    assert all(gradient > 0 for gradient in gradients)
+    depths = set(re.findall(r"\d", found.groups()[-1]))
+    assert len(depths) > 1 and "1" not in depths  # patience: nobody leaves after the first iteration
+
+
+@pytest.mark.parametrize(("piece", "lines"), [("TurnGate", 20), ("patience", 5), ("Anchored", 9)])
+def test_a_piece_is_short(piece: str, lines: int) -> None:
+    assert len(inspect.getsource(getattr(a_gate_of_your_own, piece)).splitlines()) <= lines
