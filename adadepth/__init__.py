@@ -13,6 +13,7 @@ from .criteria import EntropyGate as EntropyGate
 from .criteria import KLGate as KLGate
 from .criteria import MarginGate as MarginGate
 from .criteria import MaxProbGate as MaxProbGate
+from .flops import Cost as Cost
 from .flops import Flops as Flops
 from .flops import TokenFlops as TokenFlops
 from .gates import Gate as Gate

@@ -12,6 +12,7 @@ def need(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
+        package = module.partition(".")[0]
+        if error.name != package:
             raise
-        raise ImportError(f"{module} is not installed. Install it with: pip install 'adadepth[{extra}]'") from None
+        raise ImportError(f"{package} is not installed. Install it with: pip install 'adadepth[{extra}]'") from None

@@ -3,6 +3,27 @@
 import torch
 from torch import Tensor
 
+from .gates import Gate
+from .updates import Update
+
+
+def check_parts(gate: object, rule: object, update: object) -> None:
+    """The pieces of a wrapper, which are easily given in each other's place."""
+    expected = {
+        "gate to be an adadepth.Gate": (gate, isinstance(gate, Gate)),
+        "rule to be a function or an object that is called like one": (
+            rule,
+            callable(rule) and not isinstance(rule, Gate | Update),
+        ),
+        "update to be an adadepth.Update": (update, isinstance(update, Update)),
+    }
+    for what, (piece, fits) in expected.items():
+        if piece is not None and (isinstance(piece, type) or not fits):
+            got = f"the class {piece.__name__}; call it" if isinstance(piece, type) else type(piece).__name__
+            raise ValueError(
+                f"RecurrentWrapper expected {what}, got {got}. The order is block, steps, gate, rule, update."
+            )
+
 
 def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
     """The arguments of a looped block that come in rows."""

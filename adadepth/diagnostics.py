@@ -2,7 +2,8 @@
 
 All begins with a function `score(batch, **depths)` that runs the model on one batch and passes
 `min_depth=` and `max_depth=` on to its loop. It returns the losses in nats and the depths of the tokens
-that count, two tensors of one shape, whose first axis are rows:
+that count, two tensors of one shape. The first axis is what `against` takes to be independent: rows, or
+the tokens themselves where padding was cut out by a mask.
 
     def score(ids, **depths):
         out = model(ids[:, :-1], **depths)
@@ -84,6 +85,11 @@ def measure(score: Score, data: Iterable[Any], **depths: Any) -> Measured:
             raise ValueError(
                 f"measure expected score to return losses and depths of the same tokens, got {tuple(loss.shape)} and "
                 f"{tuple(depth.shape)}. Cut both to the tokens that have a label."
+            )
+        if padding := int((depth == 0).sum()):
+            raise ValueError(
+                f"measure expected score to return tokens that ran, got {padding} of depth 0. Leave padding out: "
+                "loss[mask], depth[mask]."
             )
     losses, each = zip(*parts, strict=True)
     return Measured(torch.cat(losses), torch.cat(each))

@@ -102,7 +102,7 @@ def expected_depth(trace: Trace) -> Float[Tensor, ""]:
 
 
 def per_iteration_loss(
-    states: StateRows, head: nn.Module, labels: Int[Tensor, "batch seq"], chunk: int | None = None
+    states: StateRows | None, head: nn.Module, labels: Int[Tensor, "batch seq"], chunk: int | None = None
 ) -> LossRows:
     """Every token's cross-entropy after every iteration, in nats, unreduced; 0 where the label is -100.
 
@@ -112,8 +112,10 @@ def per_iteration_loss(
     result `(batch, seq, steps)`, in float32 or wider.
     Arguments: `head`, from `(n, dim)` to logits `(n, vocabulary)`, a final norm in it where there is one;
     `chunk`, tokens with all their iterations, None: as many as make about two million logits.
-    Raises: `ValueError` if `labels` do not fit `states`, `chunk < 1`, or the head gives no logits.
+    Raises: `ValueError` if `states` is None, `labels` do not fit it, `chunk < 1`, or the head gives no logits.
     """
+    if states is None:
+        raise ValueError("per_iteration_loss expected every iteration's states, got None. Call looped(x, states=True).")
     if labels.shape != states.shape[:2]:
         raise ValueError(
             f"per_iteration_loss expected labels of shape (batch, seq) = {tuple(states.shape[:2])}, got "

@@ -69,6 +69,9 @@ def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
             f"A rule must say what stays of each token: expected shape {tuple(remaining.shape)}, got "
             f"{tuple(stays.shape)}."
         )
+        assert stays.is_floating_point(), (
+            f"A rule must say how much stays, got {stays.dtype}. For a cut write torch.where(condition, remaining, 0)."
+        )
         assert bool(stays.isfinite().all()), f"A rule must be finite, got {stays.tolist()}."
         again = rule(scores, remaining, positions)
         assert torch.equal(stays, again), "A rule must be stateless: the same arguments gave another result."

@@ -28,7 +28,7 @@ class Update(nn.Module, ABC):
             start: `(..., dim)`, the loop's `start=`, or its first input.
             scores: `(..., step + 1)`, all scores so far, newest last, in the dtype of `x`; 1 without
                 a gate.
-            step: an int from 0.
+            step: an int from 0 to steps - 2: nothing follows the last iteration.
 
         Returns: `(..., dim)`.
         """

@@ -17,7 +17,7 @@ from .blocks import run, takes_view, view_of
 from .bounds import Bounds
 from .caches import KVReuseCache
 from .catch import prepare
-from .checks import check_piece, check_rows
+from .checks import check_parts, check_piece, check_rows
 from .gates import Gate
 from .layouts import KV
 from .masks import Rule
@@ -46,8 +46,8 @@ class RecurrentWrapper(nn.Module):
     `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes, to be reassigned between
     stages of training.
 
-    Raises: `ValueError` if `steps < 1`, or if the block holds an `nn.MultiheadAttention` that
-    cannot be looped.
+    Raises: `ValueError` if `steps < 1`, if a piece stands in another's place, or if the block holds
+    an `nn.MultiheadAttention` that cannot be looped.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class RecurrentWrapper(nn.Module):
         super().__init__()
         if steps < 1:
             raise ValueError(f"RecurrentWrapper needs steps >= 1, got steps={steps}.")
+        check_parts(gate, rule, update)
         if not takes_view(block):
             prepare(block)
         self.block, self.steps = block, steps

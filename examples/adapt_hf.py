@@ -12,7 +12,6 @@ import argparse
 
 import torch
 from rich.console import Console
-from rich.text import Text
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -23,10 +22,10 @@ from transformers import (
 )
 
 import adadepth as ad
+from adadepth import viz
 from adadepth.hf import AdaptiveForCausalLM, adapt, calibrate
 
 PROMPTS = ["how deep does the model think about every token and why", "each token decides"]
-COLOURS = ["grey50", "cyan", "green", "yellow", "dark_orange", "red"]
 
 
 def small() -> tuple[AdaptiveForCausalLM, PreTrainedTokenizerBase]:
@@ -50,16 +49,6 @@ def load(name: str, layers: list[int] | None) -> tuple[AdaptiveForCausalLM, PreT
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
-
-
-def coloured(tokenizer: PreTrainedTokenizerBase, ids: list[int], depths: list[int]) -> Text:
-    """The tokens that ran, each in the colour of its depth: neither padding nor the newest."""
-    real = [(token, depth) for token, depth in zip(ids, depths, strict=False) if depth]
-    text = Text()
-    for i, (_, depth) in enumerate(real):
-        so_far = tokenizer.decode([token for token, _ in real[: i + 1]])
-        text.append(so_far[len(text.plain) :], COLOURS[min(depth, len(COLOURS)) - 1])
-    return text
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,11 +77,13 @@ def main(arguments: list[str] | None = None) -> None:
         pad_token_id=tokenizer.pad_token_id,
         return_dict_in_generate=True,
     )
-    console = Console(highlight=False)
-    steps = model.loop.steps
-    console.print(Text("depth ").append_text(Text(" ").join(Text(str(i + 1), COLOURS[i]) for i in range(steps))))
-    for ids, depth in zip(out.sequences.tolist(), out.past_key_values.depth.tolist(), strict=True):
-        console.print(coloured(tokenizer, ids, depth))
+    console, steps = Console(highlight=False), model.loop.steps
+    legend = viz.terminal([f" {depth} " for depth in range(1, steps + 1)], torch.arange(1, steps + 1), steps)
+    console.print("depth", legend)
+    for ids, depth in zip(out.sequences, out.past_key_values.depth, strict=True):
+        ran = depth > 0  # neither padding nor the newest, which is not in the cache
+        tokens = viz.pieces(tokenizer.decode, ids[: len(depth)][ran])
+        console.print(viz.terminal(tokens, depth[ran], steps))
 
 
 if __name__ == "__main__":

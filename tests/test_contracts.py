@@ -83,8 +83,8 @@ UPDATES: dict[str, Callable[[], ad.Update]] = {
 FUNCTIONS = """bottom_k check_block depth_mask depth_prior expected_depth geometric_depths is_monotonic iteration
 live_share loss_gain make_monotonic mask_depth per_iteration_loss ponder_cost positions random_depth top_k
 uniform_depths"""
-OTHERS = """BottomKPenalty CausalEncoder Flops Gate KVReuseCache LossGain Output Pointwise RecurrentWrapper Rule
-TokenFlops TokenView Trace Update diagnostics testing"""
+OTHERS = """BottomKPenalty CausalEncoder Cost Flops Gate KVReuseCache LossGain Output Pointwise RecurrentWrapper
+Rule TokenFlops TokenView Trace Update diagnostics testing"""
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -175,3 +175,5 @@ def test_the_suites_fail_on_pieces_that_break_them() -> None:
     with pytest.raises(AssertionError, match="the later tokens without the first ones, as in decoding: off by"):
         ad.testing.check_rule(_below_all_before)
     ad.testing.check_rule(_below_all_before, causal=False)
+    with pytest.raises(AssertionError, match=r"^A rule must say how much stays, got torch.bool[.] For a cut write "):
+        ad.testing.check_rule(lambda scores, remaining, positions: scores[..., -1] > 0.5)

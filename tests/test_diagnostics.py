@@ -144,6 +144,11 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "measure expected score to return losses and depths of the same tokens, got (2, 3) and (2, 4). Cut both to "
         "the tokens that have a label.",
     ),
+    "padding": (
+        lambda: measure(lambda ids: (torch.zeros(1, 3), torch.tensor([[0, 2, 0]])), [None]),
+        "measure expected score to return tokens that ran, got 2 of depth 0. Leave padding out: loss[mask], "
+        "depth[mask].",
+    ),
     "mean": (lambda: mixture(random_curve(0), 4.5), "mixture expected a mean depth from 1 to 4, got 4.5."),
     "groups": (
         lambda: gain_by(random_curve(0)[0], random_curve(0)[1], torch.zeros(3, 5)),

@@ -271,3 +271,35 @@ def test_an_error_leaves_no_view_behind() -> None:
     assert F.scaled_dot_product_attention(x, x, x).shape == x.shape
     with pytest.raises(RuntimeError):
         ad.iteration()
+
+
+ORDER = "The order is block, steps, gate, rule, update."
+PIECES = {
+    "swapped": (
+        {"gate": ad.Threshold(0.5), "rule": ad.LinearGate(8)},
+        f"RecurrentWrapper expected gate to be an adadepth.Gate, got Threshold. {ORDER}",
+    ),
+    "a layer as gate": (
+        {"gate": nn.Linear(8, 1)},
+        f"RecurrentWrapper expected gate to be an adadepth.Gate, got Linear. {ORDER}",
+    ),
+    "a number as rule": (
+        {"rule": 0.5},
+        f"RecurrentWrapper expected rule to be a function or an object that is called like one, got float. {ORDER}",
+    ),
+    "a gate as rule": (
+        {"rule": ad.LinearGate(8)},
+        f"RecurrentWrapper expected rule to be a function or an object that is called like one, got LinearGate. {ORDER}",
+    ),
+    "a class": (
+        {"update": ad.Interpolate},
+        f"RecurrentWrapper expected update to be an adadepth.Update, got the class Interpolate; call it. {ORDER}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PIECES)
+def test_pieces_in_each_others_place_are_refused(case: str) -> None:
+    pieces, message = PIECES[case]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ad.RecurrentWrapper(Block(sdpa), 3, **pieces)

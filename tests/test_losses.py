@@ -224,6 +224,10 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "BottomKPenalty expected live of shape (batch, seq, steps) and values with one iteration fewer, got (2, 3, 3) "
         "and (2, 3, 3). Pass trace.live and trace.gates or trace.survival.",
     ),
+    "no states": (
+        lambda: ad.per_iteration_loss(None, nn.Linear(DIM, WORDS), torch.zeros(2, 3).long()),
+        "per_iteration_loss expected every iteration's states, got None. Call looped(x, states=True).",
+    ),
     "labels": (
         lambda: ad.per_iteration_loss(torch.zeros(2, 4, 3, DIM), nn.Linear(DIM, WORDS), torch.zeros(2, 3).long()),
         "per_iteration_loss expected labels of shape (batch, seq) = (2, 4), got (2, 3). For a language model shift "

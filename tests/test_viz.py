@@ -500,4 +500,4 @@ assert before == matplotlib.rcParams.copy() and "matplotlib.pyplot" not in sys.m
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     install = "{} is not installed. Install it with: pip install 'adadepth[viz]'\n"
-    assert done.stdout == install.format("matplotlib") + install.format("rich.text")
+    assert done.stdout == install.format("matplotlib") + install.format("rich")
