@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from examples.adaponderlm import evaluate, text
 from examples.adaponderlm.exits import LONG, Gated, Probed, Routed, WordRouter, letters_seen, policy
 from examples.adaponderlm.jobs import Trained, score_with
 from examples.adaponderlm.model import AdaptiveLM, Shape
-from examples.adaponderlm.train import Recipe, Training, nll, schedule
+from examples.adaponderlm.train import Progress, Recipe, Training, nll, schedule
 
 SMALL = Shape(dim=16, heads=2)
 TINY = Recipe(10, batch=2, window=16, probed=4)
@@ -84,21 +85,41 @@ def test_a_quick_run_prints_every_figure_and_writes_the_report(capsys, tmp_path)
         assert cell in report
 
 
-def test_an_interrupt_leaves_a_report_of_what_there_is(tmp_path):
+@pytest.mark.parametrize("wait", [1, 10], ids=["while processes start", "in training"])
+def test_an_interrupt_leaves_a_report_of_what_there_is(tmp_path, wait):
     command = [sys.executable, "-m", "examples.adaponderlm", "--quick", "--steps", "2000", "--out", str(tmp_path)]
     root = Path(demo.__file__).parents[2]
     run = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    for _ in range(600):
-        if (tmp_path / "text.pt").exists():
-            break
-        time.sleep(0.1)
-    time.sleep(8)  # processes start, and the first steps are made
-    os.killpg(run.pid, signal.SIGINT)
-    output, _ = run.communicate(timeout=60)
+    try:
+        for _ in range(600):
+            if (tmp_path / "text.pt").exists():
+                break
+            time.sleep(0.1)
+        time.sleep(wait)
+        os.killpg(run.pid, signal.SIGINT)
+        output, _ = run.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 0
     assert "Stopped early; this is what there is." in output
     assert re.search(r"fixed 3 stopped after \d+ of 2000 steps\.", output)
     assert "Exits were not trained yet: there is nothing to evaluate." in output
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_an_interrupted_evaluation_leaves_the_curves(capsys, monkeypatch, tmp_path):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    history = [Progress(step, 5.0 - step / 100, 4.0) for step in range(1, 31)]
+    monkeypatch.setattr(demo, "train_all", lambda *args: iter([("exits", history[-1])]))
+    monkeypatch.setattr(demo, "load", lambda setup: {"exits": Trained(small_model(), history, None)})
+    monkeypatch.setattr(demo, "evaluate", interrupted)
+    demo.main(["--quick", "--steps", "30", "--out", str(tmp_path)])
+    output = capsys.readouterr().out
+    assert "The evaluation was stopped." in output
+    assert output.strip().endswith("report.html")
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 

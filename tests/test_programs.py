@@ -119,6 +119,10 @@ def test_forced_depths_are_those_of_a_loop_by_hand():
     layer = model.looped.block
     x = model.tokens(ids) + model.positions.weight
     every = model(ids, depth=STEPS, every=True).logits
+    given = torch.randint(1, STEPS + 1, ids.shape)
+    assert not model(ids).trace.depth.equal(given)
+    assert model(ids, depth=given).trace.depth.equal(given)
+    assert (model(ids, depth=4).trace.depth == 4).all()
     model.looped.gate = None  # nothing to scale by
     plain = model(ids, depth=STEPS, every=True).logits
     assert not torch.allclose(plain, every)

@@ -3,16 +3,16 @@
 import argparse
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from torch import Tensor
 
 from . import html
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .exits import POLICIES
-from .jobs import EXITS, TRUNK, Setup, load, train_all
+from .jobs import EXITS, TRUNK, Setup, Trained, load, train_all
 from .model import AdaptiveLM, Shape
 from .report import Bars, show
 from .text import BadInput, Text, even_windows, file_text, stdlib_text
@@ -55,13 +55,8 @@ def run(args: argparse.Namespace, console: Console) -> None:
         if name != TRUNK and len(each.history) < recipe.steps:
             console.print(f"{name} stopped after {len(each.history)} of {recipe.steps} steps.")
     if EXITS in trained:
-        start = time.perf_counter()
         fitted = even_windows(text.train, max(2, len(windows) // 4), recipe.window)
-        result = evaluate(trained, windows, fitted, args.seed, repeats)
-        console.print(
-            f"Evaluated on {windows[:, 1:].numel():,} held-out bytes in {time.perf_counter() - start:.0f} s.\n"
-        )
-        show(console, result)
+        result = judge(console, trained, windows, fitted, args.seed, repeats)
     else:
         console.print("Exits were not trained yet: there is nothing to evaluate.")
     path = setup.folder / "report.html"
@@ -88,6 +83,21 @@ def fit(console: Console, setup: Setup, text: Text, windows: Tensor) -> None:
                 bars.show(name, now)
     except KeyboardInterrupt:
         console.print("Stopped early; this is what there is.")
+
+
+def judge(
+    console: Console, trained: Mapping[str, Trained], windows: Tensor, fitted: Tensor, seed: int, repeats: int
+) -> Evaluation | None:
+    """Evaluate and show it; None if that was interrupted."""
+    start = time.perf_counter()
+    try:
+        result = evaluate(trained, windows, fitted, seed, repeats)
+    except KeyboardInterrupt:
+        console.print("The evaluation was stopped.")
+        return None
+    console.print(f"Evaluated on {windows[:, 1:].numel():,} held-out bytes in {time.perf_counter() - start:.0f} s.\n")
+    show(console, result)
+    return result
 
 
 def _folder(path: Path) -> Path:

@@ -7,6 +7,7 @@ fixed one share their first stage, which is trained once.
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,27 +83,37 @@ def train_all(setup: Setup, text: Text, windows: Tensor, workers: int) -> Iterat
     shared = Shared(context.Queue(), context.Event())
     todo = [TRUNK, *(fixed_name(depth) for depth in range(setup.shape.steps - 1, 0, -1))]
     with ProcessPoolExecutor(workers, context, _start, shared) as pool:
-        running: dict[Future[None], str] = {}
-        interrupted = False
-        while todo or running:
-            try:
-                while todo and len(running) < workers:
-                    name = todo.pop(0)
+        try:
+            yield from _run_all(setup, todo, workers, pool, shared)
+        finally:
+            shared.stop.set()
+
+
+def _run_all(
+    setup: Setup, todo: list[str], workers: int, pool: ProcessPoolExecutor, shared: Shared
+) -> Iterator[tuple[str, Progress]]:
+    running: dict[Future[None], str] = {}
+    interrupted = False
+    while todo or running:
+        try:
+            while todo and len(running) < workers:
+                name = todo.pop(0)
+                with _deaf():  # this may start a process
                     running[pool.submit(_run, setup, name)] = name
-                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not shared.progress.empty():
-                    yield shared.progress.get()
-                for job in done:
-                    name = running.pop(job)
-                    job.result()
-                    if name == TRUNK and not interrupted:
-                        todo[:0] = [EXITS, setup.deepest]
-            except KeyboardInterrupt:
-                interrupted = True
-                todo.clear()
-                shared.stop.set()
-        if interrupted:
-            raise KeyboardInterrupt
+            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            while not shared.progress.empty():
+                yield shared.progress.get()
+            for job in done:
+                name = running.pop(job)
+                job.result()
+                if name == TRUNK and not interrupted:
+                    todo[:0] = [EXITS, setup.deepest]
+        except KeyboardInterrupt:
+            interrupted = True
+            todo.clear()
+            shared.stop.set()
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 def load(setup: Setup) -> dict[str, Trained]:
@@ -112,8 +123,17 @@ def load(setup: Setup) -> dict[str, Trained]:
     return {name: torch.load(path, weights_only=False) for name, path in paths.items() if path.exists()}
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """No interrupts for a moment, nor in the processes that are started in it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _start(progress: Any, stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     torch.set_num_threads(1)
     _shared[:] = [Shared(progress, stop)]
 
