@@ -125,12 +125,12 @@ def load(setup: Setup) -> dict[str, Trained]:
 
 @contextmanager
 def _deaf() -> Iterator[None]:
-    """No interrupts for a moment, nor in the processes that are started in it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """An interrupt waits for a moment, and never reaches processes that are started in it: they inherit the mask."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(progress: Any, stop: Any) -> None:
