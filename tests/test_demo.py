@@ -89,7 +89,14 @@ def test_a_quick_run_prints_every_figure_and_writes_the_report(capsys, tmp_path)
 def test_an_interrupt_leaves_a_report_of_what_there_is(tmp_path, wait):
     command = [sys.executable, "-m", "examples.adaponderlm", "--quick", "--steps", "2000", "--out", str(tmp_path)]
     root = Path(demo.__file__).parents[2]
-    run = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen(
+        command,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it is ignored
+    )
     try:
         for _ in range(600):
             if (tmp_path / "text.pt").exists():
