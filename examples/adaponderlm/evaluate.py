@@ -18,6 +18,14 @@ from .model import AdaptiveLM
 
 NOT_BEFORE = 2  # what leaves after one iteration shows others the keys of a bare embedding
 
+KL = "KL of successive predictions"
+# Exits that need no training, each of a head.
+CRITERIA: dict[str, Callable[[nn.Module], ad.Gate]] = {
+    "confidence (top probability)": ad.MaxProbGate,
+    "convergence (relative change)": lambda head: ad.ConvergenceGate(),
+    KL: ad.KLGate,
+}
+
 
 @dataclass(frozen=True)
 class After:
@@ -81,7 +89,7 @@ def evaluate(trained: Mapping[str, Trained], windows: Tensor, fitted: Tensor, se
         found = _row("oracle", model, best)
         rows = [_row(f"forced to {i}", model, measured) for i, measured in enumerate(curve, 1)]
         equal = equal_depth(exits.flops, rows)
-        criteria = list(_criteria(model, batches, fitted, depth))
+        criteria = [_criterion(name, model, batches, fitted, depth) for name in CRITERIA]
         random = list(_random(model, batches, equal, seed))
     ladder = [_row(f"trained at {i}", each.model, each.measured) for i, each in enumerate(complete, 1)]
     elsewhere, line = [], None
@@ -89,8 +97,8 @@ def evaluate(trained: Mapping[str, Trained], windows: Tensor, fitted: Tensor, se
         deepest = complete[-1].model
         line = _row(f"line at {equal:.2f}", deepest, mixture([row.measured for row in ladder], equal))
         with without_exits(deepest):
-            others = [row for row in _criteria(deepest, batches, fitted, depth) if row.name.startswith("KL")]
-        elsewhere = [row._replace(name=f"KL, weights of {ladder[-1].name}") for row in others]
+            row = _criterion(KL, deepest, batches, fitted, depth)
+        elsewhere = [row._replace(name=f"KL, weights of {ladder[-1].name}")]
     return Evaluation(exits, ladder, line, rows, criteria, random, elsewhere, found, better, timed)
 
 
@@ -106,21 +114,16 @@ def without_exits(model: AdaptiveLM) -> Iterator[None]:
         model.router, looped.gate, looped.rule, looped.update = before
 
 
-def _criteria(model: AdaptiveLM, batches: tuple[Tensor, ...], fitted: Tensor, depth: float) -> Iterator[Row]:
-    """Exits by what needs no training, each with the threshold that gives `depth` on other text."""
-    head, looped = nn.Sequential(model.norm, model.head), model.looped
-    gates: dict[str, ad.Gate] = {
-        "confidence (top probability)": ad.MaxProbGate(head),
-        "convergence (relative change)": ad.ConvergenceGate(),
-        "KL of successive predictions": ad.KLGate(head),
-    }
+def _criterion(name: str, model: AdaptiveLM, batches: tuple[Tensor, ...], fitted: Tensor, depth: float) -> Row:
+    """Exits by one of `CRITERIA`, with the threshold that gives `depth` on other text."""
+    looped = model.looped
+    looped.gate = CRITERIA[name](nn.Sequential(model.norm, model.head))
     with torch.no_grad():
         rows = [{"x": model.embedding(part[:, :-1])} for part in fitted.split(BATCH // 4)]
-    for name, gate in gates.items():
-        looped.gate = gate
-        looped.rule = calibrate(looped, rows, depth, lambda tau: After(NOT_BEFORE, ad.Threshold(tau))).rule
-        yield _row(name, model, measure(score_with(model), batches))
+    looped.rule = calibrate(looped, rows, depth, lambda tau: After(NOT_BEFORE, ad.Threshold(tau))).rule
+    row = _row(name, model, measure(score_with(model), batches))
     looped.gate = looped.rule = None
+    return row
 
 
 def _random(model: AdaptiveLM, batches: tuple[Tensor, ...], depth: float, seed: int) -> Iterator[Row]:
