@@ -20,7 +20,7 @@ FLAGS = $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED)) $(if $(POLICY),--pol
 	$(if $(UPDATE),--update $(UPDATE)) $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT))
 
 demo: $(INSTALLED)  ## train small adaptive models on real text and show what came of it
-	$(RUN) -m examples.adaponderlm $(FLAGS) $(ARGS)
+	$(RUN) -m examples.demo $(FLAGS) $(ARGS)
 
 # Shapes are checked by jaxtyping's hook; what must run without it has a call of its own.
 test: $(INSTALLED)  ## everything that CI runs

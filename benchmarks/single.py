@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import adadepth as ad
-from examples.adaponderlm.exits import policy
-from examples.adaponderlm.model import AdaptiveLM, Shape
-from examples.adaponderlm.text import even_windows, stdlib_text
-from examples.adaponderlm.train import Recipe, Training, nll
+from examples.demo.exits import policy
+from examples.demo.model import AdaptiveLM, Shape
+from examples.demo.text import even_windows, stdlib_text
+from examples.demo.train import Recipe, Training, nll
 
 from ._measure import machine, write_section
 

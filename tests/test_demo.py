@@ -1,4 +1,4 @@
-"""The demonstration in examples/adaponderlm: text, trainings, policies, figures, and what it refuses."""
+"""The demonstration in examples/demo: text, trainings, policies, figures, and what it refuses."""
 
 import os
 import re
@@ -16,12 +16,12 @@ from torch import Tensor
 
 import adadepth as ad
 from adadepth.diagnostics import measure
-from examples.adaponderlm import __main__ as demo
-from examples.adaponderlm import evaluate, text
-from examples.adaponderlm.exits import LONG, Gated, Probed, Routed, WordRouter, letters_seen, policy
-from examples.adaponderlm.jobs import Trained, score_with
-from examples.adaponderlm.model import AdaptiveLM, Shape
-from examples.adaponderlm.train import Progress, Recipe, Training, nll, schedule
+from examples.demo import __main__ as demo
+from examples.demo import evaluate, text
+from examples.demo.exits import LONG, Gated, Probed, Routed, WordRouter, letters_seen, policy
+from examples.demo.jobs import Trained, score_with
+from examples.demo.model import AdaptiveLM, Shape
+from examples.demo.train import Progress, Recipe, Training, nll, schedule
 
 SMALL = Shape(dim=16, heads=2)
 TINY = Recipe(10, batch=2, window=16, probed=4)
@@ -87,7 +87,7 @@ def test_a_quick_run_prints_every_figure_and_writes_the_report(capsys, tmp_path)
 
 @pytest.mark.parametrize("wait", [1, 10], ids=["while processes start", "in training"])
 def test_an_interrupt_leaves_a_report_of_what_there_is(tmp_path, wait):
-    command = [sys.executable, "-m", "examples.adaponderlm", "--quick", "--steps", "2000", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "examples.demo", "--quick", "--steps", "2000", "--out", str(tmp_path)]
     root = Path(demo.__file__).parents[2]
     run = subprocess.Popen(
         command,

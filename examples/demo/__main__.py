@@ -1,4 +1,4 @@
-"""`python -m examples.adaponderlm`: train small adaptive models on real text, and say what came of it."""
+"""`python -m examples.demo`: train small adaptive models on real text, and say what came of it."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ UPDATES = ("interpolate", "ponder")
 
 
 def arguments(args: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.adaponderlm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument(
         "--text",
         type=Path,

@@ -1,4 +1,4 @@
-"""AdaPonderLM (arXiv 2603.01914) from adadepth's pieces: so far a small byte-level model that trains in minutes."""
+"""Small byte-level models on real text, adaptive and of fixed depths, that train in minutes; and a report of them."""
 
 import os
 
