@@ -30,6 +30,7 @@ from .losses import ponder_cost as ponder_cost
 from .losses import random_depth as random_depth
 from .masks import ACT as ACT
 from .masks import Lookahead as Lookahead
+from .masks import NotBefore as NotBefore
 from .masks import Rule as Rule
 from .masks import Survival as Survival
 from .masks import SurvivalThreshold as SurvivalThreshold

@@ -150,6 +150,29 @@ class Lookahead:
         return self.rule(scores[..., :-1], remaining, positions)
 
 
+@final
+@dataclass(frozen=True)
+class NotBefore:
+    """The same rule, asked from iteration `first` on: before it everything stays.
+
+    What leaves after one iteration shows others the keys and values of its bare embedding ever after; in small
+    language models that cost more than the iteration (docs: choosing exits).
+    Arguments: `first`, the earliest iteration, from 1, after which a token may leave; `rule`.
+    Raises: `ValueError` if `first < 1`.
+    """
+
+    first: int
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        if self.first < 1:
+            raise ValueError(f"NotBefore expected first, an iteration, to be at least 1, got {self.first}.")
+
+    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
+        """What `rule` says of the scores."""
+        return remaining if scores.shape[-1] < self.first else self.rule(scores, remaining, positions)
+
+
 def make_monotonic(mask: Bool[Tensor, "*tokens steps"]) -> Bool[Tensor, "*tokens steps"]:
     """The mask with every rise removed: once False along the last axis, False for good.
 

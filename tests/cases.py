@@ -55,6 +55,10 @@ RULES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], oracle.Rule]]] = {
         lambda tau: oracle.lookahead(oracle.threshold(tau)),
     ),
     "lookahead ACT": (lambda tau: ad.Lookahead(ad.ACT(0.3)), lambda tau: oracle.lookahead(oracle.act(0.3))),
+    "not before threshold": (
+        lambda tau: ad.NotBefore(2, ad.Threshold(tau)),
+        lambda tau: oracle.not_before(2, oracle.threshold(tau)),
+    ),
     "unruly": (lambda tau: unruly, lambda tau: unruly),
     "none": (lambda tau: None, lambda tau: oracle.never),
 }

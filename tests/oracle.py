@@ -191,6 +191,13 @@ def lookahead(rule: Rule) -> Rule:
     return late
 
 
+def not_before(first: int, rule: Rule) -> Rule:
+    def patient(scores: Tensor, remaining: Tensor, place: Tensor) -> Tensor:
+        return rule(scores, remaining, place) if scores.shape[1] >= first else remaining
+
+    return patient
+
+
 # Updates.
 
 

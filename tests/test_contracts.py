@@ -68,6 +68,7 @@ RULES: dict[str, ad.Rule] = {
     "Survival": ad.Survival(),
     "ACT": ad.ACT(0.05),
     "Lookahead": ad.Lookahead(ad.Threshold(0.5)),
+    "NotBefore": ad.NotBefore(2, ad.Threshold(0.5)),
     "Patience": Patience(0.5),
 }
 UPDATES: dict[str, Callable[[], ad.Update]] = {

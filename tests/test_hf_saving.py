@@ -48,6 +48,7 @@ RULES: list[Any] = [
     ad.Survival(),
     ad.ACT(0.05),
     ad.Lookahead(ad.Threshold(0.5)),
+    ad.NotBefore(2, ad.Threshold(0.5)),
     Above([0.5, 0.6]),
 ]
 UPDATES: list[Callable[[Any], ad.Update]] = [

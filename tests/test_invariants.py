@@ -16,6 +16,7 @@ RULES = [
     ad.Threshold(0.5),
     ad.SurvivalThreshold(0.3),
     ad.Lookahead(ad.Threshold(0.5)),
+    ad.NotBefore(2, ad.Threshold(0.5)),
     ad.ACT(0.3),
     ad.Survival(),
     None,

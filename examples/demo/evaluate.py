@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,17 +24,6 @@ CRITERIA: dict[str, Callable[[nn.Module], ad.Gate]] = {
     "convergence (relative change)": lambda head: ad.ConvergenceGate(),
     KL: ad.KLGate,
 }
-
-
-@dataclass(frozen=True)
-class After:
-    """A rule of our own: another one's word counts from iteration `first` on."""
-
-    first: int
-    rule: ad.Rule
-
-    def __call__(self, scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
-        return remaining if scores.shape[-1] < self.first else self.rule(scores, remaining, positions)
 
 
 class Row(NamedTuple):
@@ -120,7 +108,7 @@ def _criterion(name: str, model: AdaptiveLM, batches: tuple[Tensor, ...], fitted
     looped.gate = CRITERIA[name](nn.Sequential(model.norm, model.head))
     with torch.no_grad():
         rows = [{"x": model.embedding(part[:, :-1])} for part in fitted.split(BATCH // 4)]
-    looped.rule = calibrate(looped, rows, depth, lambda tau: After(NOT_BEFORE, ad.Threshold(tau))).rule
+    looped.rule = calibrate(looped, rows, depth, lambda tau: ad.NotBefore(NOT_BEFORE, ad.Threshold(tau))).rule
     row = _row(name, model, measure(score_with(model), batches))
     looped.gate = looped.rule = None
     return row
