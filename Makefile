@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint docs bench
+.PHONY: demo reproduce-small ablations test lint docs bench
 INSTALLED = $(VENV)/.adadepth-installed
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
@@ -21,6 +21,15 @@ FLAGS = $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED)) $(if $(POLICY),--pol
 
 demo: $(INSTALLED)  ## train small adaptive models on real text and show what came of it
 	$(RUN) -m examples.demo $(FLAGS) $(ARGS)
+
+# make reproduce-small QUICK=1 SEEDS='0 1' TEXT='a.txt b.txt' OUT=somewhere ARGS='train.steps=4800'
+SWEEP = $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+reproduce-small: $(INSTALLED)  ## fixed, adaptive and plain models on the same text, three seeds, in one table
+	$(RUN) -m examples.adaponderlm.sweep small.yaml $(SWEEP)
+
+ablations: $(INSTALLED)  ## the gates' recipe with one thing changed at a time
+	$(RUN) -m examples.adaponderlm.sweep ablation.yaml $(SWEEP)
 
 # Shapes are checked by jaxtyping's hook; what must run without it has a call of its own.
 test: $(INSTALLED)  ## everything that CI runs

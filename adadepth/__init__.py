@@ -1,6 +1,7 @@
 """adadepth: composable primitives of adaptive depth. Each token decides how often a block is applied to it."""
 
 from . import diagnostics as diagnostics
+from . import ranks as ranks
 from . import testing as testing
 from .attention import TokenView as TokenView
 from .blocks import CausalEncoder as CausalEncoder

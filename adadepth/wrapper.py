@@ -6,6 +6,7 @@ makes the next input of the tokens that go on. `TokenSet` says which tokens run 
 the block's input; dense and packed execution differ in nothing else.
 """
 
+from collections.abc import Callable
 from typing import final
 
 import torch
@@ -44,7 +45,9 @@ class RecurrentWrapper(nn.Module):
         checkpoint: keeps, of each iteration, only its inputs for the backward pass.
 
     `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes, to be reassigned between
-    stages of training.
+    stages of training. So is `agree`, `bool` at first: given whether tokens are left to run here, it says
+    whether to run the next iteration, on nothing if none are. Ranks that run one loop together need
+    `adadepth.ranks.any_rank` there.
 
     Raises: `ValueError` if `steps < 1`, if a piece stands in another's place, or if the block holds
     an `nn.MultiheadAttention` that cannot be looped.
@@ -71,6 +74,7 @@ class RecurrentWrapper(nn.Module):
         self.block, self.steps = block, steps
         self.gate, self.rule, self.update = gate, rule, Replace() if update is None else update
         self.causal, self.skip, self.checkpoint = causal, skip, checkpoint
+        self.agree: Callable[[bool], bool] = bool
 
     def extra_repr(self) -> str:
         """The settings that are not modules."""
@@ -121,9 +125,10 @@ class RecurrentWrapper(nn.Module):
         x = tokens.take(x)
         start = x if start is None else tokens.take(start)
         previous, past = x, None
+        # With gradients the first iteration runs even on nothing: parameters then get one, of zero.
+        if not (torch.is_grad_enabled() or self.agree(not tokens.empty)):
+            return record.output()
         for step in range(bounds.steps):
-            if tokens.empty and (step or not torch.is_grad_enabled()):
-                break  # with gradients the first iteration runs even on nothing: parameters then get one, of zero
             exits = bounds.can_exit(step, self.rule is not None)
             h, past = self._iterate(x, tokens, step, past, keep=exits)
             h = tokens.settle(h, x)
@@ -139,8 +144,9 @@ class RecurrentWrapper(nn.Module):
                 remaining = stays
                 tokens, select = tokens.narrow(stays > 0)
                 x, h, start = select(x), select(h), select(start)
-            if not tokens.empty:
-                x = tokens.settle(self._next(x, h, start, record, tokens, step), x)
+            if not self.agree(not tokens.empty):
+                break
+            x = tokens.settle(self._next(x, h, start, record, tokens, step), x)
             previous = x if self.gate is None else h
             del h  # only a gate reads it: without one its graph does not outlive the iteration
         return record.output()

@@ -1,0 +1,86 @@
+"""What ranks that train one model must agree on, where every token has a depth of its own.
+
+Each function is the identity where torch.distributed is not initialised, and is then to be called by every
+rank of the group, in the same order. `group` is a process group, None for all ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+
+def any_rank(flag: bool, group: Any = None) -> bool:
+    """Whether the flag holds on any rank: `looped.agree = ad.ranks.any_rank`.
+
+    All ranks then run as many iterations as the one that needs the most, those with no tokens left on nothing:
+    they join the collectives of sharded weights (FSDP), and every gate that some rank reached has a gradient on
+    all. It costs one all-reduce of one number between iterations, and a wait for it. With `skip=False` no
+    iteration is left out, and there is nothing to agree on.
+    """
+    if not _ranks():
+        return flag
+    flags = torch.tensor(int(flag), dtype=torch.int32, device=_device(group))
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    return bool(flags)
+
+
+def gather(rows: Shaped[Tensor, "batch *rest"], group: Any = None) -> Shaped[Tensor, "all_batches *rest"]:
+    """All ranks' rows, in the order of the ranks, with gradients: for a loss over the global batch.
+
+    Every rank then computes that loss, and averaged over ranks, as DDP and FSDP do, its gradients are those
+    of one process that has the whole batch.
+
+    Shapes: `rows (batch, ...)`, the same on every rank, to `(ranks · batch, ...)`. The gradient of a rank's
+    rows is the sum over all ranks of what they ask of them.
+    """
+    return _Gather.apply(rows, group) if _ranks() else rows
+
+
+def anchor(loss: Float[Tensor, ""], module: nn.Module) -> Float[Tensor, ""]:
+    """The same loss, with a gradient of 0 for those parameters of `module` that it did not reach.
+
+    For gates that no token reached: DDP waits for a gradient of every parameter. Nothing is multiplied by 0,
+    so a NaN stays where it is. Parameters that need no gradient are left out.
+
+    Shapes: `loss ()` to the same.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            loss = loss + _local(parameter).flatten()[:0].sum().to(loss)
+    return loss
+
+
+class _Gather(torch.autograd.Function):
+    """torch's own are deprecated or private."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
+        ctx.group, ctx.batch = group, rows.shape[0]
+        rows = rows.contiguous()
+        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, rows, group=group)
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.narrow(0, dist.get_rank(ctx.group) * ctx.batch, ctx.batch), None
+
+
+def _ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _device(group: Any) -> torch.device:
+    """Where the group can reduce: on the CPU if it can, which spares a transfer."""
+    cpu, accelerator = torch.device("cpu"), torch.accelerator.current_accelerator()
+    return cpu if accelerator is None or "cpu:" in dist.get_backend_config(group) else accelerator
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter that is sharded."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter

@@ -1,0 +1,294 @@
+"""What a sweep says: a table in the terminal, one JSON, one page, and verdicts in words, whoever wins."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table as Printed
+
+from .compare import Difference, Of, Point, Table, best_mixture, difference, spread
+
+if TYPE_CHECKING:
+    from .sweep import Claim, Sweep
+
+COLUMNS = (
+    "run",
+    "loss",
+    "depth",
+    "FLOPs",
+    "µs/token",
+    "− fixed depth",
+    "− line of fixed",
+    "− chance",
+    "− criteria",
+)
+LEARNED = "gate", "router"
+
+
+class Entry(NamedTuple):
+    """A line of the table: a run as trained or at a budget, over seeds; differences to others at equal FLOPs."""
+
+    run: str
+    name: str
+    decides: str
+    policy: str
+    loss: float
+    spread: float | None
+    depth: float
+    flops: float
+    seeds: int
+    saved: float | None
+    micros: float | None
+    fixed: Difference | None
+    line: Difference | None
+    chance: Difference | None
+    criteria: Difference | None
+
+    @property
+    def title(self) -> str:
+        return self.run if self.name == "own" else f"{self.run} {self.name.removeprefix('own ')}"
+
+    def cells(self) -> tuple[str, ...]:
+        """As text, for both tables."""
+        loss = f"{self.loss:.4f}" + ("" if self.spread is None else f" ({self.spread:.4f})")
+        micros = "" if self.micros is None else f"{self.micros:.1f}"
+        against = ("" if each is None else str(each) for each in (self.fixed, self.line, self.chance, self.criteria))
+        return self.title, loss, f"{self.depth:.2f}", f"{self.flops:.2f}×", micros, *against
+
+
+class Report(NamedTuple):
+    """All that is said of a sweep."""
+
+    entries: list[Entry]
+    budgets: list[dict[str, Any]]
+    verdicts: list[str]
+    claims: list[dict[str, Any]]
+
+
+def make(table: Table, sweep: "Sweep", times: dict[str, Any]) -> Report:
+    """Compare all runs."""
+    against = deepest(table, sweep)
+    entries = [entry for name in table.results for entry in _entries(table, sweep, name, against, times)]
+    budgets = [] if against is None else [_budget(table, against, depth) for depth in sweep.budgets]
+    said = [*_verdicts(entries, table), *_winners(budgets)]
+    return Report(entries, budgets, said, [_claim(table, claim) for claim in sweep.claims])
+
+
+def deepest(table: Table, sweep: "Sweep") -> str | None:
+    """The fixed depth that all are held against: the one that is named, or of the deepest the best."""
+    if sweep.against in table.results:
+        return sweep.against
+    own = {name: [r.own for r in table.results[name].values()] for name in table.decided_by("fixed")}
+    return max(own, key=lambda name: (round(own[name][0].depth, 6), -own[name][0].nats), default=None)
+
+
+def _entries(table: Table, sweep: "Sweep", run: str, against: str | None, times: dict[str, Any]) -> Iterator[Entry]:
+    results = table.results[run]
+    first = next(iter(results.values()))
+    against = sweep.runs[run].against or against if run in sweep.runs else against
+    fixed = {} if against is None or against == run else {s: r.own for s, r in table.results.get(against, {}).items()}
+    learned = first.found["decides"] not in ("fixed", "chance")
+    for row in [first.found["own"], *first.found["budgets"]]:
+        curves = [(seed, point) for seed, result in results.items() for point in result.curve]
+        points = {seed: point for seed, point in curves if point.name == row["name"]}
+        pairs = [(point, fixed[seed]) for seed, point in points.items() if seed in fixed]
+        mean, deviation = spread([point.nats for point in points.values()])
+        micros = times.get(first.folder.name, {}).get("packed") if row["name"] == "own" else None
+        decides = first.found["decides"]
+        yield Entry(
+            run=run,
+            name=row["name"],
+            decides=decides,
+            policy=first.found["policy"],
+            loss=mean,
+            spread=deviation,
+            depth=spread([point.depth for point in points.values()])[0],
+            flops=spread([point.flops for point in points.values()])[0],
+            seeds=len(points),
+            saved=1 - spread([mine.flops / other.flops for mine, other in pairs])[0] if pairs else None,
+            micros=None if micros is None else 1e6 * micros,
+            fixed=difference(pairs) if pairs else None,
+            line=table.against(points, table.fixed) if decides != "fixed" else None,
+            chance=table.against(points, table.chance) if learned else None,
+            criteria=table.against(points, table.criteria) if decides in LEARNED else None,
+        )
+
+
+def _budget(table: Table, against: str, depth: float) -> dict[str, Any]:
+    """What each loses for the FLOPs of fixed depth `depth`."""
+    forced = next(iter(table.results[against].values())).found["forced"]
+    first, last = forced[0]["relative_flops"], forced[-1]["relative_flops"]
+    flops = first + (last - first) * (depth - 1) / (len(forced) - 1)
+    groups: dict[str, Of] = {"fixed depths": table.fixed, "chance": table.chance, "criteria": table.criteria}
+    for name in table.decided_by(*LEARNED):
+        groups[name] = lambda seed, name=name: table.results[name][seed].curve if seed in table.results[name] else []
+    seeds = sorted(table.results[against])
+    found = {name: {seed: best_mixture(points(seed), flops) for seed in seeds} for name, points in groups.items()}
+    whole = {name: each for name, each in found.items() if each and all(each.values())}
+    means = {name: sum(point.nats for point in each.values()) / len(each) for name, each in whole.items() if each}
+    order = sorted(means, key=lambda name: means[name])
+    lead = _lead(whole, order) if len(order) > 1 else None
+    return {"depth": depth, "relative_flops": flops, "loss": {name: means[name] for name in order}, "lead": lead}
+
+
+def _lead(found: dict[str, dict[int, Point | None]], order: list[str]) -> Difference:
+    first, second = found[order[0]], found[order[1]]
+    pairs = [(a, b) for seed, a in first.items() if a is not None and (b := second[seed]) is not None]
+    return difference(pairs)
+
+
+def _winners(budgets: list[dict[str, Any]]) -> Iterator[str]:
+    for budget in budgets:
+        order, lead = list(budget["loss"]), budget["lead"]
+        if lead is None:
+            continue
+        word = "wins over" if lead.mean < -2 * lead.error else "is first, within error of"
+        yield (
+            f"At the FLOPs of depth {budget['depth']:g} ({budget['relative_flops']:.2f}×) {order[0]} {word} "
+            f"{order[1]}: {lead} nats."
+        )
+
+
+def _verdicts(entries: list[Entry], table: Table) -> Iterator[str]:
+    """Each learned run against what it has to beat, and whether a quarter of the FLOPs is saved for nothing."""
+    for entry in entries:
+        if entry.decides in ("fixed", "chance") or entry.name != "own" or entry.fixed is None:
+            continue
+        others = {
+            "fixed depths at equal FLOPs": entry.line,
+            "depths by chance": entry.chance,
+            "exit criteria": entry.criteria,
+        }
+        said = [f"{each.word} {name} ({each})" for name, each in others.items() if each is not None]
+        changed = f"{abs(entry.saved or 0):.0%} {'fewer' if (entry.saved or 0) >= 0 else 'more'} FLOPs"
+        yield f"{entry.run}: {changed}, {entry.fixed.word} fixed depth ({entry.fixed}); {'; '.join(said)}."
+    yield from _free(entries)
+    if table.decided_by(*LEARNED):
+        yield _recommended(entries)
+
+
+def _free(entries: list[Entry]) -> Iterator[str]:
+    """What saves a quarter of the FLOPs for nothing; a shallower fixed depth that does says that depth does not pay."""
+    against = [entry for entry in entries if entry.fixed is not None and entry.saved is not None]
+    if not against:
+        yield "No fixed depth to hold the others against was trained."
+        return
+    free = [e for e in against if e.saved >= 0.25 and e.fixed.mean <= e.fixed.error]
+    fixed, exits = [e for e in free if e.decides == "fixed"], [e for e in free if e.decides != "fixed"]
+    if fixed:
+        names = ", ".join(f"{e.title} ({e.fixed})" for e in fixed)
+        yield f"Depth does not pay here, and a saving says little: within error of the deepest or better are {names}."
+    if not exits:
+        yield "No exits save a quarter of the FLOPs of fixed depth at a loss within one standard error of it."
+    for run in dict.fromkeys(e.run for e in exits):
+        most = max((e for e in exits if e.run == run), key=lambda e: (e.fixed.mean <= 0, e.saved))
+        word = "no worse" if most.fixed.mean <= 0 else "the same, within one standard error,"
+        yield f"{most.title} ({most.policy}) saves {most.saved:.0%} of the FLOPs at {word} loss: {most.fixed}."
+
+
+def _recommended(entries: list[Entry]) -> str:
+    """Learned exits if they beat what needs no learning; else what does."""
+    learned = [e for e in entries if e.decides in LEARNED and e.line is not None]
+    won = [e for e in learned if all(d is None or d.mean < -2 * d.error for d in (e.line, e.chance, e.criteria))]
+    if won:
+        names = ", ".join(e.title for e in won)
+        return f"Below all others at equal FLOPs, by more than two standard errors: {names}."
+    return "No learned exit is below fixed depths, chance and criteria by more than two standard errors: use those."
+
+
+def figure(table: Table, run: str, by: str) -> list[float]:
+    """One number for each seed of a run; less is better.
+
+    "loss"; "excess", the loss above fixed depths at equal FLOPs, a mean over all budgets; "wobble", how much the mean
+    depth changes between two lines of the metrics once tokens leave; "spread", the deviation of the loss over seeds,
+    which is one number.
+    """
+    results = table.results[run]
+    if by == "spread":
+        _, deviation = spread([result.own.nats for result in results.values()])
+        return [] if deviation is None else [deviation]
+    if by == "wobble":
+        return [_wobble(result.found["training"]) for result in results.values()]
+    if by == "excess":
+        each = [
+            [
+                point.nats - line.nats
+                for point in result.curve[1:] or result.curve
+                if (line := best_mixture(table.fixed(seed), point.flops))
+            ]
+            for seed, result in results.items()
+        ]
+        return [sum(values) / len(values) for values in each if values]
+    return [result.own.nats for result in results.values()]
+
+
+def _wobble(training: dict[str, Any]) -> float:
+    last, stages = training["stage"][-1], zip(training["depth"], training["stage"], strict=True)
+    depths = [depth for depth, stage in stages if stage == last]
+    return sum(abs(b - a) for a, b in pairwise(depths)) / max(1, len(depths) - 1)
+
+
+def _claim(table: Table, claim: "Claim") -> dict[str, Any]:
+    """Whether the figures agree with what a paper says."""
+    said = {"says": claim.says, "by": claim.by, "worse": claim.worse, "better": claim.better}
+    if not {claim.worse, claim.better} <= set(table.results):
+        return said | {"agrees": "not run"}
+    worse, better = figure(table, claim.worse, claim.by), figure(table, claim.better, claim.by)
+    if not worse or len(worse) != len(better):
+        return said | {"agrees": "too few seeds"}
+    mean, deviation = spread([a - b for a, b in zip(worse, better, strict=True)])
+    numbers = said | {"worse is": spread(worse)[0], "better is": spread(better)[0], "difference": mean}
+    if deviation is None:  # one number has no error: a factor of a half is asked for
+        agrees = "yes" if mean > 0.5 * abs(spread(better)[0]) else "no" if mean < 0 else "too close to say"
+        return numbers | {"agrees": agrees}
+    error = deviation / len(worse) ** 0.5
+    agrees = "yes" if mean > 2 * error else "no" if mean < -2 * error else "within error"
+    return numbers | {"error": error, "agrees": agrees}
+
+
+def write(out: Path, sweep: "Sweep", seeds: Sequence[int], console: Console) -> None:
+    """Print the table, and leave report.json and report.html in `out`."""
+    names = [name for name, run in sweep.runs.items() if run.stop is None]
+    table = Table.read(out, names, seeds)
+    if not table.results:
+        console.print("Nothing is evaluated yet: there is nothing to report.")
+        return
+    path = out / "time.json"
+    report = make(table, sweep, json.loads(path.read_text()) if path.exists() else {})
+    show(console, report)
+    (out / "report.json").write_text(json.dumps(as_json(report, table), indent=1))
+    from . import html
+
+    (out / "report.html").write_text(html.page(out.name, report, table, sweep))
+    console.print(f"\n{out / 'report.json'}, {out / 'report.html'}", soft_wrap=True)
+
+
+def as_json(report: Report, table: Table) -> dict[str, Any]:
+    """The report, and of every run and seed what was found."""
+    entries = [entry._asdict() for entry in report.entries]
+    for entry in entries:
+        entry |= {key: value._asdict() for key, value in entry.items() if isinstance(value, Difference)}
+    budgets = [budget | {"lead": budget["lead"] and budget["lead"]._asdict()} for budget in report.budgets]
+    runs = {name: {seed: result.found for seed, result in each.items()} for name, each in table.results.items()}
+    return {"entries": entries, "budgets": budgets, "verdicts": report.verdicts, "claims": report.claims, "runs": runs}
+
+
+WIDTH = 150  # of the table
+
+
+def show(console: Console, report: Report) -> None:
+    """In the terminal."""
+    printed = Printed(title="Held-out loss, nats per token, at what cost", title_justify="left")
+    for i, column in enumerate(COLUMNS):
+        printed.add_column(column, justify="right" if i else "left")
+    for entry, after in zip(report.entries, [*report.entries[1:], None], strict=True):
+        printed.add_row(*entry.cells(), end_section=after is None or after.run != entry.run)
+    Console(file=console.file, width=max(console.width, WIDTH)).print(printed)
+    for line in report.verdicts:
+        console.print(line, soft_wrap=True)
+    for claim in report.claims:
+        said = f"{claim['says']}: {claim['agrees']} ({claim['worse']} against {claim['better']}, {claim['by']})"
+        console.print(said, soft_wrap=True)

@@ -1,0 +1,128 @@
+"""Depths from the ids alone: fitted once to what iterations were seen to gain, then as fixed as the data.
+
+A model that is trained with such exits learns to live with them, and they cost next to nothing. A router predicts the
+loss of a token at each depth, up to a constant, and takes the depth at which loss + price · depth is least; the price
+is the one at which depths have the wanted mean.
+"""
+
+from abc import ABC, abstractmethod
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import config
+
+LONG = 8  # letters; what stands deeper in a word is taken together
+STEPS, BATCH, RATE = 400, 4096, 3e-3  # of fitting a window
+
+
+class Router(nn.Module, ABC):
+    """Depths of tokens from `first` to `steps`. Nothing in it gets a gradient from the model's loss."""
+
+    price: Tensor
+
+    def __init__(self, steps: int, first: int) -> None:
+        super().__init__()
+        self.steps, self.first = steps, first
+        self.register_buffer("price", torch.zeros(()))
+
+    @abstractmethod
+    def losses(self, ids: Tensor) -> Tensor:
+        """The predicted loss of `ids (batch, seq)` at each depth, `(batch, seq, steps)`, up to a constant."""
+
+    @abstractmethod
+    def learn(self, ids: Tensor, losses: Tensor) -> None:
+        """Fit `losses` to those measured, of the same shape."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The depths of `ids (batch, seq)`, int64."""
+        return self._cheapest(self.losses(ids), self.price)
+
+    @torch.no_grad()
+    def fit(self, ids: Tensor, losses: Tensor, mean: float) -> None:
+        """Learn from the losses of `ids (rows, seq)` at each depth, `(rows, seq, steps)`; find the price of `mean`."""
+        with torch.enable_grad():
+            self.learn(ids, losses)
+        predicted = self.losses(ids)
+        low, high = predicted.new_tensor(0.0), (predicted.amax(-1) - predicted.amin(-1)).max() + 1
+        for _ in range(40):
+            middle = (low + high) / 2
+            deep = self._cheapest(predicted, middle).double().mean() > mean
+            low, high = (middle, high) if deep else (low, middle)
+        self.price.copy_(high)
+
+    def _cheapest(self, losses: Tensor, price: Tensor) -> Tensor:
+        each = torch.arange(1, self.steps + 1, device=losses.device)
+        cost = (losses + price * each).masked_fill(each < self.first, torch.inf)
+        return cost.argmin(-1) + 1
+
+
+@final
+class Words(Router):
+    """By how many letters of its word have been seen, the byte's own with them: 0 for what is no letter. For bytes."""
+
+    letters: Tensor
+    table: Tensor
+
+    def __init__(self, steps: int, first: int) -> None:
+        super().__init__(steps, first)
+        self.register_buffer("letters", torch.tensor([_is_letter(byte) for byte in range(256)]))
+        self.register_buffer("table", torch.zeros(LONG + 1, steps))
+
+    def losses(self, ids: Tensor) -> Tensor:
+        return self.table[self._seen(ids)]
+
+    def learn(self, ids: Tensor, losses: Tensor) -> None:
+        seen = self._seen(ids).flatten()
+        total = torch.zeros_like(self.table).index_add_(0, seen, losses.flatten(0, 1).to(self.table))
+        self.table.copy_(total / seen.bincount(minlength=LONG + 1).clamp_min(1).unsqueeze(1))
+
+    def _seen(self, ids: Tensor) -> Tensor:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        letter = (ids < 256) & self.letters[ids.clamp_max(255)]
+        return (places - torch.where(letter, -1, places).cummax(1).values).clamp_max(LONG)
+
+
+@final
+class Window(Router):
+    """A small network over the last `window` ids, for any vocabulary."""
+
+    def __init__(self, steps: int, first: int, window: int, vocabulary: int, dim: int = 16, hidden: int = 64) -> None:
+        super().__init__(steps, first)
+        self.window = window
+        self.embedding = nn.Embedding(vocabulary + 1, dim)  # the last stands for what is before the text
+        self.mlp = nn.Sequential(nn.Linear(window * dim, hidden), nn.GELU(), nn.Linear(hidden, steps))
+        self.requires_grad_(False)
+
+    def losses(self, ids: Tensor) -> Tensor:
+        before = F.pad(ids, (self.window - 1, 0), value=self.embedding.num_embeddings - 1)
+        return self.mlp(self.embedding(before.unfold(1, self.window, 1)).flatten(-2))
+
+    def learn(self, ids: Tensor, losses: Tensor) -> None:
+        """Regress each iteration's loss less the last one's: what a token is worth at all is not asked."""
+        generator = torch.Generator(ids.device).manual_seed(0)
+        wanted = (losses - losses[..., -1:]).to(self.mlp[0].weight)
+        trained = nn.ParameterList(self.parameters()).requires_grad_(True)
+        optimiser = torch.optim.AdamW(trained, RATE)
+        rows = max(1, BATCH // ids.shape[1])
+        for _ in range(STEPS):
+            some = torch.randint(len(ids), (rows,), generator=generator, device=ids.device)
+            optimiser.zero_grad()
+            F.mse_loss(self.losses(ids[some]), wanted[some]).backward()
+            optimiser.step()
+        trained.requires_grad_(False)
+
+
+def router_of(settings: config.Router, steps: int, vocabulary: int) -> Router | None:
+    """What a configuration asks for, not yet fitted."""
+    if settings.kind == "words":
+        return Words(steps, settings.first)
+    if settings.kind == "window":
+        return Window(steps, settings.first, settings.window, vocabulary)
+    return None
+
+
+def _is_letter(byte: int) -> bool:
+    return chr(byte).isalnum() or byte == ord("_") or byte > 127

@@ -1,0 +1,106 @@
+"""A run that is done: its model, and who says how deep its tokens go."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import adadepth as ad
+from adadepth.diagnostics import Score
+from adadepth.hf import AdaptiveForCausalLM
+from adadepth.hf.scoring import scorer
+
+from .config import BadInput, Config, Stage, read
+from .model import CRITERIA, head_of
+from .routers import Router, router_of
+
+Depths = Callable[[Tensor], int | Tensor]  # of ids (batch, seq): broadcasts to them
+
+
+class Trained(NamedTuple):
+    """A run in eval mode."""
+
+    folder: Path
+    config: Config
+    model: AdaptiveForCausalLM
+    router: Router | None
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def last(self) -> Stage:
+        """The stage that it was trained in last."""
+        return list(self.config.stages.values())[-1]
+
+    @property
+    def decides(self) -> str:
+        """Who says how deep a token goes: "fixed", "chance", a "criterion", a "gate" or a "router"."""
+        if (kind := self.config.model.gate.kind) != "none":
+            return "criterion" if kind in CRITERIA else "gate"
+        if self.last.depth in ("exits", "alternate"):
+            return "router"
+        return "chance" if self.last.depth in ("uniform", "geometric") else "fixed"
+
+    @property
+    def policy(self) -> str:
+        """The same in a few words."""
+        model, depth = self.config.model, self.last.depth
+        names = {
+            "criterion": model.gate.kind,
+            "gate": f"{model.gate.reads} score, {model.gate.kind} gate",
+            "router": f"{model.router.kind} router",
+            "chance": str(depth),
+        }
+        return names.get(self.decides, f"depth {depth if isinstance(depth, int) else model.steps}")
+
+    @property
+    def flops(self) -> ad.TokenFlops:
+        """Of a token, by the loop as it is now."""
+        model = self.model
+        return ad.TokenFlops.measure(
+            model.loop, model.base.config.hidden_size, [head_of(model.base, self.config.model.layers)]
+        )
+
+
+def load(folder: Path) -> Trained:
+    """A run's model and router. Raises: `BadInput` if it is not done."""
+    path = folder / "model"
+    if not path.is_dir():
+        raise BadInput(f"there is no trained model in {folder}: run train.py to its end")
+    config = read([str(folder / "config.yaml")])
+    model = AdaptiveForCausalLM.from_pretrained(path).eval()
+    router = router_of(config.model.router, config.model.steps, model.base.config.vocab_size)
+    if router is not None:
+        router.load_state_dict(torch.load(path / "router.pt"))
+    return Trained(folder, config, model, router, AutoTokenizer.from_pretrained(path))
+
+
+def own_depths(run: Trained) -> Depths | None:
+    """How deep the run goes as it was trained last, where that is said from outside; None where a gate decides."""
+    stage, steps = run.last, run.config.model.steps
+    if stage.depth in ("exits", "alternate"):
+        return run.router
+    if stage.depth in ("uniform", "geometric"):
+        return drawn(run, str(stage.depth), stage.mean, 1)
+    depth = stage.depth if isinstance(stage.depth, int) else steps
+    return lambda ids: depth
+
+
+def drawn(run: Trained, kind: str, mean: float, first: int) -> Depths:
+    """By chance, and nobody less than `first`."""
+    draw = ad.uniform_depths if kind == "uniform" else ad.geometric_depths
+    steps, generator = run.config.model.steps, torch.Generator().manual_seed(run.config.seed)
+    return lambda ids: first - 1 + draw(ids.shape, steps - first + 1, mean - first + 1, generator)
+
+
+def score_at(run: Trained, depths: Depths | None = None, rule: ad.Rule | None = None) -> Score:
+    """Losses and depths of tokens that go so deep, or where `depths` is None as gate and rule say."""
+    score = scorer(run.model)
+
+    def at_depth(ids: Tensor) -> tuple[Tensor, Tensor]:
+        depth = None if depths is None else depths(ids)
+        return score(ids, min_depth=depth, max_depth=depth, rule=rule)
+
+    return at_depth

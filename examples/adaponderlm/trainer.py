@@ -1,0 +1,273 @@
+"""One training run, on one process or many: exactly resumable, whenever it was ended."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+
+import adadepth as ad
+
+from . import config as settings
+from .checkpoints import PART, Checkpoints, replace
+from .config import BadInput, Config
+from .model import build, head_of
+from .objective import Figures, Objective
+from .plan import Plan, Turn, schedule
+from .text import check_vocabulary, tokenizer_of, windows
+
+METRICS = "metrics.jsonl"
+
+
+class Diverged(RuntimeError):
+    """Training stopped because something was not finite; the message is one line for the user."""
+
+
+@final
+class Trainer:
+    """A run: `steps()` goes on from the newest checkpoint, if there is one, to the end, and yields its figures."""
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        self.config, self.accelerator, self.plan = config, accelerator, Plan(config)
+        self.out = Path(config.out)
+        train, world = config.train, accelerator.num_processes
+        self.share = _divided(train.batch, world, "train.batch", "ranks")
+        self.micro = train.micro or self.share
+        accelerator.gradient_accumulation_steps = _divided(self.share, self.micro, "rows of a rank", "train.micro")
+        self.tokenizer = tokenizer_of(config.data)
+        torch.manual_seed(config.seed)
+        model = build(config.model)
+        check_vocabulary(self.tokenizer, model.base.config.vocab_size)
+        if train.checkpointing:
+            model.gradient_checkpointing_enable()
+        objective = Objective(model, config)
+        optimiser = optimiser_of(objective, config)
+        self.flops = ad.TokenFlops.measure(
+            model.loop, model.base.config.hidden_size, [head_of(model.base, config.model.layers)]
+        )
+        with accelerator.main_process_first():
+            self.data = windows(config.data, self.tokenizer, config.seed, accelerator.process_index, world)
+        self.step, self.tokens = 0, 0
+        self.objective, self.optimiser = accelerator.prepare(objective, optimiser)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", accelerator, train.keep)
+        self._resume()
+
+    @property
+    def last(self) -> int:
+        """The number of steps after which this run is done."""
+        return self.config.train.stop or self.config.train.steps
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """Train, and yield the means of every `log` steps; write checkpoints, metrics, and at the end the model."""
+        seen: list[dict[str, Any]] = []
+        began = time.perf_counter()
+        while self.step < self.last:
+            turn = self.plan.turn(self.step)
+            if turn.since == 0 and turn.stage.fit:
+                self._fit()
+            seen.append(self._update(turn))
+            self.step += 1
+            saves = self.step % self.config.train.save == 0 or self.step == self.last
+            if saves or self.step % self.config.train.log == 0:
+                line = self._line(turn, seen, time.perf_counter() - began)
+                seen, began = [], time.perf_counter()
+                self._write(line)
+                yield line
+            if saves:
+                self._save()
+        if self.last == self.config.train.steps:
+            self._export()
+
+    def _update(self, turn: Turn) -> dict[str, Any]:
+        """One step of the optimiser on the rows of all ranks."""
+        rows = self.data.batch(self.share).to(self.accelerator.device)
+        first = self.accelerator.process_index * self.share
+        rate = schedule(self.config.train, turn.at)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.config.train.rate * rate * (turn.stage.gate_rate if group["gates"] else 1.0)
+        parts = []
+        for ids in rows.split(self.micro):
+            with self.accelerator.accumulate(self.objective):
+                figures = self.objective(ids, turn, first)
+                self.accelerator.backward(figures.loss)
+                norm = self._clip(turn)
+                parts.append(self._figures(figures, norm))
+                self._check(parts[-1], ids, turn)
+                self.optimiser.step()
+                self.optimiser.zero_grad()
+            first += len(ids)
+        self.tokens += self.config.train.batch * self.config.data.window
+        return _mean(parts)
+
+    def _clip(self, turn: Turn) -> Tensor | None:
+        """Clip, once all rows have been seen; a frozen backbone gets no gradient."""
+        if not self.accelerator.sync_gradients:
+            return None
+        if turn.stage.learns == "gates":
+            for group in self.optimiser.param_groups:
+                if not group["gates"]:
+                    for weight in group["params"]:
+                        weight.grad = None
+        return self.accelerator.clip_grad_norm_(self.objective.parameters(), self.config.train.clip)
+
+    def _figures(self, figures: Figures, norm: Tensor | None) -> dict[str, Any]:
+        """The figures of rows of all ranks, as numbers."""
+        flops = self.flops.count(figures.live)
+        own = [figures.nats, figures.penalty, figures.guidance, *figures.scores]
+        depth = figures.live.sum(-1).double().mean()
+        own = torch.stack([*(value.double() for value in own), depth, depth.new_tensor(flops.relative)])
+        loss, penalty, guidance, *scores, depth, relative = self.accelerator.reduce(own, "mean").tolist()
+        values = {"loss": loss, "depth": depth, "relative_flops": relative, "penalty": penalty, "guidance": guidance}
+        return values | {"scores": scores} | ({} if norm is None else {"norm": float(norm)})
+
+    def _check(self, values: dict[str, Any], ids: Tensor, turn: Turn) -> None:
+        """Stop before the weights are touched."""
+        numbers = {name: value for name, value in values.items() if name != "scores"}
+        numbers |= {f"score of iteration {i}": value for i, value in enumerate(values["scores"], 1)}
+        if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
+            path = self.out / f"diverged-{turn.at}-rank-{self.accelerator.process_index}.pt"
+            torch.save(ids.cpu(), path)
+            kept = f"the newest checkpoint is of step {steps[-1]}" if (steps := self.checkpoints.steps()) else "no"
+            raise Diverged(
+                f"step {turn.at}, stage {turn.name}: {', '.join(bad)} is not finite; the batch is in {path}, "
+                f"{kept if steps else 'there is no checkpoint yet'}. Try a lower train.rate, a longer train.warmup, a "
+                "lower gate_rate or penalty, or train.precision=no"
+            )
+
+    def _fit(self) -> None:
+        """Let the model say what its iterations are worth, and the router learn it, the same on every rank."""
+        probe = windows(self.config.data, self.tokenizer, self.config.seed + 1)
+        rows = probe.batch(self.config.model.router.probed).to(self.accelerator.device)
+        each = _divided(len(rows), self.accelerator.num_processes, "model.router.probed", "ranks")
+        mine = rows[self.accelerator.process_index * each :][:each]
+        with torch.no_grad():
+            parts = [self.objective(ids, None) for ids in mine.split(self.micro)]
+        losses = self.accelerator.gather(torch.cat(parts).float())
+        router = self.accelerator.unwrap_model(self.objective).router
+        router.fit(rows[:, :-1], losses, self.config.model.router.mean)
+
+    def _line(self, turn: Turn, seen: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+        tokens = len(seen) * self.config.train.batch * self.config.data.window
+        rate = self.config.train.rate * schedule(self.config.train, turn.at)
+        about = {"step": self.step, "stage": turn.name, "tokens": self.tokens, "rate": rate}
+        return about | _mean(seen) | {"seconds": seconds, "tokens_per_second": tokens / seconds}
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.accelerator.log({name: value for name, value in line.items() if isinstance(value, float)}, self.step)
+        if self.accelerator.is_main_process:
+            with (self.out / METRICS).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _save(self) -> None:
+        more = {"step": self.step, "tokens": self.tokens, "data": self.data.state_dict()}
+        self.checkpoints.save(self.step, more)
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint, or begin where another run is."""
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for path in [*self.out.glob(f"*{PART}"), *self.checkpoints.folder.glob(f"*{PART}")]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.accelerator.wait_for_everyone()
+        if steps := self.checkpoints.steps():
+            self._go_on(self.checkpoints.load(steps[-1]))
+        elif self.config.begin is not None:
+            self._begin(Path(self.config.begin) / "checkpoints")
+        if self.accelerator.is_main_process:
+            keep_until(self.out / METRICS, self.step)
+            settings.write(self.config, self.out / "config.yaml")
+
+    def _go_on(self, more: dict[str, Any]) -> None:
+        self.step, self.tokens = more["step"], more["tokens"]
+        self.data.load_state_dict(more["data"])
+
+    def _begin(self, folder: Path) -> None:
+        """Weights and moments of another run, of a model that may lack gates and router; all else is new."""
+        other = Checkpoints(folder, self.accelerator, 1)
+        if not (steps := other.steps()):
+            raise BadInput(f"cannot begin where there is no checkpoint: {folder}")
+        path = other.path(steps[-1])
+        objective = self.accelerator.unwrap_model(self.objective)
+        lacks, more = objective.load_state_dict(load_file(path / "model.safetensors"), strict=False)
+        if more or any(not name.startswith(("router.", "model.loop.gate.")) for name in lacks):
+            raise BadInput(
+                f"{path} is of another model: it lacks {lacks or 'nothing'} and has {more or 'nothing'} more"
+            )
+        state = self.optimiser.state_dict()
+        state["state"] = torch.load(path / "optimizer.bin")["state"]  # the gates' are the last, and are new
+        self.optimiser.load_state_dict(state)
+        self._go_on(json.loads((path / "more.json").read_text()))
+        if self.accelerator.is_main_process and not (self.out / METRICS).exists():
+            shutil.copy(Path(self.config.begin or "") / METRICS, self.out / METRICS)
+
+    def _export(self) -> None:
+        """The model as transformers reads it, with its tokenizer, and the router."""
+        weights = self.accelerator.get_state_dict(self.objective)
+        if self.accelerator.is_main_process:
+            objective = self.accelerator.unwrap_model(self.objective)
+            part = self.out / f"model{PART}"
+            own = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
+            objective.model.save_pretrained(part, state_dict=own)
+            self.tokenizer.save_pretrained(part)
+            if objective.router is not None:
+                torch.save(objective.router.state_dict(), part / "router.pt")
+            replace(part, self.out / "model")
+        self.accelerator.wait_for_everyone()
+
+
+def optimiser_of(objective: Objective, config: Config) -> torch.optim.Optimizer:
+    """AdamW in groups: matrices, which decay; the rest of the backbone; gates, last, which have a rate of their own."""
+    gate = objective.model.loop.gate
+    gates = [] if gate is None else list(gate.parameters())
+    known = {id(weight) for weight in gates}
+    backbone = [weight for weight in objective.parameters() if weight.requires_grad and id(weight) not in known]
+    groups = [
+        {"params": [weight for weight in backbone if weight.dim() > 1], "weight_decay": config.train.decay},
+        {"params": [weight for weight in backbone if weight.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group | {"gates": False} for group in groups]
+    if gates:
+        groups.append({"params": gates, "weight_decay": config.train.decay, "gates": True})
+    return torch.optim.AdamW(groups, config.train.rate, betas=config.train.betas, fused=True)
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop what a file of metrics says of steps after `step`, and a line that was cut off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    part = path.with_name(path.name + PART)
+    part.write_text("".join(kept))
+    replace(part, path)
+
+
+def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means of numbers, and of numbers in lists; of what only some parts have, over those."""
+    means: dict[str, Any] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if name in part]
+        means[name] = (
+            [sum(each) / len(values) for each in zip(*values, strict=True)]
+            if isinstance(values[0], list)
+            else sum(values) / len(values)
+        )
+    return means
+
+
+def _divided(whole: int, by: int, what: str, parts: str) -> int:
+    if whole % by:
+        raise BadInput(f"expected {what} to be a multiple of {parts}={by}, got {whole}")
+    return whole // by
