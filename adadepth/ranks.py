@@ -36,7 +36,7 @@ def gather(rows: Shaped[Tensor, "batch *rest"], group: Any = None) -> Shaped[Ten
     Shapes: `rows (batch, ...)`, the same on every rank, to `(ranks · batch, ...)`. The gradient of a rank's
     rows is the sum over all ranks of what they ask of them.
     """
-    return _Gather.apply(rows, group) if _ranks() else rows
+    return _Gather.apply(rows, group) if _ranks() else rows  # type: ignore[no-untyped-call]
 
 
 def anchor(loss: Float[Tensor, ""], module: nn.Module) -> Float[Tensor, ""]:
@@ -65,7 +65,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(everyone)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad.narrow(0, dist.get_rank(ctx.group) * ctx.batch, ctx.batch), None
