@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -89,12 +90,18 @@ _VIEWS: dict[type[TokenSet], type[TokenView]] = {
 
 
 def view_of(tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> TokenView:
-    """The view of one iteration."""
+    """The view of one iteration; where no token runs, of one that stands in: not every block runs on none."""
+    if tokens.empty:
+        shape = [max(size, 1) for size in tokens.shape]
+        tokens, past = WholeTokens(torch.ones(shape, dtype=torch.bool, device=tokens.live.device), skip=True), None
     return _VIEWS[type(tokens)](tokens, step, causal, past, keep)
 
 
 def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
-    """`block` on the tokens `x` of a view."""
+    """`block` on the tokens `x` of a view; on zeros where it has one that stands in, whose output is dropped."""
+    rows, length = x.shape[:2]
+    if (rows, length) != (shape := view.tokens.shape):
+        return run(block, F.pad(x, (0, 0, 0, shape[1] - length, 0, shape[0] - rows)), view)[:rows, :length]
     if active.view is not None:
         raise ValueError(
             "A RecurrentWrapper runs inside the block of another: it would take the packed tokens of all rows for one "

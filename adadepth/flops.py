@@ -87,11 +87,12 @@ class TokenFlops:
         Arguments: `looped`; `dim`, the width of its input; `once`, what else runs once for every token,
         called with `(1, n, dim)`: a prelude, a coda, a head.
         """
-        some = next(looped.parameters(), torch.empty(0))
+        modules = [looped, *(part for part in once if isinstance(part, nn.Module))]
+        some = next((weight for module in modules for weight in module.parameters()), torch.empty(0))
         tokens = [torch.randn(1, n, dim, device=some.device, dtype=some.dtype) for n in LENGTHS]
         x, n, steps = tokens[0], LENGTHS[0], range(looped.steps - 1)
         gate, update = looped.gate, looped.update
-        with evaluating(looped, *(part for part in once if isinstance(part, nn.Module))):
+        with evaluating(*modules):
             block = _per_token(partial(looped, max_depth=1), tokens)
             parts = [_per_token(part, tokens) for part in once]
             gates = [0.0 if gate is None else _count(gate, x, x, step) / n for step in steps]

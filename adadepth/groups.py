@@ -62,7 +62,7 @@ def group_rows(row: Tensor, lengths: list[int]) -> RowGroups:
 
 
 def _partition(asked: list[int], lengths: list[int]) -> list[list[int]]:
-    """Row numbers, split into whole rows and others and each of them by size; one empty part if none asks."""
+    """Row numbers, split into whole rows and others and each of them by size."""
     parts: list[list[int]] = []
     key = None
     for r in sorted(range(len(asked)), key=lambda r: (asked[r] == lengths[r], -asked[r], r)):
@@ -71,14 +71,14 @@ def _partition(asked: list[int], lengths: list[int]) -> list[list[int]]:
             key = (whole, asked[r])
             parts.append([])
         parts[-1].append(r)
-    return [sorted(part) for part in parts] or [[]]
+    return [sorted(part) for part in parts]
 
 
 def _group(rows: list[int], asked: list[int], lengths: list[int], device: torch.device) -> Group:
     return Group(
         rows=None if len(rows) == len(asked) else torch.tensor(rows, dtype=torch.int64, device=device),
         size=len(rows),
-        queries=max((asked[r] for r in rows), default=0),
+        queries=max(asked[r] for r in rows),
         whole=all(asked[r] == lengths[r] for r in rows),
     )
 

@@ -99,8 +99,6 @@ class CachedView(TokenView):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         runs = self.tokens.runs
-        if not runs:
-            return q.new_zeros(*q.shape[:-1], v.shape[-1])
         parts = q.squeeze(0).transpose(0, 1).split([run.size * run.queries for run in runs])
         answers = [self._ask(r, run, part, how) for r, (run, part) in enumerate(zip(runs, parts, strict=True))]
         return (answers[0] if len(answers) == 1 else torch.cat(answers)).transpose(0, 1).unsqueeze(0)

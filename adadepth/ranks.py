@@ -1,7 +1,7 @@
 """What ranks that train one model must agree on, where every token has a depth of its own.
 
-Each function is the identity where torch.distributed is not initialised, and is then to be called by every
-rank of the group, in the same order. `group` is a process group, None for all ranks.
+`any_rank` and `gather` change nothing where torch.distributed is not initialised; where it is, every rank of the
+group is to call them, in the same order. `group` is a process group, None for all ranks.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 def any_rank(flag: bool, group: Any = None) -> bool:
     """Whether the flag holds on any rank: `looped.agree = ad.ranks.any_rank`.
 
-    All ranks then run as many iterations as the one that needs the most, those with no tokens left on nothing:
-    they join the collectives of sharded weights (FSDP), and every gate that some rank reached has a gradient on
-    all. It costs one all-reduce of one number between iterations, and a wait for it. With `skip=False` no
-    iteration is left out, and there is nothing to agree on.
+    All ranks then run as many iterations as the one that needs the most: those with no tokens left join the
+    collectives of sharded weights (FSDP) all the same, and every gate that some rank reached has a gradient on
+    all. It costs one all-reduce of one number between iterations, and a wait for it. With `skip=False` and no
+    cache no iteration is left out, and there is nothing to agree on.
     """
     if not _ranks():
         return flag
@@ -47,10 +47,9 @@ def anchor(loss: Float[Tensor, ""], module: nn.Module) -> Float[Tensor, ""]:
 
     Shapes: `loss ()` to the same.
     """
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            loss = loss + _local(parameter).flatten()[:0].sum().to(loss)
-    return loss
+    weights = [_local(parameter) for parameter in module.parameters() if parameter.requires_grad]
+    anchored: Tensor = _Anchor.apply(loss, *weights)  # type: ignore[no-untyped-call]
+    return anchored
 
 
 class _Gather(torch.autograd.Function):
@@ -69,6 +68,19 @@ class _Gather(torch.autograd.Function):
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad.narrow(0, dist.get_rank(ctx.group) * ctx.batch, ctx.batch), None
+
+
+class _Anchor(torch.autograd.Function):
+    """Zeros without memory of their own: they are added to all gradients at the start of the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *weights: Tensor) -> Tensor:
+        ctx.like = [(weight.shape, weight.new_zeros(())) for weight in weights]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(zero.expand(shape) for shape, zero in ctx.like)
 
 
 def _ranks() -> bool:

@@ -46,8 +46,8 @@ class RecurrentWrapper(nn.Module):
 
     `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes, to be reassigned between
     stages of training. So is `agree`, `bool` at first: given whether tokens are left to run here, it says
-    whether to run the next iteration, on nothing if none are. Ranks that run one loop together need
-    `adadepth.ranks.any_rank` there.
+    whether to run the next iteration. Where none are, the block then runs on one token of zeros, and what
+    it makes of it is dropped. Ranks that run one loop together need `adadepth.ranks.any_rank` there.
 
     Raises: `ValueError` if `steps < 1`, if a piece stands in another's place, or if the block holds
     an `nn.MultiheadAttention` that cannot be looped.

@@ -104,6 +104,17 @@ def logits(model: Any, **options: Any) -> Tensor:
         return model(IDS, attention_mask=MASK, **options).logits[MASK.bool()]
 
 
+def same(loaded: Any, model: Any) -> bool:
+    """All weights to the bit, logits within rounding: a kernel may add up otherwise for weights that lie elsewhere."""
+    weights, others = loaded.state_dict(), model.state_dict()
+    held = {name for name in weights if weights[name].device.type != "meta"}  # the rest is on disk
+    return (
+        weights.keys() == others.keys()
+        and all(torch.equal(weights[name], others[name]) for name in held)
+        and near(logits(loaded), logits(model))
+    )
+
+
 def near(got: Tensor, expected: Tensor) -> bool:
     exact = 1e-10 if expected.dtype == torch.float64 else 1e-5
     return bool((got - expected).abs().max() <= exact * expected.abs().max())

@@ -18,7 +18,7 @@ import adadepth as ad
 
 RANKS, ROWS, SEQ, DIM, WORDS, STEPS = 2, 2, 6, 16, 37, 4
 IDS = torch.randint(3, WORDS, (RANKS * ROWS, SEQ), generator=torch.Generator().manual_seed(0))
-PENALTY = ad.BottomKPenalty(k_max=0.3)
+PENALTY = ad.BottomKPenalty(0.4, over="live")
 
 
 class Said(NamedTuple):
@@ -109,6 +109,7 @@ CASES = [
     *((model, "one rank halts", how) for model in ("block", "neox") for how in ("dense ddp", "dense layers")),
     ("neox survival", "apart", "ddp, checkpointed"),
 ]
+DECODED = [("block", "one rank halts"), ("block", "all padding"), ("neox survival", "all padding")]
 
 
 def rows(data: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,14 +131,15 @@ def objective(model: str, how: str = "") -> Objective:
     return made
 
 
-def shard(made: Objective, how: str) -> Objective:
+def shard(whole: nn.Module, model: Any, how: str) -> Any:
+    """`whole`, which is or holds the model, and units of the model in it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    for part in [made.model.loop] if "loop" in how else made.model.layers:
+    for part in [model.loop] if "loop" in how else model.layers:
         fully_shard(part, mesh=mesh)
-    return fully_shard(made, mesh=mesh)
+    return fully_shard(whole, mesh=mesh)
 
 
 def trained(made: nn.Module, *batch: Tensor) -> dict[str, Tensor]:
@@ -150,31 +152,56 @@ def trained(made: nn.Module, *batch: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def decoded(made: Objective, ids: Tensor, deep: Tensor) -> Tensor:
-    """The logits of a prompt and of one more token, with a cache; without gradients."""
-    cache, every = ad.KVReuseCache(layout="compact"), torch.ones_like(ids, dtype=torch.bool)
+def decoded(model: Any, cache: Any, ids: Tensor, mask: Tensor, deep: Tensor) -> Tensor:
+    """The logits of a prompt and of one more token; without gradients."""
     parts = (slice(None, -1), slice(-1, None))
-    said = [made.model(ids[:, at], every[:, at], cache, max_depth=deep).logits for at in parts]
-    return torch.cat(said, 1)
+    return torch.cat([model(ids[:, at], mask[:, at], cache=cache, max_depth=deep).logits for at in parts], 1)
+
+
+def empty_cache(model: str) -> Any:
+    if "neox" not in model:
+        return ad.KVReuseCache(layout="compact")
+    from adadepth.hf import AdaptiveCache
+
+    return AdaptiveCache("compact")
+
+
+def gathered(rank: int) -> tuple[Tensor, Tensor | None]:
+    """The rows of both ranks, and the gradient of this rank's, for a loss that is another on each."""
+    x = torch.arange(4.0).view(2, 2).add(10 * rank).requires_grad_()
+    everyone = ad.ranks.gather(x)
+    (everyone.pow(2).sum() * (rank + 1)).backward()
+    return everyone.detach(), x.grad
+
+
+def in_groups(rank: int) -> tuple[bool, Tensor]:
+    """The same where each rank is a group of its own."""
+    group = [dist.new_group([r]) for r in range(RANKS)][rank]
+    return ad.ranks.any_rank(rank == 1, group), ad.ranks.gather(torch.tensor([rank]), group)
+
+
+def agreed(model: nn.Module) -> nn.Module:
+    """All loops of a model: what an adapted one runs before and after its loop is one of one step."""
+    for part in model.modules():
+        if isinstance(part, ad.RecurrentWrapper):
+            part.agree = ad.ranks.any_rank
+    return model
 
 
 def results(rank: int) -> Iterator[tuple[Any, Any]]:
     """Each case with what this rank made of it."""
-    for case in CASES:
-        model, data, how = case
-        made = objective(model, how)
-        made.model.loop.agree = ad.ranks.any_rank
-        whole = nn.parallel.DistributedDataParallel(made) if "ddp" in how else shard(made, how)
-        yield case, trained(whole, *mine(data, rank))
-    made = shard(objective("block"), "layers")
-    made.model.loop.agree = ad.ranks.any_rank
-    ids, _, deep = mine("one rank halts", rank)
-    yield "decoded", decoded(made, ids, deep)
-    x = torch.arange(4.0).view(2, 2).add(10 * rank).requires_grad_()
-    everyone = ad.ranks.gather(x)
-    (everyone.pow(2).sum() * (rank + 1)).backward()
-    yield "gathered", (everyone.detach(), x.grad)
     yield "any", [ad.ranks.any_rank(flag) for flag in (False, rank == 1, True)]
+    yield "gathered", gathered(rank)
+    yield "in groups", in_groups(rank)
+    for case in CASES:
+        name, data, how = case
+        made = agreed(objective(name, how))
+        whole = nn.parallel.DistributedDataParallel(made) if "ddp" in how else shard(made, made.model, how)
+        yield case, trained(whole, *mine(data, rank))
+    for case in DECODED:
+        name, data = case
+        model = agreed(objective(name).model)
+        yield case, decoded(shard(model, model, "layers"), empty_cache(name), *mine(data, rank))
 
 
 def main(folder: str, rank: int) -> None:

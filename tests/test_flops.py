@@ -95,3 +95,15 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
     assert model.training
     assert not model.gate.training
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loop_without_weights_of_its_own_is_measured_as_the_head_is() -> None:
+    linear = nn.Linear(DIM, DIM, dtype=torch.float64)
+
+    class Refers(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return linear(x)
+
+    model, head = ad.RecurrentWrapper(ad.Pointwise(Refers()), STEPS), nn.Linear(DIM, 7, dtype=torch.float64)
+    cost = ad.TokenFlops.measure(model, DIM, once=[head])
+    assert cost.block == Cost(2 * DIM**2) and cost.once == Cost(2 * DIM * 7)

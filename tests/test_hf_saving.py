@@ -22,8 +22,8 @@ from hf_zoo import (
     SPANS,
     STEPS,
     Above,
-    logits,
     original,
+    same,
     spread,
 )
 from transformers import AutoModelForCausalLM
@@ -71,7 +71,7 @@ def test_every_piece_is_saved(gate: str, rule: Any, update: Callable[[Any], ad.U
     model = adapt(base, STEPS, GATES[gate](base), rule, update(base), layers=slice(1, 3))
     model.save_pretrained(tmp_path)
     loaded = AdaptiveForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
+    assert same(loaded, model)
     assert [type(getattr(loaded.loop, name)) for name in ("gate", "rule", "update")] == [
         type(getattr(model.loop, name)) for name in ("gate", "rule", "update")
     ]
@@ -118,7 +118,7 @@ def test_gates_alone(layers: slice | None, tmp_path: Path) -> None:
     model = spread("llama tied", layers)
     model.save_gates(tmp_path)
     loaded = load_gates(original("llama tied"), tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
+    assert same(loaded, model)
     never = load_gates(original("llama tied"), tmp_path, rule=None)
     assert never(IDS).trace.depth.eq(STEPS).all()
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 20_000

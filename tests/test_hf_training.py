@@ -25,6 +25,7 @@ from hf_zoo import (
     logits,
     near,
     original,
+    same,
     spread,
 )
 from transformers import AutoModelForCausalLM
@@ -54,7 +55,7 @@ def test_tables_are_resized_and_replaced_also_where_pieces_refer_to_them(tmp_pat
     assert ponder.embedding is embedding and ponder.head is head and model.loop.gate.head[1] is head
     assert model(IDS + 5).logits.shape[-1] == VOCAB + 5 == model.config.get_text_config().vocab_size
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(AdaptiveForCausalLM.from_pretrained(tmp_path)), logits(model))
+    assert same(AdaptiveForCausalLM.from_pretrained(tmp_path), model)
     resized = original("llama")
     resized.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
     resized.lm_head = nn.Linear(DIM, VOCAB + 5, bias=False).double()  # unknown to transformers' initialisation
@@ -105,7 +106,7 @@ def test_the_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
     predicted = trainer.predict(data)
     assert predicted.predictions.shape == (len(data), IDS.shape[1], VOCAB)
     loaded = AdaptiveForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3")
-    assert torch.equal(logits(loaded), logits(model.eval()))
+    assert same(loaded, model.eval())
 
 
 def test_lora_trains_and_is_saved(tmp_path: Path) -> None:
@@ -123,13 +124,13 @@ def test_lora_trains_and_is_saved(tmp_path: Path) -> None:
     fresh = spread("llama", None, torch.float32)
     at_first = logits(fresh)
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path)
-    assert torch.equal(logits(loaded), logits(model)) and not near(logits(loaded), at_first)
+    assert same(loaded, model) and not near(logits(loaded), at_first)
     ids = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(loaded.generate(**ids), model.generate(**ids))
     merged = model.merge_and_unload()
     assert isinstance(merged, AdaptiveForCausalLM)
     merged.save_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(AdaptiveForCausalLM.from_pretrained(tmp_path / "merged")), logits(merged))
+    assert same(AdaptiveForCausalLM.from_pretrained(tmp_path / "merged"), merged)
 
 
 def test_device_maps(tmp_path: Path) -> None:
@@ -138,20 +139,20 @@ def test_device_maps(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "saved")
     model.base.save_pretrained(tmp_path / "base")
     everywhere = AdaptiveForCausalLM.from_pretrained(tmp_path / "saved", device_map={"": "cpu"})
-    assert torch.equal(logits(everywhere), logits(model))
+    assert same(everywhere, model)
     layers = {f"model.layers.{i}": "disk" if i in (0, 2) else "cpu" for i in range(LAYERS)}
     ends = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     placed = {f"base.{name}": where for name, where in {**layers, **ends}.items()} | {"loop": "cpu"}
     offloaded = AdaptiveForCausalLM.from_pretrained(
         tmp_path / "saved", device_map=placed, offload_folder=tmp_path / "off"
     )
-    assert torch.equal(logits(offloaded), logits(model))
+    assert same(offloaded, model)
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", device_map={**layers, **ends}, offload_folder=tmp_path / "off2"
     )
     pieces = model.loop.gate, model.loop.rule, model.loop.update
     adapted = adapt(base, STEPS, *pieces, layers=slice(1, 3))
-    assert torch.equal(logits(adapted), logits(model))
+    assert same(adapted, model)
     assert adapted.hf_device_map == {f"base.{name}": where for name, where in {**layers, **ends}.items()}
 
 

@@ -82,7 +82,10 @@ def test_packed_equals_dense_in_float32(kind: str) -> None:
         # Rounding differs between the two, so a score within rounding of tau may flip.
         margin = (dense["scores"] - torch.as_tensor(s.tau).reshape(-1, 1, 1)).abs()
         assume(mixed(dense["live"]) and bool((margin > 1e-4).all()))
-        assert_same(everything(run(s, skip=True), s), dense, 1e-5, 1e-6)
+        packed = everything(run(s, skip=True), s)
+        gradients = [name for name in dense if name.startswith("gradient")]  # sums of more terms
+        assert_same({name: packed.pop(name) for name in gradients} | {"live": packed["live"]}, dense, 3e-5, 1e-6)
+        assert_same(packed, dense, 1e-5, 1e-6)
 
     check()
 
