@@ -46,13 +46,16 @@ class Prediction(NamedTuple):
 
 @final
 class Interpreter(nn.Module):
-    """Embedding, looped block, head. It starts without exits: `looped.gate` and `looped.rule` are None."""
+    """Embedding, looped block, head. It starts without exits: `looped.gate` and `looped.rule` are None.
 
-    def __init__(self) -> None:
+    Arguments: ids there are, the longest row, answers there are; those of the task.
+    """
+
+    def __init__(self, vocabulary: int = VOCABULARY, length: int = LINES, answers: int = MODULUS) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, DIM), nn.Embedding(LINES, DIM)
+        self.tokens, self.positions = nn.Embedding(vocabulary, DIM), nn.Embedding(length, DIM)
         self.looped = ad.RecurrentWrapper(Block(), STEPS)
-        self.head = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, MODULUS))
+        self.head = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, answers))
         self._start()
 
     def forward(self, ids: Tensor, *, depth: int | Tensor | None = None, every: bool = False) -> Prediction:
@@ -61,7 +64,7 @@ class Interpreter(nn.Module):
         Arguments: `depth`, at which all tokens, or each, must leave, whatever gate and rule say; `every` asks for the
         logits of every iteration.
         """
-        x = self.tokens(ids) + self.positions.weight
+        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         out = self.looped(x, min_depth=depth, max_depth=depth, states=every)
         return Prediction(self.head(out.states if every else out.hidden), out.trace)
 

@@ -1,13 +1,15 @@
 """Who decides when a token leaves: each policy a gate, an update, and a rule for every threshold."""
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, final
 
-from torch import nn
+from torch import Tensor, nn
 
 import adadepth as ad
 
 from .model import DIM, STEPS, Interpreter
+from .task import MODULUS
 
 
 class Training(NamedTuple):
@@ -15,6 +17,16 @@ class Training(NamedTuple):
 
     tau: float
     weight: float = 0.0
+
+
+class Guided(NamedTuple):
+    """How gates that foretell are taught: `tau` is the price, in nats, at which half of each batch leaves.
+
+    The other half stays to the end, and there every iteration answers: those before the last have weight `earlier`.
+    """
+
+    tau: float
+    earlier: float = 0.3
 
 
 class Policy(NamedTuple):
@@ -29,7 +41,7 @@ class Policy(NamedTuple):
     rule: Callable[[float], ad.Rule]
     update: Callable[[], ad.Update] = ad.Replace
     reads: str = "gates"
-    training: Training | None = None
+    training: Training | Guided | None = None
 
     def attach(self, model: Interpreter, tau: float) -> None:
         """Give the model this policy, with new gates."""
@@ -44,6 +56,24 @@ def gates(hidden: int | None) -> ad.Gate:
         if weight.dim() == 2:
             nn.init.normal_(weight, std=0.02)
     return gate
+
+
+@final
+class Gains(ad.Gate):
+    """What the rest of the loop is still worth to a token, in nats: it learns from the state, and does not shape it."""
+
+    def __init__(self, dim: int = DIM, steps: int = STEPS, hidden: int = 16) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1)) for _ in range(steps - 1)
+        )
+        for mlp in self.mlps:
+            nn.init.constant_(mlp[-1].bias, math.log(MODULUS))  # all that a guess has to gain
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        """What the MLP of iteration `step` expects."""
+        del previous
+        return self.mlps[step](h.detach()).squeeze(-1)
 
 
 def late(tau: float) -> ad.Rule:
@@ -72,7 +102,13 @@ TRAINED_ENTROPY = Policy(
     rule=late,
     training=Training(tau=0.2),
 )
-TRAINED = (PAPER, SURVIVAL, TRAINED_ENTROPY)
+GUIDED = Policy(
+    name="guided gates",
+    gate=lambda model: Gains(),
+    rule=late,
+    training=Guided(tau=0.2),
+)
+TRAINED = (PAPER, SURVIVAL, TRAINED_ENTROPY, GUIDED)
 UNTRAINED = (
     Policy("KL", lambda model: ad.KLGate(model.head), ad.Threshold),
     Policy("relative change", lambda model: ad.ConvergenceGate(), ad.Threshold),

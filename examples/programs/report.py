@@ -19,7 +19,7 @@ LEGEND = " ".join(
 right: lines predicted right. in full: by the same weights without exits. depth: mean iterations of {STEPS}. rank:
 Spearman's correlation between needed and used depth. saved: iterations saved at equal accuracy, which is at the highest
 threshold whose accuracy on other programs is within {100 * EQUAL:g} points of full depth; 0 where there is none. fixed,
-random: right by the same weights at fixed depths and with random exits, at the same mean depth. The first three were
+random: right by the same weights at fixed depths and with random exits, at the same mean depth. The first four were
 trained with exits at the threshold they are judged at. The others judge the weights of stage 1, which know no exits,
 at the mean depth of the survival gates, to which their thresholds are fitted on other programs; in the last line every
 token leaves at the depth it needs.

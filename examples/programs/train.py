@@ -1,7 +1,7 @@
 """Training in two stages: full depth for all tokens, then exits.
 
 Stage 1 is told nothing of levels and depths: cross-entropy at the last iteration alone. Stage 2 goes on from its
-weights, with the cross-entropy of the state at which each token leaves.
+weights, with the cross-entropy of the state at which each token leaves, and what the policy's gates learn from.
 """
 
 import math
@@ -14,9 +14,9 @@ from torch import Tensor
 
 import adadepth as ad
 
-from .model import Interpreter, Prediction
-from .policies import Policy
-from .task import draw
+from .model import STEPS, Interpreter, Prediction
+from .policies import Guided, Policy
+from .task import Programs, draw
 
 BATCH = 64
 RATES = {1: 2e-3, 2: 1e-3}  # by stage; gates that move faster close too early
@@ -32,43 +32,86 @@ class Progress(NamedTuple):
     depth: float
 
 
+class Losses(NamedTuple):
+    """What a step minimises, and of what it says how it goes: the cross-entropy at the exits, and their trace."""
+
+    total: Tensor
+    at_exit: Tensor
+    trace: ad.Trace
+
+
+Objective = Callable[[Interpreter, Programs, int], Losses]
+
+
 def stage_1(model: Interpreter, steps: int, generator: torch.Generator) -> Iterator[Progress]:
     """Train all tokens at full depth, one step for each item that is asked for."""
-    return _train(model, steps, RATES[1], generator)
+    return optimise(model, steps, RATES[1], lambda step: at_exits(model, draw(BATCH, generator), step))
 
 
 def stage_2(model: Interpreter, policy: Policy, steps: int, generator: torch.Generator) -> Iterator[Progress]:
     """Attach a policy and train with its exits, one step for each item that is asked for."""
-    tau, weight = policy.training
-    first, last = (int(share * steps) for share in K_WARM)
-    bottom_k = ad.BottomKPenalty(K_MAX, warmup=(first, last))
-
-    def penalty(trace: ad.Trace, step: int) -> Tensor:
-        return weight * bottom_k(getattr(trace, policy.reads), trace.live, step)
-
-    policy.attach(model, tau)
-    return _train(model, steps, RATES[2], generator, penalty if weight else None)
+    policy.attach(model, policy.training.tau)
+    objective = objective_of(policy, steps)
+    return optimise(model, steps, RATES[2], lambda step: objective(model, draw(BATCH, generator), step))
 
 
-def _train(
-    model: Interpreter,
-    steps: int,
-    rate: float,
-    generator: torch.Generator,
-    penalty: Callable[[ad.Trace, int], Tensor] | None = None,
-) -> Iterator[Progress]:
+def optimise(model: Interpreter, steps: int, rate: float, losses: Callable[[int], Losses]) -> Iterator[Progress]:
+    """AdamW on what `losses` gives at each step."""
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.01)
     for step in range(steps):
-        programs = draw(BATCH, generator)
-        out = model(programs.ids)
-        loss = cross_entropy(out, programs.values)
+        total, at_exit, trace = losses(step)
         optimiser.param_groups[0]["lr"] = rate * schedule(step, steps)
         optimiser.zero_grad()
-        (loss if penalty is None else loss + penalty(out.trace, step)).backward()
+        total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
-        yield Progress(loss.item(), out.trace.depth.double().mean().item())
+        yield Progress(at_exit.item(), trace.depth.double().mean().item())
+
+
+def objective_of(policy: Policy, steps: int) -> Objective:
+    """What `steps` of stage 2 minimise."""
+    if isinstance(policy.training, Guided):
+        return guided(policy.training)
+    return penalised(policy, steps) if policy.training.weight else at_exits
+
+
+def at_exits(model: Interpreter, programs: Programs, step: int) -> Losses:
+    """The cross-entropy of the state at which each token leaves."""
+    del step
+    out = model(programs.ids)
+    loss = cross_entropy(out, programs.values)
+    return Losses(loss, loss, out.trace)
+
+
+def penalised(policy: Policy, steps: int) -> Objective:
+    """The same and a penalty, of which k grows, on what the policy's rule reads."""
+    first, last = (int(share * steps) for share in K_WARM)
+    bottom_k = ad.BottomKPenalty(K_MAX, warmup=(first, last))
+
+    def objective(model: Interpreter, programs: Programs, step: int) -> Losses:
+        loss, _, trace = at_exits(model, programs, step)
+        penalty = bottom_k(getattr(trace, policy.reads), trace.live, step)
+        return Losses(loss + policy.training.weight * penalty, loss, trace)
+
+    return objective
+
+
+def guided(training: Guided) -> Objective:
+    """Half of the batch leaves; in the other nobody does, every iteration answers, and gates learn what is to come."""
+
+    def objective(model: Interpreter, programs: Programs, step: int) -> Losses:
+        (stay, leave), (answers, others) = programs.ids.chunk(2), programs.values.chunk(2)
+        out = model(stay, depth=STEPS, every=True)
+        each = F.cross_entropy(out.logits.flatten(0, -2), answers.repeat_interleave(STEPS), reduction="none")
+        each = each.view(*answers.shape, STEPS)
+        # Not to the best of the later ones: where losses are noisy, noise alone makes one of them better.
+        gain = (each[..., :-1] - each[..., -1:]).detach()
+        taught = each[..., -1].mean() + training.earlier * each[..., :-1].mean() + F.mse_loss(out.trace.scores, gain)
+        exits = at_exits(model, programs._replace(ids=leave, values=others), step)
+        return Losses((taught + exits.total) / 2, *exits[1:])
+
+    return objective
 
 
 def cross_entropy(out: Prediction, values: Tensor) -> Tensor:
