@@ -3,6 +3,9 @@
 A page is one program: its python blocks run in order in one namespace. What a block prints is the text block right
 below it; with none below it prints nothing. A block may end in an error that it is to show: the text then ends in
 the last line of the traceback. All pages are run so but those of docs/methods/, which have a test of their own.
+
+A block whose title is the path of a file quotes that file, and is not run: its lines stand there, in this order; a
+line of three dots leaves some out.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import tomllib
 import traceback
 import types
@@ -37,6 +41,7 @@ DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 OWN = {page: text for page, text in PAGES.items() if not page.startswith("methods/")}
 SNIPPET = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
+QUOTE = re.compile(r'^```(?:python|yaml) title="(.+?)"\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +69,8 @@ def run(code: str, where: str, namespace: dict[str, object], *, may_fail: bool) 
 def test_a_page_runs_and_prints_what_it_shows(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if re.search(r"adadepth\.hf|transformers", OWN[page]):
         pytest.importorskip("transformers")
+    if "from examples.adaponderlm" in OWN[page]:
+        pytest.importorskip("omegaconf")
     if "import viz" in OWN[page]:
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
@@ -81,6 +88,7 @@ def test_a_page_runs_and_prints_what_it_shows(page: str, tmp_path: Path, monkeyp
 def test_no_block_escapes_the_tests(page: str) -> None:
     fences = re.findall(r"^[ >]*(?:```|~~~).*$", OWN[page], re.MULTILINE)
     opened = Counter(fences[::2])
+    assert sum(opened.pop(fence) for fence in [*opened] if " title=" in fence) == len(QUOTE.findall(OWN[page]))
     assert set(opened) <= {"```python", "```text", "```sh"}
     assert set(fences[1::2]) <= {"```"}
     snippets = SNIPPET.findall(OWN[page])
@@ -89,9 +97,31 @@ def test_no_block_escapes_the_tests(page: str) -> None:
     assert all(len(line) <= 88 for code, _ in snippets for line in code.splitlines())
 
 
+QUOTES = [
+    pytest.param(path, quoted, id=f"{page}: {path}, {quoted.strip().splitlines()[0].strip()}")
+    for page, text in OWN.items()
+    for path, quoted in QUOTE.findall(text)
+]
+
+
+@pytest.mark.parametrize(("path", "quoted"), QUOTES)
+def test_a_quotation_stands_in_its_source(path: str, quoted: str) -> None:
+    lines, at = (ROOT / path).read_text().splitlines(), 0
+    for part in re.split(r"^\.\.\.\n", quoted, flags=re.MULTILINE):
+        wanted = part.splitlines()
+        starts = range(at, len(lines) - len(wanted) + 1)
+        found = [i for i in starts if dedented(lines[i : i + len(wanted)]) == dedented(wanted)]
+        assert found, f"{path} has not, or not in this place:\n{part}"
+        at = found[0] + len(wanted)
+
+
+def dedented(lines: list[str]) -> str:
+    return textwrap.dedent("\n".join(lines))
+
+
 COMMANDS = [
     pytest.param(line, id=f"{page}: {line}")
-    for page, text in OWN.items()
+    for page, text in {**OWN, "README.md": (ROOT / "README.md").read_text()}.items()
     for block in re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
 ]
@@ -109,6 +139,15 @@ def test_a_command_names_what_exists(line: str) -> None:
             makefile = (ROOT / "Makefile").read_text()
             assert re.search(rf"^{target}:", makefile, re.MULTILINE)
             assert all(f"$({setting.partition('=')[0]})" in makefile for setting in settings)
+        case ["accelerate", "launch", *words] if any(word.endswith("train.py") for word in words):
+            pytest.importorskip("accelerate")
+            pytest.importorskip("omegaconf")
+            from examples.adaponderlm import config, train
+
+            at = next(i for i, word in enumerate(words) if word.endswith("train.py"))
+            assert all((ROOT / word).is_file() for word in words[: at + 1] if re.search(r"\.(py|yaml)$", word))
+            parsed = train.arguments(words[at + 1 :])
+            config.read(parsed.config, parsed.overrides)
         case ["python", "-m", "adadepth.hf.lm_eval", "--model", "adadepth", "--model_args", arguments, *_]:
             pytest.importorskip("lm_eval")
             taken = inspect.signature(importlib.import_module("adadepth.hf.harness").AdaptiveLM).parameters

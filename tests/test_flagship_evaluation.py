@@ -20,10 +20,11 @@ pytest.importorskip("omegaconf")
 
 import torch
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 
 import adadepth as ad
 from adadepth.diagnostics import Measured, mixture
-from examples.adaponderlm import analysis, evaluate, report, sweep, train
+from examples.adaponderlm import analysis, evaluate, html, report, sweep, train
 from examples.adaponderlm.compare import Difference, Point, Result, Table, best_mixture, difference
 from examples.adaponderlm.config import BadInput
 from examples.adaponderlm.evaluate import Options
@@ -48,6 +49,7 @@ runs:
   fixed-3: {files: [loop.yaml], after: trunk}
   gate: {files: [survival.yaml], after: trunk, set: [model.gate.tau=0.98, model.gate.first=1]}
   router: {files: [router.yaml], set: [model.router.probed=16, model.router.mean=2.5, model.router.first=1]}
+  told: {files: [told.yaml], set: [model.router.probed=16, model.router.mean=2.5, model.router.first=1]}
   criterion: {files: [criterion.yaml], after: trunk, set: [model.gate.first=1]}
   uniform: {files: [uniform.yaml], after: trunk, set: [stages.exits.mean=2.0]}
 claims:
@@ -86,7 +88,7 @@ def found(swept: Swept, run: str) -> dict[str, Any]:
     return json.loads((swept.out / f"{run}-0" / "evaluation.json").read_text())
 
 
-RUNS = ["fixed-1", "fixed-3", "gate", "router", "criterion", "uniform"]
+RUNS = ["fixed-1", "fixed-3", "gate", "router", "told", "criterion", "uniform"]
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -121,6 +123,7 @@ def test_who_decides(swept: Swept) -> None:
         "fixed-3": "fixed",
         "gate": "gate",
         "router": "router",
+        "told": "fixed",
         "criterion": "criterion",
         "uniform": "chance",
     }
@@ -157,6 +160,22 @@ def test_a_router_is_as_it_was_after_other_budgets(swept: Swept) -> None:
     assert asked.own()[0] == before
 
 
+@pytest.mark.parametrize("run", ["router", "told"])
+def test_tokens_are_told_what_the_router_says(swept: Swept, run: str) -> None:
+    trained = load(swept.out / f"{run}-0")
+    ids = held_out(trained.config.data, trained.tokenizer, 4, "test")
+    said = trained.router(ids[:, :-1])
+    weight = torch.load(trained.folder / "model" / "router.pt")["told"]["depths.weight"]
+    assert len(said.unique()) > 1 and weight[said.unique() - 1].abs().min() > 0
+    embedded = trained.model.get_input_embeddings()(ids[:, :-1]) + weight[said - 1]
+    with torch.no_grad():
+        logits = trained.model(inputs_embeds=embedded, max_depth=said if run == "router" else 3).logits
+    wanted = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    loss, depth = score_at(trained, own_depths(trained))(ids)
+    assert torch.equal(depth, said if run == "router" else torch.full_like(said, 3))
+    assert torch.allclose(loss, wanted, atol=1e-6)
+
+
 def test_exits_put_on_afterwards_leave_the_loop_as_it_was(swept: Swept) -> None:
     run = load(swept.out / "gate-0")
     test = held_out(run.config.data, run.tokenizer, 12, "test")
@@ -179,7 +198,7 @@ def test_nothing_is_chosen_on_what_is_reported(swept: Swept) -> None:
     assert best_mixture([cheap, lucky], 1.0) is cheap
 
 
-@pytest.mark.parametrize("run", ["fixed-1", "gate", "router"])
+@pytest.mark.parametrize("run", ["fixed-1", "gate", "router", "told"])
 def test_a_continuation_is_the_likeliest_at_its_depths(swept: Swept, run: str) -> None:
     trained = load(swept.out / f"{run}-0")
     text = found(swept, run)["continuation"]
@@ -188,8 +207,9 @@ def test_a_continuation_is_the_likeliest_at_its_depths(swept: Swept, run: str) -
         pytest.skip("the bytes that it wrote are no text")
     with torch.no_grad():
         depths = own_depths(trained)
-        given = {} if depths is None else {"min_depth": depths(torch.tensor([ids]))}
-        out = trained.model(torch.tensor([ids]), **given, max_depth=given.get("min_depth"))
+        depth = None if depths is None else depths(torch.tensor([ids]))
+        said = depth if trained.says is None else trained.says(torch.tensor([ids]))
+        out = trained.model(torch.tensor([ids]), min_depth=said, max_depth=depth)
     start = text["prompt"]
     assert out.trace.depth[0].tolist() == text["depth"]
     assert out.logits[0, start - 1 : -1].argmax(-1).tolist() == ids[start:]
@@ -270,7 +290,7 @@ def made(decides: str, *rows: tuple[float, float], seed: int = 0, depths: list[f
     """A run of three windows: its own (FLOPs, loss), then those at other budgets."""
     names = ["own", *(f"own at {i}" for i in range(1, len(rows)))]
     each = [
-        {"name": name, "relative_flops": f, "depth": f, "loss": loss, "choice": loss}
+        {"name": name, "relative_flops": f, "ungated_flops": f - 0.5, "depth": f, "loss": loss, "choice": loss}
         for name, (f, loss) in zip(names, rows, strict=True)
     ]
     noise = torch.tensor([-1e-3, 0.0, 1e-3], dtype=torch.float64) * (1 + seed)
@@ -297,7 +317,7 @@ def test_the_verdict_names_a_fixed_depth_that_wins() -> None:
     assert said[-2] == (
         "No learned exit is below fixed depths, chance and criteria by more than two standard errors: use those."
     )
-    assert said[-1].startswith("At the FLOPs of depth 2.8 (2.80×) fixed depths wins over router: -0.10")
+    assert said[-1].startswith("At the FLOPs of depth 2.8 (2.80×) fixed depths win over routers: -0.10")
 
 
 def test_the_verdict_names_learned_exits_that_win() -> None:
@@ -306,7 +326,13 @@ def test_the_verdict_names_learned_exits_that_win() -> None:
     assert "better than fixed depths at equal FLOPs (-0.3995 ± 0.0005)" in said[0]
     assert "router (router) saves 30% of the FLOPs at no worse loss: -0.0995 ± 0.0005." in said
     assert "Below all others at equal FLOPs, by more than two standard errors: router." in said
-    assert said[-1].startswith("At the FLOPs of depth 2.8 (2.80×) router wins over fixed depths: -0.39")
+    assert said[-1].startswith("At the FLOPs of depth 2.8 (2.80×) routers win over fixed depths: -0.39")
+
+
+def test_what_criteria_read_costs_nothing() -> None:
+    table = Table({"criterion": {0: made("criterion", (3.2, 1.2))}, "router": {0: made("router", (2.8, 1.1))}})
+    (entry,) = [e for e in report.make(table, sweep.Sweep(), {}).entries if e.run == "router"]
+    assert entry.criteria is not None and entry.criteria.mean == pytest.approx(-0.1)
 
 
 def test_a_regime_in_which_depth_does_not_pay_is_called_one() -> None:
@@ -502,3 +528,9 @@ def test_lm_eval_goes_as_deep_as_the_run(swept: Swept, tmp_path: Path) -> None:
 
 def test_rules_of_the_gates_are_those_of_training(swept: Swept) -> None:
     assert isinstance(load(swept.out / "gate-0").model.loop.rule, ad.SurvivalThreshold)
+
+
+def test_the_line_of_fixed_depths_is_what_nothing_undercuts() -> None:
+    places = [(3.0, 1.2), (1.0, 2.0), (2.0, 1.9), (2.0, 1.5), (4.0, 1.1), (4.0, 1.3), (2.5, 1.45)]
+    assert html.below(places) == [(1.0, 2.0), (2.0, 1.5), (3.0, 1.2), (4.0, 1.1)]
+    assert html.below([(1.0, 1.0), (2.0, 1.0)]) == [(1.0, 1.0)]

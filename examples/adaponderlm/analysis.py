@@ -92,13 +92,18 @@ def training(folder: Path) -> Row:
 
 
 def continuation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, depth: Any, length: int = 128
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Tensor,
+    min_depth: Any,
+    max_depth: Any,
+    length: int = 128,
 ) -> Row:
     """The likeliest next tokens after `prompt (seq,)`, and the depth at which each token was read.
 
-    Arguments: `depth`, as `generate` takes `min_depth`, or None where the loop decides.
+    Arguments: `min_depth` and `max_depth`, as `generate` takes them, or None where the loop decides.
     """
-    given = {} if depth is None else {"min_depth": depth, "max_depth": depth}
+    given = {} if max_depth is None else {"min_depth": min_depth, "max_depth": max_depth}
     ids = model.generate(
         prompt.unsqueeze(0), max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.eos_token_id, **given
     )

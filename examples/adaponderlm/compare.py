@@ -98,14 +98,18 @@ class Result:
         return self.point(self.found["own"])
 
     @property
-    def curve(self) -> list[Point]:
+    def rows(self) -> list[Row]:
         """All that its own gate, router or chance can do."""
-        return [self.own, *(self.point(row) for row in self.found["budgets"])]
+        return [self.found["own"], *self.found["budgets"]]
 
     @property
-    def criteria(self) -> list[Point]:
-        """Criteria put on its weights afterwards."""
-        return [self.point(row) for row in self.found["criteria"]]
+    def curve(self) -> list[Point]:
+        """The same as points."""
+        return [self.point(row) for row in self.rows]
+
+    def free(self, rows: Sequence[Row]) -> list[Point]:
+        """Points of policies whose gate is taken to cost nothing."""
+        return [self.point(row)._replace(flops=row["ungated_flops"]) for row in rows]
 
 
 Of = Callable[[int], list[Point]]  # a seed to points
@@ -156,9 +160,24 @@ class Table:
 
     @property
     def criteria(self) -> Of:
-        """Exit criteria: trained in, and put afterwards on weights that were trained without exits."""
-        trained, after = self._all(["criterion"], lambda r: r.curve), self._all(["fixed"], lambda r: r.criteria)
+        """Exit criteria: trained in, and put afterwards on weights that were trained without exits.
+
+        What they read, logits of every iteration, is taken to cost nothing: with less than that to their favour, a
+        model whose head is a large part of it would make them lose for its size alone.
+        """
+        trained = self._all(["criterion"], lambda result: result.free(result.rows))
+        after = self._all(["fixed"], lambda result: result.free(result.found["criteria"]))
         return lambda seed: [*trained(seed), *after(seed)]
+
+    @property
+    def gates(self) -> Of:
+        """Gates that learned, at thresholds for all budgets."""
+        return self._all(["gate"], lambda result: result.curve)
+
+    @property
+    def routers(self) -> Of:
+        """Routers, at prices for all budgets."""
+        return self._all(["router"], lambda result: result.curve)
 
     def against(self, points: dict[int, Point], others: Of) -> Difference | None:
         """Points by seed, against the best mixture of others of the same seed for the same FLOPs."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +57,8 @@ class Router:
     """What says depths from the ids alone, once it is fitted: see `routers.py`.
 
     `kind`: "words", by how much of its word a byte has seen; "window", a small network over the last `window` tokens.
-    `mean`: the depth of an average token; `first`: that of the shallowest.
+    `mean`: the depth of an average token; `first`: that of the shallowest. `tells`: a token is told its depth, by an
+    embedding added to its own.
     """
 
     kind: Literal["none", "words", "window"] = "none"
@@ -64,6 +66,7 @@ class Router:
     first: int = 2
     window: int = 8
     probed: int = 1024
+    tells: bool = False
 
 
 @dataclass
@@ -140,6 +143,8 @@ class Stage:
 class Train:
     """How weights move. `batch`: rows of one step, over all ranks; `micro`: rows that a rank runs at once.
 
+    The gradient is that of the whole batch, but for the penalty: its smallest share is of the rows that all ranks run
+    at once. `compile`: steps in which all tokens run as deep, as one graph; those with exits have no fixed shapes.
     `stop`: end after so many steps, for others to `begin` from. `save`, `log`: steps between checkpoints and figures.
     """
 
@@ -152,7 +157,7 @@ class Train:
     betas: tuple[float, float] = (0.9, 0.95)
     decay: float = 0.01
     clip: float = 1.0
-    precision: Literal["no", "bf16"] = "no"
+    precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool = False
     compile: bool = False
     stop: int | None = None
@@ -201,6 +206,11 @@ def write(config: Config, path: Path) -> None:
 
 def check(config: Config) -> None:
     """Raise: `BadInput` for values that do not go together."""
+    for key, least in LEAST.items():
+        if (number := attrgetter(key)(config)) is not None and number < least:
+            raise BadInput(f"expected {key} of at least {least}, got {number}")
+    _check_train(config.train)
+    _check_model(config.model)
     if not config.stages:
         raise BadInput("expected stages of training, got none: add a method, such as loop.yaml or adaponder.yaml")
     total = sum(stage.share for stage in config.stages.values())
@@ -208,15 +218,43 @@ def check(config: Config) -> None:
         raise BadInput(f"expected the shares of all stages to sum to 1, got {total:g}")
     for name, stage in config.stages.items():
         _check_stage(f"stages.{name}", stage, config.model)
-    train = config.train
-    for key, number in (("steps", train.steps), ("batch", train.batch), ("save", train.save), ("keep", train.keep)):
-        if number < 1:
-            raise BadInput(f"expected train.{key} of at least 1, got {number}")
+    if config.model.router.kind != "none" and not any(stage.fit for stage in config.stages.values()):
+        raise BadInput("model.router.kind needs a stage with fit: true, in which it learns what iterations are worth")
     if config.data.window > config.model.shape.max_position_embeddings and config.model.pretrained is None:
         raise BadInput(
             f"expected data.window of at most the {config.model.shape.max_position_embeddings} positions of the model, "
             f"got {config.data.window}"
         )
+
+
+LEAST = dict.fromkeys(("train.steps", "train.batch", "train.micro", "train.stop"), 1)
+LEAST |= dict.fromkeys(("train.save", "train.keep", "train.log", "data.window", "model.steps"), 1)
+LEAST |= dict.fromkeys(("model.router.probed", "model.router.window"), 1) | {"seed": 0}
+
+
+def _check_train(train: Train) -> None:
+    if train.stop is not None and train.stop > train.steps:
+        raise BadInput(f"expected train.stop of at most train.steps={train.steps}, got {train.stop}")
+    for key, number in (("rate", train.rate), ("clip", train.clip)):
+        if not number > 0:
+            raise BadInput(f"expected train.{key} above 0, got {number}")
+    if not all(0 <= beta < 1 for beta in train.betas):
+        raise BadInput(f"expected train.betas in [0, 1), got {list(train.betas)}")
+
+
+def _check_model(model: Model) -> None:
+    shape = model.shape
+    if model.pretrained is None and shape.hidden_size % shape.num_attention_heads:
+        raise BadInput(
+            f"expected model.shape.hidden_size to be a multiple of num_attention_heads={shape.num_attention_heads}, "
+            f"got {shape.hidden_size}"
+        )
+    depths: list[tuple[str, float]] = [] if model.gate.kind == "none" else [("gate.first", model.gate.first)]
+    if model.router.kind != "none":
+        depths += [("router.first", model.router.first), ("router.mean", model.router.mean)]
+    for key, depth in depths:
+        if not 1 <= depth <= model.steps:
+            raise BadInput(f"expected model.{key} from 1 to model.steps={model.steps}, got {depth}")
 
 
 DEPTHS = ("full", "random", "uniform", "geometric", "exits", "alternate")
@@ -228,12 +266,23 @@ def _check_stage(name: str, stage: Stage, model: Model) -> None:
         raise BadInput(f"expected {name}.depth from 1 to model.steps={model.steps}, got {depth}")
     if isinstance(depth, str) and depth not in DEPTHS:
         raise BadInput(f"expected {name}.depth to be a number or one of {', '.join(DEPTHS)}, got {depth!r}")
+    if depth in ("uniform", "geometric") and not 1 <= stage.mean <= model.steps:
+        raise BadInput(f"expected {name}.mean from 1 to model.steps={model.steps}, got {stage.mean}")
+    if not 0 < stage.rate < 1:
+        raise BadInput(f"expected {name}.rate in (0, 1), got {stage.rate}")
+    if not 0 < stage.penalty.k <= 1:
+        raise BadInput(f"expected {name}.penalty.k in (0, 1], got {stage.penalty.k}")
+    if not 0 <= stage.penalty.warmup[0] <= stage.penalty.warmup[1]:
+        raise BadInput(
+            f"expected {name}.penalty.warmup to begin at 0 or later and to end after, got {list(stage.penalty.warmup)}"
+        )
     if depth in ("exits", "alternate") and model.gate.kind == "none" and model.router.kind == "none":
         raise BadInput(f"{name}.depth={depth} needs model.gate.kind or model.router.kind, both are none")
     if model.layers == "core" and model.update == "ponder":
         raise BadInput("model.update=ponder needs the final norm in the loop: model.layers=whole")
-    if stage.fit and model.router.kind == "none":
-        raise BadInput(f"{name}.fit needs model.router.kind, which is none")
+    for key, needs in ((f"{name}.fit", stage.fit), ("model.router.tells", model.router.tells)):
+        if needs and model.router.kind == "none":
+            raise BadInput(f"{key} needs model.router.kind, which is none")
     learned = model.gate.kind in ("iteration", "shared")
     for key, needs in (("learns", stage.learns == "gates"), ("guidance", stage.guidance > 0)):
         if needs and not learned:

@@ -1,4 +1,4 @@
-"""`python -m examples.adaponderlm.cost`: what training costs at full scale, on paper: FLOPs, memory and hours.
+"""`python -m examples.adaponderlm.cost`: what training AdaPonderLM costs at full scale, on paper.
 
 Nothing is trained and no weights are made: models are built on the meta device and counted. What is assumed: how much
 of its peak a GPU reaches (`--mfu`), and how deep tokens go once gates decide (`--depth`).
@@ -7,41 +7,53 @@ of its peak a GPU reaches (`--mfu`), and how deep tokens go once gates decide (`
 attention and in the pondering update it is 2.5 times the forward pass, five products for two: both make again what
 they did not keep. Checkpointed iterations run the layers once more.
 
-**Memory** per token of `d` hidden units, `w` bytes in a matrix product (2 in bfloat16), in bytes, for the backward
-pass: `(4 + 17w)·d` in each layer and iteration: its input in float32, and in `w` both norms' outputs, the projection
-to queries, keys and values (3), rotated queries and keys (2), attention's answer (2), the MLP before and after its
-nonlinearity (8). `8d` at the end of each iteration: the final norm's input and output. Between iterations `4d` of what
-the update adds, `w·d` of a copy for the gate where `w < 4`, and `2w` for each hidden unit of the gate. With exits, the
-keys and values that the next iteration needs, `12d` in each layer and iteration, and of all else what ran. 12 bytes
-for each logit, when the loss is differentiated. With checkpointing of iterations, instead of all layers those of one.
-What the allocator and the kernels hold beside that is not counted.
+**Memory** of the activations, in bytes for each token of `d` hidden units, `w` bytes in a matrix product (2 in
+bfloat16). Each layer, in each iteration, keeps `(4 + 17w)·d`: its input in float32, and in `w` both norms' outputs,
+queries, keys and values (3), rotated queries and keys (2), attention's answer (2), the MLP before and after its
+nonlinearity (8). The end of an iteration keeps `8d`, the final norm's input and output, and `w·d` of a copy for the
+head or gate where `w < 4`; between iterations `4d` of what the update adds and `2w` for each hidden unit of the gate.
+The loss takes 12 for each logit. With checkpointed iterations, layers keep what one iteration does, and with exits
+`(4 + 3w)·d` of keys and values in each layer and iteration but the last. All this at full depth: gates start open.
 """
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
+from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
 
 import adadepth as ad
 
-from .config import Config, Stage
+from .config import BadInput, Config, read
 from .model import build, head_of
 
 SIZES = ("pythia-70m.yaml", "pythia-160m.yaml", "pythia-410m.yaml", "pythia-1.4b.yaml", "pythia-2.8b.yaml")
 METHOD = "adaponder.yaml"
+GPUS = (1, 8, 64)
+NODE = 8  # GPUs in one machine
 PEAK = 989e12  # FLOP/s of an H100 SXM in bfloat16, without sparsity, by its data sheet
 HOLDS = 80  # GiB of an H100
+SPARE = 0.1  # of them, for the allocator and the kernels
+ROWS = (16, 8, 4, 2, 1)  # at once; more are no faster
 STATE = 16  # bytes for a parameter: weight, gradient and both moments of AdamW, in float32
 GIB = 2**30
+BEGIN, END = "<!-- python -m examples.adaponderlm.cost --markdown docs/full-scale.md -->", "<!-- end -->"
+NONE = "–"
+HERE = "examples/adaponderlm"
+NODES = "--machine_rank 0 --main_process_ip node0 --main_process_port 29500"
 
 
-class Memory(NamedTuple):
-    """Bytes on one GPU: `states` of the optimiser, `copies` of weights and gradients beside them, `activations`."""
+class Way(NamedTuple):
+    """How `gpus` GPUs train: FSDP2 if `sharded`, else DDP; `rows` at once on each; iterations checkpointed or not."""
 
-    states: float
-    copies: float
-    activations: float
+    gpus: int
+    sharded: bool
+    checkpointing: bool
+    rows: int
 
 
 @final
@@ -57,6 +69,11 @@ class Costs:
         """Its sizes."""
         return count(self.config)
 
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return self.config.train.steps * self.config.train.batch * self.config.data.window
+
     def forward(self, depth: float) -> ad.Flops:
         """FLOPs of one token's pass at a mean depth: all run the first iteration, equally many each of the others."""
         steps, window = self.config.model.steps, self.config.data.window
@@ -65,75 +82,66 @@ class Costs:
         live[:, : round(window * (depth - 1) / max(1, steps - 1)), 1:] = True
         return ad.Flops(*(part / window for part in self.model.flops.count(live)))
 
-    def step(self, depth: float) -> float:
+    def step(self, depth: float, *, gated: bool = True, checkpointing: bool = False) -> float:
         """FLOPs that training spends on one token."""
         run = self.forward(depth)
-        total = 3 * (run.block + run.gate + run.once) + 3.5 * (run.attention + run.update)
-        return total + self.config.train.checkpointing * (run.block + run.attention)
+        matrices = run.block + run.once + run.gate * gated
+        return 3 * matrices + 3.5 * (run.attention + run.update) + checkpointing * (run.block + run.attention)
 
-    @property
-    def tokens(self) -> int:
-        """Of the whole run."""
-        return self.config.train.steps * self.config.train.batch * self.config.data.window
-
-    def run(self) -> float:
+    def run(self, *, checkpointing: bool = False) -> float:
         """FLOPs of all stages."""
-        stages = self.config.stages.values()
-        return self.tokens * sum(stage.share * self.step(self._depth(stage)) for stage in stages)
+        depths = {"full": self.config.model.steps, "exits": self.depth}
+        stages = [(stage.share, depths[str(stage.depth)]) for stage in self.config.stages.values()]
+        return self.tokens * sum(share * self.step(depth, checkpointing=checkpointing) for share, depth in stages)
 
-    def _depth(self, stage: Stage) -> float:
-        """The mean depth of a stage's tokens."""
-        steps = self.config.model.steps
-        if isinstance(stage.depth, int):
-            return stage.depth
-        if stage.depth == "random":
-            prior = ad.depth_prior("uniform" if stage.prior == "none" else stage.prior, steps, stage.rate)
-            return float((prior * torch.arange(1, steps + 1)).sum())
-        depths = {"full": steps, "exits": self.depth, "alternate": (steps + self.depth) / 2}
-        return depths.get(stage.depth, stage.mean)
+    def fixed(self, *, checkpointing: bool = False) -> float:
+        """FLOPs of the same run at full depth and without gates."""
+        return self.tokens * self.step(self.config.model.steps, gated=False, checkpointing=checkpointing)
 
-    def memory(self, gpus: int, *, sharded: bool, checkpointing: bool) -> Memory:
-        """On each of so many GPUs, at the worst moment of the worst stage.
+    def memory(self, way: Way) -> float:
+        """Bytes on each GPU, at the worst moment of the worst stage.
 
-        Under autocast there is a copy of all weights in bfloat16; under DDP, one of all gradients. FSDP2 holds both, in
-        bfloat16, of two layers and of what is in no layer; and all gradients in float32 where a step is several
-        passes, since it then waits with the exchange.
+        Autocast keeps a copy of all weights in bfloat16, DDP one of all gradients. FSDP2 gathers weights and gradients
+        of two layers at a time and of what is in no layer, in bfloat16; and where a step is several passes, it
+        exchanges gradients after the last one and until then has all of them.
         """
         model, train = self.model, self.config.train
-        half = train.precision == "bf16"
-        if sharded:
-            layer = model.layers / self.config.model.shape.num_hidden_layers
-            several = (train.micro or train.batch) * gpus < train.batch
-            copies = 4 * (model.total - model.layers + 2 * layer) + 4 * model.total * several
+        width = 2 if train.precision == "bf16" else 4
+        if way.sharded:
+            gathered = model.total - model.layers * (1 - 2 / self.config.model.shape.num_hidden_layers)
+            several = way.rows * way.gpus < train.batch
+            copies = width * (gathered + (model.total if several else gathered))
         else:
-            copies = 2 * model.total * half + 4 * model.total * (gpus > 1)
-        states = STATE * model.total / (gpus if sharded else 1)
-        return Memory(states, copies, self.activations(checkpointing))
+            copies = 2 * model.total * (width == 2) + 4 * model.total * (way.gpus > 1)
+        states = STATE * model.total / (way.gpus if way.sharded else 1)
+        return states + copies + way.rows * self.config.data.window * activations(self.config, way.checkpointing)
 
-    def activations(self, checkpointing: bool) -> float:
-        """Bytes of one pass over `train.micro` rows: see above."""
-        depths = {(self._depth(stage), stage.depth in ("exits", "alternate")) for stage in self.config.stages.values()}
-        per_token = max(activations(self.config, depth, exits, checkpointing) for depth, exits in depths)
-        rows = self.config.train.micro or self.config.train.batch
-        return rows * self.config.data.window * per_token
+    def fits(self, gpus: int, *, sharded: bool, checkpointing: bool) -> Way | None:
+        """With as many rows as fit on each of so many GPUs, None if not even one does; one GPU has nothing to share."""
+        if sharded and gpus == 1:
+            return None
+        ways = (Way(gpus, sharded, checkpointing, n) for n in ROWS if self.config.train.batch % (n * gpus) == 0)
+        return next((way for way in ways if self.memory(way) <= (1 - SPARE) * HOLDS * GIB), None)
 
-    def hours(self, gpus: int, mfu: float) -> float:
-        """Of the whole run."""
-        return self.run() / (gpus * PEAK * mfu) / 3600
+    def best(self, gpus: int) -> Way | None:
+        """The fastest way that fits: checkpointing costs a pass of the layers, sharding an exchange of weights."""
+        kinds = product((False, True), (False, True))
+        return next((way for c, s in kinds if (way := self.fits(gpus, sharded=s, checkpointing=c))), None)
 
 
-def activations(config: Config, depth: float, exits: bool, checkpointing: bool) -> float:
+def activations(config: Config, checkpointing: bool) -> float:
     """Bytes per token of the batch, at the worst moment of a training step: see the head of this file."""
     shape, steps, gate = config.model.shape, config.model.steps, config.model.gate
     d, w = shape.hidden_size, 2 if config.train.precision == "bf16" else 4
-    units = (4 * d if gate.hidden is None else gate.hidden) if gate.kind in ("iteration", "shared") else 0
+    units = 4 * d if gate.hidden is None else gate.hidden
     layers = (4 + 17 * w) * d * shape.num_hidden_layers
-    ends = 8 * d * depth + (depth - 1) * ((4 + (w if w < 4 else 0)) * d + 2 * w * units)
-    kept = 12 * d * shape.num_hidden_layers * steps if exits else 0
+    ends = steps * (8 + (w if w < 4 else 0)) * d + (steps - 1) * (4 * d + 2 * w * units)
     logits = 12 * shape.vocab_size
-    if checkpointing:
-        return ends + kept + max(layers, logits)
-    return ends + kept + layers * depth + logits
+    if not checkpointing:
+        return ends + steps * layers + logits
+    exits = any(stage.depth == "exits" for stage in config.stages.values())
+    kept = (4 + 3 * w) * d * shape.num_hidden_layers * (steps - 1) if exits else 0
+    return ends + kept + max(layers, logits)
 
 
 @final
@@ -155,6 +163,87 @@ def count(config: Config) -> Counted:
     """Build the model on the meta device, and count."""
     with torch.device("meta"):
         model = build(config.model)
-    head = head_of(model.base, config.model.layers)
-    total, base, layers = (sum(p.numel() for p in m.parameters()) for m in (model, model.base, model.loop.block_layers))
-    return Counted(base, total - base, layers, ad.TokenFlops.measure(model.loop, model.base.config.hidden_size, [head]))
+        head = head_of(model.base, config.model.layers)
+        flops = ad.TokenFlops.measure(model.loop, model.base.config.hidden_size, [head])
+    layers = sum(p.numel() for layer in model.loop.block.layers for p in layer.parameters())
+    total, base = (sum(p.numel() for p in module.parameters()) for module in (model, model.base))
+    return Counted(base, total - base, layers, flops)
+
+
+def page(costs: dict[str, Costs], mfu: float) -> str:
+    """All of it, by the names of the configurations, as Markdown."""
+    return "\n\n".join([_totals(costs, mfu), _memories(costs), *(_commands(*each) for each in costs.items())])
+
+
+def _totals(costs: dict[str, Costs], mfu: float) -> str:
+    rows: list[Sequence[object]] = []
+    for name, cost in costs.items():
+        sizes = f"{cost.model.base:,} + {cost.model.gates:,}", f"{cost.tokens / 1e9:.1f}·10⁹"
+        flops = (f"{run / 1e18:,.0f}" for run in (cost.fixed(), cost.run()))
+        rows.append((Path(name).stem, *sizes, *flops, *(_hours(cost, gpus, mfu) for gpus in GPUS)))
+    hours = [f"hours on {gpus}" for gpus in GPUS]
+    return _table(("", "parameters + gates", "tokens", "10¹⁸ FLOPs, fixed", "adaptive", *hours), rows)
+
+
+def _hours(cost: Costs, gpus: int, mfu: float) -> str:
+    if (way := cost.best(gpus)) is None:
+        return NONE
+    runs = (run(checkpointing=way.checkpointing) for run in (cost.fixed, cost.run))
+    hours = [run / (gpus * PEAK * mfu) / 3600 for run in runs]
+    return " / ".join(f"{each:,.0f}" if each >= 10 else f"{each:.1f}" for each in hours)
+
+
+def _memories(costs: dict[str, Costs]) -> str:
+    kinds = list(product((False, True), (False, True)))
+    rows: list[Sequence[object]] = []
+    for (name, cost), gpus in product(costs.items(), GPUS):
+        ways = [cost.fits(gpus, sharded=s, checkpointing=c) for s, c in kinds]
+        marks = [" ←" * (way == cost.best(gpus)) for way in ways]
+        sizes = [f"{cost.memory(way) / GIB:.0f} GiB, {way.rows}" if way else None for way in ways]
+        cells = [NONE if size is None else size + mark for size, mark in zip(sizes, marks, strict=True)]
+        rows.append((Path(name).stem, gpus, *cells))
+    return _table(("", "GPUs", "DDP", "DDP, checkpointing", "FSDP2", "FSDP2, checkpointing"), rows)
+
+
+def _commands(name: str, cost: Costs) -> str:
+    ways = [way for gpus in GPUS if (way := cost.best(gpus))]
+    return "\n".join([f"{Path(name).stem}:\n\n```sh", *(_command(name, way) for way in ways), "```"])
+
+
+def _command(name: str, way: Way) -> str:
+    words = ["accelerate launch"]
+    words += [f"--config_file {HERE}/configs/accelerate/{'fsdp2' if way.sharded else 'ddp'}.yaml"] * (way.gpus > 1)
+    words += [f"--num_processes {way.gpus}"]
+    words += [f"--num_machines {way.gpus // NODE} {NODES}"] * (way.gpus > NODE)
+    words += [f"{HERE}/train.py --config {name} {METHOD} train.micro={way.rows}"]
+    return " ".join([*words, f"train.checkpointing={str(way.checkpointing).lower()}"])
+
+
+def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.adaponderlm.cost", description=__doc__.splitlines()[0])
+    parser.add_argument("configs", nargs="*", default=SIZES, metavar="FILE", help="sizes; Pythia's if none is given")
+    parser.add_argument("--mfu", type=float, default=0.4, help="the share of its peak that a GPU reaches")
+    parser.add_argument("--depth", type=float, default=3.6, help="the mean depth of tokens that may leave")
+    parser.add_argument("--markdown", type=Path, metavar="PAGE", help="put it into docs/full-scale.md, in its place")
+    parsed = parser.parse_args(args)
+    if not (0 < parsed.mfu <= 1 and parsed.depth >= 1):
+        parser.error(f"expected --mfu in (0, 1] and --depth from 1, got {parsed.mfu} and {parsed.depth}")
+    try:
+        costs = {name: Costs(read([name, METHOD]), parsed.depth) for name in parsed.configs}
+    except BadInput as error:
+        raise SystemExit(f"error: {error}") from None
+    text = page(costs, parsed.mfu)
+    if parsed.markdown is None:
+        print(text)
+    else:
+        before, _, rest = parsed.markdown.read_text().partition(BEGIN)
+        parsed.markdown.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()

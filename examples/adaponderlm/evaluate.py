@@ -67,7 +67,8 @@ class Evaluation:
 
     def row(self, name: str, measured: Measured, **more: Any) -> Row:
         """The figures of a policy; its losses are kept by window."""
-        loss, live = measured.nats, ad.depth_mask(measured.depth.long(), self.steps)
+        loss = measured.nats
+        flops = self.run.flops.count(ad.depth_mask(measured.depth.long(), self.steps))
         self.windows[name] = measured.loss.double().mean(1)
         return {
             "name": name,
@@ -75,7 +76,8 @@ class Evaluation:
             "perplexity": math.exp(loss),
             "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
             "depth": measured.mean_depth,
-            "relative_flops": self.run.flops.count(live).relative,
+            "relative_flops": flops.relative,
+            "ungated_flops": (flops.total - flops.gate) / flops.one_pass,
         } | more
 
     def own(self) -> tuple[Row, Measured]:
@@ -92,7 +94,7 @@ class Evaluation:
     def budgets(self) -> list[Row]:
         """The run's own gate, router or chance at other mean depths."""
         run, depths = self.run, self.options.depths
-        if run.router is not None:
+        if run.decides == "router" and run.router is not None:
             return [self._aimed(run.router, depth) for depth in depths]
         if run.decides == "chance":
             return [self._at(f"own at {depth:g}", drawn(run, str(run.last.depth), depth, 1)) for depth in depths]
@@ -216,12 +218,18 @@ def _continuation(run: Trained, prompt: Tensor) -> Row | None:
     """None for depths by chance, which every token more would draw anew."""
     if run.decides == "chance":
         return None
-    return analysis.continuation(run.model, run.tokenizer, prompt, own_depths(run))
+    depths = own_depths(run)
+    return analysis.continuation(run.model, run.tokenizer, prompt, run.says or depths, depths)
 
 
 def _depths(run: Trained, options: Options, own: float) -> list[float]:
-    """At which exits are put on: where the run has exits of its own, at their depth; on full depth, at all budgets."""
+    """At which exits are put on: where the run has exits of its own, at their depth; on full depth, at all budgets.
+
+    Not on weights that are told: criteria know nothing to tell them.
+    """
     steps = run.config.model.steps
+    if run.decides == "fixed" and run.says is not None:
+        return []
     if run.last.depth in ("full", "random"):
         return [depth for depth in options.depths if EARLIEST <= depth <= steps]
     return [round(own, 2)] if EARLIEST <= own < steps and not isinstance(run.last.depth, int) else []

@@ -38,9 +38,10 @@ def page(title: str, report: Report, table: Table, sweep: "Sweep") -> str:
 def _entries(report: Report) -> str:
     said = (
         "Means over seeds, the deviation of the loss over seeds in brackets. FLOPs are in passes of the model with one "
-        "iteration. Differences are nats more than: fixed depth, the deepest that was trained; line of fixed, depths "
-        "each trained as such, or the best mixture of two of them at equal FLOPs; chance, uniform and geometric depths "
-        "trained in; criteria, the best exit criterion, trained in or put on afterwards. ± one standard error."
+        "iteration. Differences are nats more than: fixed depth, the deepest that was trained alike, told the same; "
+        "line of fixed, depths each trained as such, told or not, or the best mixture of two of them at equal FLOPs; "
+        "chance, uniform and geometric depths trained in; criteria, the best exit criterion, trained in or put on "
+        "afterwards, what it reads taken to cost nothing. ± one standard error."
     )
     policies = "; ".join(f"{e.run}: {e.policy}" for e in report.entries if e.name == "own")
     table = viz.table(COLUMNS, [entry.cells() for entry in report.entries])
@@ -49,18 +50,34 @@ def _entries(report: Report) -> str:
 
 def _frontier(report: Report, table: Table) -> Any:
     """Everything in one plot: as trained, points; what can be tuned afterwards, lines."""
-    points = {e.run: (e.flops, e.loss) for e in report.entries if e.name == "own" and e.decides != "fixed"}
-    oracles = [_mean_of(each, lambda r: r.found["oracle"]) for name, each in table.results.items() if name in points]
-    if oracles:
+    points = {e.run: (e.flops, e.loss) for e in report.entries if e.name == "own"}
+    exits = [each for name, each in table.results.items() if name not in table.decided_by("fixed")]
+    if oracles := [_mean_of(each, lambda r: r.found["oracle"]) for each in exits]:
         points["best oracle"] = min(oracles, key=lambda place: place[1])
-    fixed = sorted((e.flops, e.loss) for e in report.entries if e.decides == "fixed")
-    lines: dict[str, Curve] = {"fixed depths, trained as such": _curve(fixed)} if fixed else {}
+    fixed = [(e.flops, e.loss) for e in report.entries if e.decides == "fixed"]
+    lines: dict[str, Curve] = {"best fixed depths, trained as such": _curve(below(fixed))} if fixed else {}
     for name in table.decided_by("chance", "criterion", *LEARNED):
         own = sorted((e.flops, e.loss) for e in report.entries if e.run == name)
         if len(own) > 1:
             lines[name] = _curve(own)
     best = _criteria(table)
-    return viz.plot_frontier(points or {"fixed": fixed[-1]}, lines | best, y="held-out loss, nats per token")
+    return viz.plot_frontier(points, lines | best, y="held-out loss, nats per token")
+
+
+def below(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (FLOPs, loss) those that no other, and no mixture of two others, undercuts."""
+    hull: list[tuple[float, float]] = []
+    for x, y in sorted(places):
+        if hull and y >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else -float("inf")
 
 
 def _criteria(table: Table) -> dict[str, Curve]:

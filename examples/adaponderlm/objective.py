@@ -1,6 +1,6 @@
 """What is minimised: next tokens' cross-entropy, and what a stage adds to it."""
 
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from adadepth.hf.model import AdaptiveOutput
 from .config import Config, Penalty
 from .model import head_of
 from .plan import Plan, Turn
-from .routers import Router, router_of
+from .routers import Router, Told, router_of
 
 
 class Figures(NamedTuple):
@@ -38,8 +38,13 @@ class Objective(nn.Module):
     def __init__(self, model: AdaptiveForCausalLM, config: Config) -> None:
         super().__init__()
         self.model, self.config, self.plan = model, config, Plan(config)
-        model.loop.agree = ad.ranks.any_rank
+        self._compiled = self._run
+        if config.train.compile:
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.int64))  # binds its pieces, which a graph could not
+            self._compiled = torch.compile(self._run)
         self.router: Router | None = router_of(config.model.router, config.model.steps, model.base.config.vocab_size)
+        self.told = Told(model) if config.model.router.tells else None
 
     def forward(self, ids: Tensor, turn: Turn | None, first: int = 0) -> Figures | Tensor:
         """The loss of the windows `ids (batch, seq + 1)`, rows `first` and following of a step.
@@ -48,22 +53,24 @@ class Objective(nn.Module):
         """
         ids, labels = ids[:, :-1], ids[:, 1:]
         if turn is None:
-            return self._every(self._run(ids, self.config.model.steps), labels)
-        if turn.exits:
-            out = self._exits(ids)
-        else:
-            depths = self.plan.depths(turn, first, len(ids))
-            out = self.model(ids, states=self._looks_inside(turn), **depths)
+            depth = self.config.model.steps
+            return self._every(self.model(ids, states=True, min_depth=depth, max_depth=depth), labels)
+        depths = self._depths(ids, turn, first)
+        static = bool(depths) and all(isinstance(depth, int) for depth in depths.values())  # nobody leaves early
+        self.model.loop.agree = bool if static else ad.ranks.any_rank
+        out = (self._compiled if static else self._run)(ids, states=self._looks_inside(turn), **depths)
         return self._figures(out, labels, turn)
 
-    def _run(self, ids: Tensor, depth: int) -> AdaptiveOutput:
-        return self.model(ids, states=True, min_depth=depth, max_depth=depth)
+    def _run(self, ids: Tensor, **options: Any) -> AdaptiveOutput:
+        return self.model(ids, **options)
 
-    def _exits(self, ids: Tensor) -> AdaptiveOutput:
-        if self.router is None:
-            return self.model(ids)
-        depth = self.router(ids)
-        return self.model(ids, min_depth=depth, max_depth=depth)
+    def _depths(self, ids: Tensor, turn: Turn, first: int) -> dict[str, int | Tensor]:
+        """`min_depth`, which a token is told, and `max_depth`, which it runs where no gate decides."""
+        said = self.router(ids) if self.router is not None and turn.routed else None
+        if turn.exits:
+            return {} if said is None else {"min_depth": said, "max_depth": said}
+        depths = self.plan.depths(turn, first, len(ids))
+        return depths if said is None or self.told is None else depths | {"min_depth": said}
 
     def _every(self, out: AdaptiveOutput, labels: Tensor) -> Tensor:
         return ad.per_iteration_loss(out.states, head_of(self.model.base, self.config.model.layers), labels)

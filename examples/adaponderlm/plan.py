@@ -12,13 +12,17 @@ from .config import Config, Stage, Train
 
 
 class Turn(NamedTuple):
-    """One step of training: its number, from 0, and its stage, `since` steps old of `length`."""
+    """One step of training: its number, from 0, and its stage, `since` steps old of `length`.
+
+    `routed`: whether a router has been fitted by then.
+    """
 
     at: int
     name: str
     stage: Stage
     since: int
     length: int
+    routed: bool = False
 
     @property
     def exits(self) -> bool:
@@ -45,10 +49,11 @@ class Plan:
 
     def turn(self, at: int) -> Turn:
         """The step `at`."""
-        begin = 0
+        begin, routed = 0, False
         for end, (name, stage) in zip(self.ends, self.config.stages.items(), strict=True):
+            routed = routed or stage.fit
             if at < end:
-                return Turn(at, name, stage, at - begin, end - begin)
+                return Turn(at, name, stage, at - begin, end - begin, routed)
             begin = end
         raise IndexError(f"step {at} of {self.config.train.steps}")
 

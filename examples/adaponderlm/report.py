@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 from rich.table import Table as Printed
 
-from .compare import Difference, Of, Point, Table, best_mixture, difference, spread
+from .compare import Difference, Point, Table, best_mixture, difference, spread
 
 if TYPE_CHECKING:
     from .sweep import Claim, Sweep
@@ -122,9 +122,8 @@ def _budget(table: Table, against: str, depth: float) -> dict[str, Any]:
     forced = next(iter(table.results[against].values())).found["forced"]
     first, last = forced[0]["relative_flops"], forced[-1]["relative_flops"]
     flops = first + (last - first) * (depth - 1) / (len(forced) - 1)
-    groups: dict[str, Of] = {"fixed depths": table.fixed, "chance": table.chance, "criteria": table.criteria}
-    for name in table.decided_by(*LEARNED):
-        groups[name] = lambda seed, name=name: table.results[name][seed].curve if seed in table.results[name] else []
+    groups = {"fixed depths": table.fixed, "depths by chance": table.chance, "criteria": table.criteria}
+    groups |= {"gates": table.gates, "routers": table.routers}
     seeds = sorted(table.results[against])
     found = {name: {seed: best_mixture(points(seed), flops) for seed in seeds} for name, points in groups.items()}
     whole = {name: each for name, each in found.items() if each and all(each.values())}
@@ -145,7 +144,7 @@ def _winners(budgets: list[dict[str, Any]]) -> Iterator[str]:
         order, lead = list(budget["loss"]), budget["lead"]
         if lead is None:
             continue
-        word = "wins over" if lead.mean < -2 * lead.error else "is first, within error of"
+        word = "win over" if lead.mean < -2 * lead.error else "are first, within error of"
         yield (
             f"At the FLOPs of depth {budget['depth']:g} ({budget['relative_flops']:.2f}×) {order[0]} {word} "
             f"{order[1]}: {lead} nats."

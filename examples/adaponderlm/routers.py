@@ -2,15 +2,18 @@
 
 A model that is trained with such exits learns to live with them, and they cost next to nothing. A router predicts the
 loss of a token at each depth, up to a constant, and takes the depth at which loss + price · depth is least; the price
-is the one at which depths have the wanted mean.
+is the one at which depths have the wanted mean. A token may be told what was said of it: that is worth much even where
+all tokens run as deep, so that fixed depths are told as well before they are compared (`methods/told.yaml`).
 """
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from adadepth.hf import AdaptiveForCausalLM
 
 from . import config
 
@@ -113,6 +116,29 @@ class Window(Router):
             F.mse_loss(self.losses(ids[some]), wanted[some]).backward()
             optimiser.step()
         trained.requires_grad_(False)
+
+
+@final
+class Told(nn.Module):
+    """Adds to the embedding of each token one of the `min_depth` that it is given, before an adapted model runs.
+
+    It is 0 at first. A hook, so that `generate` passes through it as well.
+    """
+
+    def __init__(self, model: AdaptiveForCausalLM) -> None:
+        super().__init__()
+        self.depths = nn.Embedding(model.loop.steps, model.base.config.hidden_size)
+        nn.init.zeros_(self.depths.weight)
+        model.register_forward_pre_hook(self._tell, with_kwargs=True)
+
+    def _tell(
+        self, model: AdaptiveForCausalLM, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if (depth := given.get("min_depth")) is None:
+            return args, given
+        ids = given.pop("input_ids") if not args else args[0]
+        said = self.depths(torch.as_tensor(depth, device=ids.device) - 1)
+        return args[1:], given | {"inputs_embeds": model.get_input_embeddings()(ids) + said}
 
 
 def router_of(settings: config.Router, steps: int, vocabulary: int) -> Router | None:

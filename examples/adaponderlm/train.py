@@ -4,6 +4,7 @@ Run again, it goes on from the newest checkpoint in `out`.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from pathlib import Path
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.tracking import get_available_trackers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -34,10 +36,9 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
 
 def run(config: Config, console: Console) -> None:
     """Train to the end, under a bar."""
-    train = config.train
-    accelerator = Accelerator(mixed_precision=train.precision, log_with=train.trackers or None, project_dir=config.out)
-    accelerator.init_trackers(Path(config.out).name, init_kwargs={})
+    accelerator = accelerator_of(config)
     trainer = Trainer(config, accelerator)
+    accelerator.init_trackers(Path(config.out).name, init_kwargs={})
     columns = TextColumn(SAYS), BarColumn(bar_width=20), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not accelerator.is_main_process) as bar:
         task = bar.add_task(Path(config.out).name, total=trainer.last, completed=trainer.step, now="")
@@ -47,6 +48,25 @@ def run(config: Config, console: Console) -> None:
     accelerator.end_training()
 
 
+def accelerator_of(config: Config) -> Accelerator:
+    """What `accelerate launch` was told. Raises: `BadInput` if that is not what runs, or not for this trainer."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # every rank makes its weights: buffers do not survive it
+    names, here = config.train.trackers, [str(tracker) for tracker in get_available_trackers()]
+    if lacking := [name for name in names if name not in here]:
+        raise BadInput(f"there is no tracker {lacking[0]} here, train.trackers may have: {', '.join(here) or 'none'}")
+    precision = "no" if config.train.precision == "fp32" else config.train.precision  # YAML reads no as false
+    accelerator = Accelerator(mixed_precision=precision, log_with=names or None, project_dir=config.out)
+    started, kind = int(os.environ.get("WORLD_SIZE", "1")), accelerator.distributed_type
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and kind != DistributedType.FSDP:
+        raise BadInput("accelerate shards on accelerators alone: without one, start it without FSDP")
+    if started > accelerator.num_processes:
+        raise BadInput(f"{started} processes were started, each by itself: on CPUs give accelerate launch --cpu")
+    ours = kind == DistributedType.NO or kind.value.startswith("MULTI_") or accelerator.is_fsdp2
+    if not ours:
+        raise BadInput(f"expected one process, DDP or FSDP with fsdp_version: 2, got {kind.value}")
+    return accelerator
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The command line; what cannot be done is refused in one line."""
     parsed = arguments(args)
@@ -54,6 +74,8 @@ def main(args: Sequence[str] | None = None) -> None:
         run(read(parsed.config, parsed.overrides), Console())
     except (BadInput, Diverged) as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped. The same command goes on from the newest checkpoint.") from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from adadepth.hf.scoring import scorer
 
 from .config import BadInput, Config, Stage, read
 from .model import CRITERIA, head_of
-from .routers import Router, router_of
+from .routers import Router, Told, router_of
 
 Depths = Callable[[Tensor], int | Tensor]  # of ids (batch, seq): broadcasts to them
 
@@ -53,7 +53,13 @@ class Trained(NamedTuple):
             "router": f"{model.router.kind} router",
             "chance": str(depth),
         }
-        return names.get(self.decides, f"depth {depth if isinstance(depth, int) else model.steps}")
+        policy = names.get(self.decides, f"depth {depth if isinstance(depth, int) else model.steps}")
+        return f"{policy}, told" if model.router.tells else policy
+
+    @property
+    def says(self) -> Depths | None:
+        """What its tokens are told, however deep they go; None: that."""
+        return self.router if self.config.model.router.tells else None
 
     @property
     def flops(self) -> ad.TokenFlops:
@@ -73,7 +79,10 @@ def load(folder: Path) -> Trained:
     model = AdaptiveForCausalLM.from_pretrained(path).eval()
     router = router_of(config.model.router, config.model.steps, model.base.config.vocab_size)
     if router is not None:
-        router.load_state_dict(torch.load(path / "router.pt"))
+        weights = torch.load(path / "router.pt")
+        router.load_state_dict(weights["router"])
+        if config.model.router.tells:
+            Told(model).load_state_dict(weights["told"])
     return Trained(folder, config, model, router, AutoTokenizer.from_pretrained(path))
 
 
@@ -101,6 +110,7 @@ def score_at(run: Trained, depths: Depths | None = None, rule: ad.Rule | None = 
 
     def at_depth(ids: Tensor) -> tuple[Tensor, Tensor]:
         depth = None if depths is None else depths(ids)
-        return score(ids, min_depth=depth, max_depth=depth, rule=rule)
+        said = depth if depth is None or run.says is None else run.says(ids)
+        return score(ids, min_depth=said, max_depth=depth, rule=rule)
 
     return at_depth

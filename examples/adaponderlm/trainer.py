@@ -4,13 +4,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from accelerate.utils import broadcast
 from torch import Tensor
 
 import adadepth as ad
@@ -24,6 +25,7 @@ from .plan import Plan, Turn, schedule
 from .text import check_vocabulary, tokenizer_of, windows
 
 METRICS = "metrics.jsonl"
+ADDED = "router.", "told.", "model.loop.gate.", "model.loop.update."  # to what a run without gate and router has
 
 
 class Diverged(RuntimeError):
@@ -45,17 +47,18 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = build(config.model)
         check_vocabulary(self.tokenizer, model.base.config.vocab_size)
-        if train.checkpointing:
-            model.gradient_checkpointing_enable()
-        objective = Objective(model, config)
-        optimiser = optimiser_of(objective, config)
+        model.loop.checkpoint = train.checkpointing
+        self.whole = Objective(model, config).train()  # pretrained weights come in eval mode
+        optimiser = optimiser_of(self.whole, config)
         self.flops = ad.TokenFlops.measure(
             model.loop, model.base.config.hidden_size, [head_of(model.base, config.model.layers)]
         )
         with accelerator.main_process_first():
             self.data = windows(config.data, self.tokenizer, config.seed, accelerator.process_index, world)
         self.step, self.tokens = 0, 0
-        self.objective, self.optimiser = accelerator.prepare(objective, optimiser)
+        if accelerator.is_fsdp2 and self.whole.router is not None:
+            accelerator.state.fsdp_plugin.ignored_modules = [self.whole.router]  # it is fitted whole, on every rank
+        self.objective, self.optimiser = accelerator.prepare(self.whole, optimiser)
         self.checkpoints = Checkpoints(self.out / "checkpoints", accelerator, train.keep)
         self._resume()
 
@@ -119,27 +122,42 @@ class Trainer:
 
     def _figures(self, figures: Figures, norm: Tensor | None) -> dict[str, Any]:
         """The figures of rows of all ranks, as numbers."""
-        flops = self.flops.count(figures.live)
-        own = [figures.nats, figures.penalty, figures.guidance, *figures.scores]
-        depth = figures.live.sum(-1).double().mean()
-        own = torch.stack([*(value.double() for value in own), depth, depth.new_tensor(flops.relative)])
-        loss, penalty, guidance, *scores, depth, relative = self.accelerator.reduce(own, "mean").tolist()
-        values = {"loss": loss, "depth": depth, "relative_flops": relative, "penalty": penalty, "guidance": guidance}
-        return values | {"scores": scores} | ({} if norm is None else {"norm": float(norm)})
+        depth, seen = figures.live.sum(-1).double().mean(), figures.live[..., :-1].sum((0, 1)).double()
+        relative = depth.new_tensor(self.flops.count(figures.live).relative)
+        names = "loss", "depth", "relative_flops", "penalty", "guidance"
+        own = torch.stack([figures.nats, depth, relative, figures.penalty, figures.guidance])
+        own = torch.cat([own.double(), figures.scores * seen, seen])
+        reduced = self.accelerator.reduce(own, "mean").tolist()
+        values: dict[str, Any] = dict(zip(names, reduced, strict=False))
+        sums, counts = reduced[5 : 5 + len(seen)], reduced[5 + len(seen) :]
+        values["scores"] = [total / count if count else total for total, count in zip(sums, counts, strict=True)]
+        return values | ({} if norm is None else {"norm": float(norm)})
 
     def _check(self, values: dict[str, Any], ids: Tensor, turn: Turn) -> None:
         """Stop before the weights are touched."""
         numbers = {name: value for name, value in values.items() if name != "scores"}
         numbers |= {f"score of iteration {i}": value for i, value in enumerate(values["scores"], 1)}
         if bad := [name for name, value in numbers.items() if not math.isfinite(value)]:
-            path = self.out / f"diverged-{turn.at}-rank-{self.accelerator.process_index}.pt"
+            path = self.out / f"diverged-{turn.at + 1}-rank-{self.accelerator.process_index}.pt"
             torch.save(ids.cpu(), path)
-            kept = f"the newest checkpoint is of step {steps[-1]}" if (steps := self.checkpoints.steps()) else "no"
             raise Diverged(
-                f"step {turn.at}, stage {turn.name}: {', '.join(bad)} is not finite; the batch is in {path}, "
-                f"{kept if steps else 'there is no checkpoint yet'}. Try a lower train.rate, a longer train.warmup, a "
-                "lower gate_rate or penalty, or train.precision=no"
+                f"step {turn.at + 1}, stage {turn.name}: {', '.join(bad)} is not finite; the batch is in {path}. "
+                f"{self._advice()}"
             )
+
+    def _check_weights(self) -> None:
+        """Stop before they are saved."""
+        bad = not all(bool(_local(weight).isfinite().all()) for weight in self.whole.parameters())
+        if ad.ranks.any_rank(bad):
+            raise Diverged(f"step {self.step}: the weights are not finite after it. {self._advice()}")
+
+    def _advice(self) -> str:
+        steps = self.checkpoints.steps()
+        kept = f"The newest checkpoint is of step {steps[-1]}" if steps else "There is no checkpoint yet"
+        if steps and steps[-1] == self.step:
+            kept += ", right before it: remove it to go on from an older one"
+        tries = "a lower train.rate, gate_rate or penalty, a longer train.warmup, or train.precision=fp32"
+        return f"{kept}. Try {tries}"
 
     def _fit(self) -> None:
         """Let the model say what its iterations are worth, and the router learn it, the same on every rank."""
@@ -150,8 +168,9 @@ class Trainer:
         with torch.no_grad():
             parts = [self.objective(ids, None) for ids in mine.split(self.micro)]
         losses = self.accelerator.gather(torch.cat(parts).float())
-        router = self.accelerator.unwrap_model(self.objective).router
+        router = self.whole.router
         router.fit(rows[:, :-1], losses, self.config.model.router.mean)
+        broadcast(list(router.state_dict().values()))  # one device may add up in another order than the next
 
     def _line(self, turn: Turn, seen: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         tokens = len(seen) * self.config.train.batch * self.config.data.window
@@ -166,25 +185,35 @@ class Trainer:
                 file.write(json.dumps(line) + "\n")
 
     def _save(self) -> None:
+        self._check_weights()
         more = {"step": self.step, "tokens": self.tokens, "data": self.data.state_dict()}
-        self.checkpoints.save(self.step, more)
+        self.checkpoints.save(self.step, self.whole, self.optimiser, more)
 
     def _resume(self) -> None:
         """Go on from the newest checkpoint, or begin where another run is."""
         if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadInput(f"cannot write to {self.out}: {error.strerror}") from None
             for path in [*self.out.glob(f"*{PART}"), *self.checkpoints.folder.glob(f"*{PART}")]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.accelerator.wait_for_everyone()
         if steps := self.checkpoints.steps():
-            self._go_on(self.checkpoints.load(steps[-1]))
+            self._load(self.checkpoints, steps[-1])
         elif self.config.begin is not None:
             self._begin(Path(self.config.begin) / "checkpoints")
         if self.accelerator.is_main_process:
             keep_until(self.out / METRICS, self.step)
-            settings.write(self.config, self.out / "config.yaml")
+            part = self.out / f"config.yaml{PART}"
+            settings.write(self.config, part)
+            replace(part, self.out / "config.yaml")
 
-    def _go_on(self, more: dict[str, Any]) -> None:
+    def _load(self, checkpoints: Checkpoints, step: int, new: tuple[str, ...] = ()) -> None:
+        try:
+            more = checkpoints.load(step, self.whole, self.optimiser, new)
+        except ValueError as error:
+            raise BadInput(str(error)) from None
         self.step, self.tokens = more["step"], more["tokens"]
         self.data.load_state_dict(more["data"])
 
@@ -193,39 +222,34 @@ class Trainer:
         other = Checkpoints(folder, self.accelerator, 1)
         if not (steps := other.steps()):
             raise BadInput(f"cannot begin where there is no checkpoint: {folder}")
-        path = other.path(steps[-1])
-        objective = self.accelerator.unwrap_model(self.objective)
-        lacks, more = objective.load_state_dict(load_file(path / "model.safetensors"), strict=False)
-        if more or any(not name.startswith(("router.", "model.loop.gate.")) for name in lacks):
-            raise BadInput(
-                f"{path} is of another model: it lacks {lacks or 'nothing'} and has {more or 'nothing'} more"
-            )
-        state = self.optimiser.state_dict()
-        state["state"] = torch.load(path / "optimizer.bin")["state"]  # the gates' are the last, and are new
-        self.optimiser.load_state_dict(state)
-        self._go_on(json.loads((path / "more.json").read_text()))
-        if self.accelerator.is_main_process and not (self.out / METRICS).exists():
+        self._load(other, steps[-1], ADDED)
+        if self.accelerator.is_main_process:
             shutil.copy(Path(self.config.begin or "") / METRICS, self.out / METRICS)
 
     def _export(self) -> None:
         """The model as transformers reads it, with its tokenizer, and the router."""
-        weights = self.accelerator.get_state_dict(self.objective)
-        if self.accelerator.is_main_process:
-            objective = self.accelerator.unwrap_model(self.objective)
+        main, weights = self.accelerator.is_main_process, {}
+        for name, weight in self.whole.state_dict().items():
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # by all ranks
+            weights |= {name: whole.cpu()} if main else {}
+        if main:
             part = self.out / f"model{PART}"
-            own = {name.removeprefix("model."): value for name, value in weights.items() if name.startswith("model.")}
-            objective.model.save_pretrained(part, state_dict=own)
+            self.whole.model.save_pretrained(part, state_dict=_under("model.", weights))
             self.tokenizer.save_pretrained(part)
-            if objective.router is not None:
-                torch.save(objective.router.state_dict(), part / "router.pt")
+            if self.whole.router is not None:
+                parts = {"router": _under("router.", weights), "told": _under("told.", weights)}
+                torch.save(parts, part / "router.pt")
             replace(part, self.out / "model")
         self.accelerator.wait_for_everyone()
 
 
 def optimiser_of(objective: Objective, config: Config) -> torch.optim.Optimizer:
-    """AdamW in groups: matrices, which decay; the rest of the backbone; gates, last, which have a rate of their own."""
-    gate = objective.model.loop.gate
-    gates = [] if gate is None else list(gate.parameters())
+    """AdamW in groups: matrices, which decay; the rest of the backbone; gates, last, which have a rate of their own.
+
+    The scale before a gated update goes with the gates: while it is 0, they have no gradient.
+    """
+    loop = objective.model.loop
+    gates = [] if loop.gate is None else [*loop.gate.parameters(), *loop.update.parameters()]
     known = {id(weight) for weight in gates}
     backbone = [weight for weight in objective.parameters() if weight.requires_grad and id(weight) not in known]
     groups = [
@@ -236,6 +260,10 @@ def optimiser_of(objective: Objective, config: Config) -> torch.optim.Optimizer:
     if gates:
         groups.append({"params": gates, "weight_decay": config.train.decay, "gates": True})
     return torch.optim.AdamW(groups, config.train.rate, betas=config.train.betas, fused=True)
+
+
+def _under(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -255,16 +283,24 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means of numbers, and of numbers in lists; of what only some parts have, over those."""
+    """Means of numbers, and of numbers in lists, place by place; of what only some parts have, over those."""
     means: dict[str, Any] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         values = [part[name] for part in parts if name in part]
         means[name] = (
-            [sum(each) / len(values) for each in zip(*values, strict=True)]
-            if isinstance(values[0], list)
-            else sum(values) / len(values)
+            [_mean_of(each) for each in zip_longest(*values)] if isinstance(values[0], list) else _mean_of(values)
         )
     return means
+
+
+def _mean_of(values: Iterable[float | None]) -> float:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there)
+
+
+def _local(weight: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def _divided(whole: int, by: int, what: str, parts: str) -> int:
