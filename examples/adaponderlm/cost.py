@@ -29,7 +29,7 @@ import torch
 import adadepth as ad
 
 from .config import BadInput, Config, read
-from .model import build, head_of
+from .model import build, flops_of
 
 SIZES = ("pythia-70m.yaml", "pythia-160m.yaml", "pythia-410m.yaml", "pythia-1.4b.yaml", "pythia-2.8b.yaml")
 METHOD = "adaponder.yaml"
@@ -163,8 +163,7 @@ def count(config: Config) -> Counted:
     """Build the model on the meta device, and count."""
     with torch.device("meta"):
         model = build(config.model)
-        head = head_of(model.base, config.model.layers)
-        flops = ad.TokenFlops.measure(model.loop, model.base.config.hidden_size, [head])
+        flops = flops_of(model, config.model.layers)
     layers = sum(p.numel() for layer in model.loop.block.layers for p in layer.parameters())
     total, base = (sum(p.numel() for p in module.parameters()) for module in (model, model.base))
     return Counted(base, total - base, layers, flops)

@@ -77,7 +77,7 @@ def below(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else -float("inf")
+    return (b[1] - a[1]) / (b[0] - a[0])
 
 
 def _criteria(table: Table) -> dict[str, Curve]:

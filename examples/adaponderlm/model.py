@@ -69,6 +69,11 @@ def head_of(base: PreTrainedModel, layers: str) -> nn.Module:
     return head if layers == "whole" else nn.Sequential(base.base_model.final_layer_norm, head)
 
 
+def flops_of(model: AdaptiveForCausalLM, layers: str) -> ad.TokenFlops:
+    """The FLOPs of a token, by the loop as it is now."""
+    return ad.TokenFlops.measure(model.loop, model.base.config.hidden_size, [head_of(model.base, layers)])
+
+
 def pieces(model: Model, base: PreTrainedModel) -> tuple[ad.Gate | None, ad.Rule | None, ad.Update]:
     """Gate, rule and update of the loop."""
     gate = gate_of(model, base)

@@ -14,7 +14,7 @@ from adadepth.hf import AdaptiveForCausalLM
 from adadepth.hf.scoring import scorer
 
 from .config import BadInput, Config, Stage, read
-from .model import CRITERIA, head_of
+from .model import CRITERIA, flops_of
 from .routers import Router, Told, router_of
 
 Depths = Callable[[Tensor], int | Tensor]  # of ids (batch, seq): broadcasts to them
@@ -64,10 +64,7 @@ class Trained(NamedTuple):
     @property
     def flops(self) -> ad.TokenFlops:
         """Of a token, by the loop as it is now."""
-        model = self.model
-        return ad.TokenFlops.measure(
-            model.loop, model.base.config.hidden_size, [head_of(model.base, self.config.model.layers)]
-        )
+        return flops_of(self.model, self.config.model.layers)
 
 
 def load(folder: Path) -> Trained:

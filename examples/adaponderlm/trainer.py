@@ -19,7 +19,7 @@ import adadepth as ad
 from . import config as settings
 from .checkpoints import PART, Checkpoints, replace
 from .config import BadInput, Config
-from .model import build, head_of
+from .model import build, flops_of
 from .objective import Figures, Objective
 from .plan import Plan, Turn, schedule
 from .text import check_vocabulary, tokenizer_of, windows
@@ -50,9 +50,7 @@ class Trainer:
         model.loop.checkpoint = train.checkpointing
         self.whole = Objective(model, config).train()  # pretrained weights come in eval mode
         optimiser = optimiser_of(self.whole, config)
-        self.flops = ad.TokenFlops.measure(
-            model.loop, model.base.config.hidden_size, [head_of(model.base, config.model.layers)]
-        )
+        self.flops = flops_of(model, config.model.layers)
         with accelerator.main_process_first():
             self.data = windows(config.data, self.tokenizer, config.seed, accelerator.process_index, world)
         self.step, self.tokens = 0, 0
@@ -127,9 +125,9 @@ class Trainer:
         names = "loss", "depth", "relative_flops", "penalty", "guidance"
         own = torch.stack([figures.nats, depth, relative, figures.penalty, figures.guidance])
         own = torch.cat([own.double(), figures.scores * seen, seen])
-        reduced = self.accelerator.reduce(own, "mean").tolist()
-        values: dict[str, Any] = dict(zip(names, reduced, strict=False))
-        sums, counts = reduced[5 : 5 + len(seen)], reduced[5 + len(seen) :]
+        parts = self.accelerator.reduce(own, "mean").split([len(names), len(seen), len(seen)])
+        means, sums, counts = (part.tolist() for part in parts)
+        values: dict[str, Any] = dict(zip(names, means, strict=True))
         values["scores"] = [total / count if count else total for total, count in zip(sums, counts, strict=True)]
         return values | ({} if norm is None else {"norm": float(norm)})
 

@@ -1,6 +1,6 @@
 """What a policy gets right, how deep it goes, and what the same weights do without it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,9 +51,14 @@ def fixed(model: Interpreter, programs: Programs) -> list[Measured]:
 
 def at_mean(depths: list[Measured], mean: float) -> float:
     """The expected accuracy of the two fixed depths around `mean`, whole programs drawn so that they reach it."""
-    low = min(int(mean), len(depths) - 1)
-    share = mean - low
-    return (1 - share) * depths[low - 1].accuracy + share * depths[low].accuracy
+    return between([each.accuracy for each in depths], mean)
+
+
+def between(values: Sequence[float], depth: float) -> float:
+    """On the straight line between the two fixed depths around `depth`, of values at depth 1, 2, …"""
+    low = min(int(depth), len(values) - 1)
+    share = depth - low
+    return (1 - share) * values[low - 1] + share * values[low]
 
 
 @torch.inference_mode()

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ..demo.text import BadInput, Text, even_windows, file_text, random_windows, stdlib_text
-from .evaluate import fixed, measure
+from .evaluate import between, fixed, measure
 from .model import STEPS, Interpreter
 from .policies import GUIDED
 from .ranks import rank_correlation
@@ -125,9 +125,7 @@ def judge(model: Interpreter, programs: Programs, prose: Prose) -> dict[float, R
     for price in PRICES:
         model.looped.rule = GUIDED.rule(price)
         exits, (loss, depth) = measure(model, programs), nats(model, prose)
-        low = min(int(depth), STEPS - 1)
-        line = at_depth[low - 1] + (depth - low) * (at_depth[low] - at_depth[low - 1])
-        rank = rank_correlation(programs.needed(STEPS), exits.depth)
+        rank, line = rank_correlation(programs.needed(STEPS), exits.depth), between(at_depth, depth)
         rows[price] = Row(exits.accuracy, full, exits.mean_depth, rank, loss, at_depth[-1], line, depth)
     return rows
 
