@@ -29,6 +29,8 @@ class Sharded(Accelerator):
         super().__init__(cpu=True, **options)
         self.state.distributed_type = DistributedType.FSDP
         self.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as the launcher was told
+        if self.mixed_precision == "bf16":
+            self.state.fsdp_plugin.set_mixed_precision("bf16")
 
     def end_training(self) -> None:
         """Stay in the group of ranks, for what comes next."""

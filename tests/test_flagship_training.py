@@ -166,6 +166,8 @@ def on_ranks(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"sharded": False, "halts": None, "arguments": [*words, "train.stop=3"]},
         {"sharded": True, "halts": None, "arguments": [*words, "train.stop=6"]},
     ]
+    words = ["--config", "tiny.yaml", *text, *SMALL, *SPREAD, "train.precision=bf16", f"out={folder / 'bf16'}"]
+    rows += [{"sharded": True, "halts": None, "arguments": words}]
     launched(rows, folder)
     return folder
 
@@ -191,12 +193,20 @@ def test_two_ranks_are_one_process(on_ranks: Path, text: list[str], name: str, m
         depth = run.router if run.router is not None else None
         loss, _ = score_at(run, depth)(ids)
         assert loss.isfinite().all()
+        assert run.model.generation_config.eos_token_id == run.tokenizer.eos_token_id
 
 
 def test_a_checkpoint_fits_any_number_of_ranks(on_ranks: Path, text: list[str]) -> None:
     whole = trained(on_ranks / "gates" / "undisturbed", *text, *SMALL, *SPREAD, "train.save=100")
     assert steps(on_ranks / "moved") == [3, 6]
     agree(trained(on_ranks / "moved", *text, *SMALL, *SPREAD, "train.save=100"), whole, 1e-5)
+
+
+def test_shards_compute_in_bf16_and_add_up_in_float32(on_ranks: Path) -> None:
+    losses, exact = ([line["loss"] for line in curve(on_ranks / name)] for name in ("bf16", "gates/ddp"))
+    assert losses == pytest.approx(exact, rel=0.01)
+    # of bf16 numbers from 4 to 8, the mean of two is a multiple of 1/64
+    assert all(4 < loss < 8 and loss * 64 % 1 for loss in losses), losses
 
 
 def test_begun_from_another_run_it_goes_on_as_that_one(text: list[str], tmp_path: Path) -> None:

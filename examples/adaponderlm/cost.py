@@ -103,14 +103,14 @@ class Costs:
 
         Autocast keeps a copy of all weights in bfloat16, DDP one of all gradients. FSDP2 gathers weights and gradients
         of two layers at a time and of what is in no layer, in bfloat16; and where a step is several passes, it
-        exchanges gradients after the last one and until then has all of them.
+        exchanges gradients after the last one and until then has all of them, in float32.
         """
         model, train = self.model, self.config.train
         width = 2 if train.precision == "bf16" else 4
         if way.sharded:
             gathered = model.total - model.layers * (1 - 2 / self.config.model.shape.num_hidden_layers)
             several = way.rows * way.gpus < train.batch
-            copies = width * (gathered + (model.total if several else gathered))
+            copies = width * gathered + (4 * model.total if several else width * gathered)
         else:
             copies = 2 * model.total * (width == 2) + 4 * model.total * (way.gpus > 1)
         states = STATE * model.total / (way.gpus if way.sharded else 1)

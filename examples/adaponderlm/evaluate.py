@@ -109,13 +109,8 @@ class Evaluation:
 
     def _aimed(self, router: Router, mean: float) -> Row:
         """The router with the price at which depths have this mean on the text to choose on."""
-        price, ids = router.price.clone(), torch.cat(self.choice)[:, :-1]
-        predicted = router.losses(ids)
-        low, high = torch.zeros(()), predicted.amax() - predicted.amin() + 1
-        for _ in range(40):
-            router.price.copy_((low + high) / 2)
-            deep = router(ids).double().mean() > mean
-            low, high = (router.price.clone(), high) if deep else (low, router.price.clone())
+        price = router.price.clone()
+        router.aim(torch.cat(self.choice)[:, :-1], mean)
         row = self._at(f"own at {mean:g}", router, wanted=mean)
         router.price.copy_(price)
         return row

@@ -46,7 +46,7 @@ def scratch(model: Model) -> PreTrainedModel:
 
 
 def neox(shape: Shape) -> GPTNeoXConfig:
-    """Pythia's configuration: parallel residual, rotary positions, no tied weights; token 0 ends a text."""
+    """Pythia's configuration: parallel residual, rotary positions, no tied weights, token 0 at both ends of a text."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": shape.rotary_pct}
     sizes = {name: value for name, value in vars(shape).items() if name != "rotary_pct"}
     return GPTNeoXConfig(**sizes, rope_parameters=rope, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)

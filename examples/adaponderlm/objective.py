@@ -66,11 +66,12 @@ class Objective(nn.Module):
 
     def _depths(self, ids: Tensor, turn: Turn, first: int) -> dict[str, int | Tensor]:
         """`min_depth`, which a token is told, and `max_depth`, which it runs where no gate decides."""
-        said = self.router(ids) if self.router is not None and turn.routed else None
-        if turn.exits:
-            return {} if said is None else {"min_depth": said, "max_depth": said}
-        depths = self.plan.depths(turn, first, len(ids))
-        return depths if said is None or self.told is None else depths | {"min_depth": said}
+        depths: dict[str, Any] = {} if turn.exits else self.plan.depths(turn, first, len(ids))
+        if self.router is not None and turn.routed and (turn.exits or self.told is not None):
+            depths["min_depth"] = said = self.router(ids)
+            if turn.exits:
+                depths["max_depth"] = said
+        return depths
 
     def _every(self, out: AdaptiveOutput, labels: Tensor) -> Tensor:
         return ad.per_iteration_loss(out.states, head_of(self.model.base, self.config.model.layers), labels)

@@ -43,11 +43,15 @@ class Router(nn.Module, ABC):
         """The depths of `ids (batch, seq)`, int64."""
         return self._cheapest(self.losses(ids), self.price)
 
-    @torch.no_grad()
     def fit(self, ids: Tensor, losses: Tensor, mean: float) -> None:
-        """Learn from the losses of `ids (rows, seq)` at each depth, `(rows, seq, steps)`; find the price of `mean`."""
+        """Learn from the losses of `ids (rows, seq)` at each depth, `(rows, seq, steps)`, and aim at a mean depth."""
         with torch.enable_grad():
             self.learn(ids, losses)
+        self.aim(ids, mean)
+
+    @torch.no_grad()
+    def aim(self, ids: Tensor, mean: float) -> None:
+        """Set the least price at which `ids (rows, seq)` have no more than this mean depth."""
         predicted = self.losses(ids)
         low, high = predicted.new_tensor(0.0), (predicted.amax(-1) - predicted.amin(-1)).max() + 1
         for _ in range(40):

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import adadepth as ad
 
@@ -54,8 +55,8 @@ class Trainer:
         with accelerator.main_process_first():
             self.data = windows(config.data, self.tokenizer, config.seed, accelerator.process_index, world)
         self.step, self.tokens = 0, 0
-        if accelerator.is_fsdp2 and self.whole.router is not None:
-            accelerator.state.fsdp_plugin.ignored_modules = [self.whole.router]  # it is fitted whole, on every rank
+        if accelerator.is_fsdp2:
+            self._shard_exactly()
         self.objective, self.optimiser = accelerator.prepare(self.whole, optimiser)
         self.checkpoints = Checkpoints(self.out / "checkpoints", accelerator, train.keep)
         self._resume()
@@ -85,6 +86,14 @@ class Trainer:
                 self._save()
         if self.last == self.config.train.steps:
             self._export()
+
+    def _shard_exactly(self) -> None:
+        """Where FSDP2 would round: accelerate's own bf16 also adds up gradients in it, and returns the loss in it."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if self.accelerator.mixed_precision == "bf16":
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+        if self.whole.router is not None:
+            plugin.ignored_modules = [self.whole.router]  # it is fitted whole, on every rank
 
     def _update(self, turn: Turn) -> dict[str, Any]:
         """One step of the optimiser on the rows of all ranks."""
@@ -232,6 +241,7 @@ class Trainer:
             weights |= {name: whole.cpu()} if main else {}
         if main:
             part = self.out / f"model{PART}"
+            self.whole.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
             self.whole.model.save_pretrained(part, state_dict=_under("model.", weights))
             self.tokenizer.save_pretrained(part)
             if self.whole.router is not None:
