@@ -238,7 +238,7 @@ def test_a_run_may_begin_where_one_without_gates_is(text: list[str], tmp_path: P
             "model.update=interpolate", f"begin={tmp_path / 'second'}")  # fmt: skip
 
 
-WHOLE = "stages.open.share=1", "stages.exits.share=0", "stages.exits.depth=full"
+WHOLE = "stages.open.share=1", "stages.exits.share=0", "stages.exits.depth=full", "stages.exits.penalty.weight=0"
 
 
 def refused(out: Path, words: str, *values: str, files: tuple[str, ...] = ("tiny.yaml",)) -> None:
@@ -445,6 +445,11 @@ BAD = {
     "stages.exits.penalty.k=2": "expected stages.exits.penalty.k in (0, 1], got 2",
     "stages.exits.penalty.warmup=[0.5,0.1]": "expected stages.exits.penalty.warmup to begin at 0 or later",
     "stages.exits.rate=1": "expected stages.exits.rate in (0, 1), got 1",
+    "stages.exits.share=-0.5": "expected stages.exits.share of at least 0, got -0.5",
+    "stages.exits.penalty.weight=-1": "expected stages.exits.penalty.weight of at least 0, got -1",
+    "stages.exits.guidance=1": "needs losses of all iterations: depth full or alternate, got exits",
+    "model.gate.kind=entropy": "stages.exits.penalty needs a learned gate, got model.gate.kind=entropy",
+    "train.warmup=-1": "expected train.warmup of at least 0, got -1",
     "stages.exits.share=0.5": "expected the shares of all stages to sum to 1, got 0.9",
     "stages.exits.depth=deep": "expected stages.exits.depth to be a number or one of full,",
     "begin=nowhere": "cannot begin where there is no checkpoint: nowhere",
@@ -458,6 +463,17 @@ def test_refused_in_one_line(text: list[str], tmp_path: Path, monkeypatch: pytes
     refused(tmp_path / "out", BAD[value], *text, *SMALL, value.format(empty=tmp_path / "empty.txt"))
 
 
+def test_a_router_of_letters_reads_bytes(text: list[str], tmp_path: Path) -> None:
+    refused(tmp_path, "model.router.kind=words reads bytes", *text, *SMALL, "data.tokenizer=x", files=tuple(ROUTER))
+
+
+def test_a_router_is_never_used_before_it_is_fitted(text: list[str], tmp_path: Path) -> None:
+    small = [*text, *SMALL, "train.stop=6"]
+    trained(tmp_path / "first", *small, files=("tiny.yaml", "loop.yaml"))
+    values = [*text, *SMALL, "model.router.probed=16", f"begin={tmp_path / 'first'}"]
+    refused(tmp_path / "second", "with a router that was never fitted", *values, files=tuple(ROUTER))
+
+
 def test_files_are_refused_in_one_line(text: list[str], tmp_path: Path) -> None:
     refused(tmp_path / "out", "there is no configuration none.yaml", files=("none.yaml",))
     (tmp_path / "bad.yaml").write_text("train: {steps: 3\n")
@@ -465,7 +481,9 @@ def test_files_are_refused_in_one_line(text: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused(tmp_path / "file" / "out", "cannot write to", *text, *SMALL)
     trained(tmp_path / "out", *text, *SMALL, "train.stop=1")
-    refused(tmp_path / "out", "is of another model: it lacks", *text, *SMALL, "model.gate.kind=shared")
+    for value, other in {"model.gate.kind=shared": "model", "stages.exits.rate=0.4": "stages", "seed=1": "seed",
+                         "data.window=8": "data.window"}.items():  # fmt: skip
+        refused(tmp_path / "out", f"holds a run with other {other}: give another out", *text, *SMALL, value)
     refused(tmp_path / "out", "the text to train on has changed", *SMALL, *longer(text, tmp_path))
 
 

@@ -213,13 +213,15 @@ def check(config: Config) -> None:
     _check_model(config.model)
     if not config.stages:
         raise BadInput("expected stages of training, got none: add a method, such as loop.yaml or adaponder.yaml")
+    for name, stage in config.stages.items():
+        _check_stage(f"stages.{name}", stage, config.model)
     total = sum(stage.share for stage in config.stages.values())
     if abs(total - 1) > 1e-6:
         raise BadInput(f"expected the shares of all stages to sum to 1, got {total:g}")
-    for name, stage in config.stages.items():
-        _check_stage(f"stages.{name}", stage, config.model)
     if config.model.router.kind != "none" and not any(stage.fit for stage in config.stages.values()):
         raise BadInput("model.router.kind needs a stage with fit: true, in which it learns what iterations are worth")
+    if config.model.router.kind == "words" and config.data.tokenizer != "bytes":
+        raise BadInput("model.router.kind=words reads bytes: with another data.tokenizer give model.router.kind=window")
     if config.data.window > config.model.shape.max_position_embeddings and config.model.pretrained is None:
         raise BadInput(
             f"expected data.window of at most the {config.model.shape.max_position_embeddings} positions of the model, "
@@ -229,7 +231,8 @@ def check(config: Config) -> None:
 
 LEAST = dict.fromkeys(("train.steps", "train.batch", "train.micro", "train.stop"), 1)
 LEAST |= dict.fromkeys(("train.save", "train.keep", "train.log", "data.window", "model.steps"), 1)
-LEAST |= dict.fromkeys(("model.router.probed", "model.router.window"), 1) | {"seed": 0}
+LEAST |= dict.fromkeys(("model.router.probed", "model.router.window"), 1)
+LEAST |= dict.fromkeys(("seed", "train.warmup", "train.floor", "train.decay"), 0)
 
 
 def _check_train(train: Train) -> None:
@@ -268,6 +271,9 @@ def _check_stage(name: str, stage: Stage, model: Model) -> None:
         raise BadInput(f"expected {name}.depth to be a number or one of {', '.join(DEPTHS)}, got {depth!r}")
     if depth in ("uniform", "geometric") and not 1 <= stage.mean <= model.steps:
         raise BadInput(f"expected {name}.mean from 1 to model.steps={model.steps}, got {stage.mean}")
+    for key, number in (("share", stage.share), ("guidance", stage.guidance), ("penalty.weight", stage.penalty.weight)):
+        if not number >= 0:
+            raise BadInput(f"expected {name}.{key} of at least 0, got {number}")
     if not 0 < stage.rate < 1:
         raise BadInput(f"expected {name}.rate in (0, 1), got {stage.rate}")
     if not 0 < stage.penalty.k <= 1:
@@ -284,9 +290,12 @@ def _check_stage(name: str, stage: Stage, model: Model) -> None:
         if needs and model.router.kind == "none":
             raise BadInput(f"{key} needs model.router.kind, which is none")
     learned = model.gate.kind in ("iteration", "shared")
-    for key, needs in (("learns", stage.learns == "gates"), ("guidance", stage.guidance > 0)):
+    asked = {"learns": stage.learns == "gates", "guidance": stage.guidance > 0, "penalty": stage.penalty.weight > 0}
+    for key, needs in asked.items():
         if needs and not learned:
             raise BadInput(f"{name}.{key} needs a learned gate, got model.gate.kind={model.gate.kind}")
+    if stage.guidance > 0 and depth not in ("full", "alternate"):
+        raise BadInput(f"{name}.guidance needs losses of all iterations: depth full or alternate, got {depth}")
 
 
 def _find(name: str) -> Path:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,12 @@ class Evaluation:
         return self.ask(f"{name} at {depth:g}", score_at(self.run, rule=found.rule), wanted=depth, tau=found.tau)[0]
 
     def criteria(self, depths: Sequence[float]) -> list[Row]:
-        """Exits by what the model predicts, whatever it was trained with."""
+        """Exits by what the model predicts, whatever it was trained with.
+
+        None on weights that are told: criteria know nothing to tell them.
+        """
+        if self.run.says is not None:
+            return []
         head, rows = head_of(self.run.model.base, self.run.config.model.layers), []
         with self._without_exits() as loop:
             for name, make in CRITERIA.items():
@@ -190,6 +195,7 @@ def evaluate(run: Trained, options: Options) -> tuple[Row, dict[str, Any]]:
         "steps": config.model.steps,
         "decides": run.decides,
         "policy": run.policy,
+        "options": asdict(options),
         "text": {"source": config.data.source, "windows": len(test), "bytes_per_token": asked.bytes_per_token},
         "own": own,
         "forced": curve,
@@ -218,13 +224,8 @@ def _continuation(run: Trained, prompt: Tensor) -> Row | None:
 
 
 def _depths(run: Trained, options: Options, own: float) -> list[float]:
-    """At which exits are put on: where the run has exits of its own, at their depth; on full depth, at all budgets.
-
-    Not on weights that are told: criteria know nothing to tell them.
-    """
+    """At which exits are put on: where the run has exits of its own, at their depth; on full depth, at all budgets."""
     steps = run.config.model.steps
-    if run.decides == "fixed" and run.says is not None:
-        return []
     if run.last.depth in ("full", "random"):
         return [depth for depth in options.depths if EARLIEST <= depth <= steps]
     return [round(own, 2)] if EARLIEST <= own < steps and not isinstance(run.last.depth, int) else []
@@ -238,6 +239,10 @@ def write(folder: Path, options: Options) -> Row:
     part.write_text(json.dumps(result, indent=1))
     part.replace(folder / RESULT)
     return result
+
+
+def options_of(parsed: argparse.Namespace) -> Options:
+    return Options(parsed.windows, parsed.choice, parsed.batch, tuple(parsed.depths), parsed.repeats)
 
 
 def arguments(args: Sequence[str] | None) -> argparse.Namespace:
@@ -256,7 +261,7 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
 def main(args: Sequence[str] | None = None) -> None:
     """The command line; what cannot be done is refused in one line."""
     parsed = arguments(args)
-    options = Options(parsed.windows, parsed.choice, parsed.batch, tuple(parsed.depths), parsed.repeats)
+    options = options_of(parsed)
     try:
         if parsed.together is not None:
             runs = [load(folder) for folder in parsed.runs]

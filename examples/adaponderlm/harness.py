@@ -53,18 +53,12 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from adadepth.hf.harness import AdaptiveLM
-
     manager = TaskManager(include_path=include)
     if lost := [task for task in tasks if task not in manager.all_tasks]:
         raise BadInput(f"lm-eval has no task {', '.join(lost)}")
     found: dict[str, Any] = {}
     for count in shots:
-        depth = own_depths(run)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        path = str(run.folder / "model")
-        model = AdaptiveLM(path, min_depth=depth, max_depth=depth, batch_size=batch, device=device)
-        model.model.register_forward_pre_hook(_say_depths, with_kwargs=True)
+        model = lm_of(run, batch)
         try:
             done = simple_evaluate(
                 model, tasks=list(tasks), num_fewshot=count, limit=limit, task_manager=manager, log_samples=False
@@ -75,6 +69,21 @@ def run_tasks(
         cost = {name: info[name] for name in ("mean_depth", "relative_flops", "depth_tokens")}
         found[f"{count}-shot"] = {"tasks": {name: _numbers(row) for name, row in done["results"].items()}, **cost}
     return found
+
+
+def lm_of(run: Trained, batch: int) -> Any:
+    """The run as lm-eval takes a model, on a GPU if there is one."""
+    from adadepth.hf.harness import AdaptiveLM
+
+    for part in (run.model, run.router, run.told):
+        if part is not None:
+            part.to("cuda" if torch.cuda.is_available() else "cpu")
+    depth = own_depths(run)
+    model = AdaptiveLM(
+        run.model, min_depth=run.says or depth, max_depth=depth, tokenizer=run.tokenizer, batch_size=batch
+    )
+    run.model.register_forward_pre_hook(_say_depths, prepend=True, with_kwargs=True)  # before tokens are told
+    return model
 
 
 def _say_depths(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

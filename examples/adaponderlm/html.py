@@ -41,7 +41,7 @@ def _entries(report: Report) -> str:
         "iteration. Differences are nats more than: fixed depth, the deepest that was trained alike, told the same; "
         "line of fixed, depths each trained as such, told or not, or the best mixture of two of them at equal FLOPs; "
         "chance, uniform and geometric depths trained in; criteria, the best exit criterion, trained in or put on "
-        "afterwards, what it reads taken to cost nothing. ± one standard error."
+        "afterwards, what it reads taken to cost nothing. Chance and criteria are never told. ± one standard error."
     )
     policies = "; ".join(f"{e.run}: {e.policy}" for e in report.entries if e.name == "own")
     table = viz.table(COLUMNS, [entry.cells() for entry in report.entries])
@@ -114,8 +114,8 @@ def _claims(report: Report) -> str:
     rows = []
     for claim in report.claims:
         this, other = (f"{claim[key]}" + (f": {claim[n]:.4f}" if n in claim else "") for key, n in _CLAIM)
-        more = f"{claim['difference']:+.4f}" if "difference" in claim else "–"
-        more += f" ± {claim['error']:.4f}" if "error" in claim else ""
+        more = f"{claim['mean']:+.4f} ± {claim['error']:.4f}" if "mean" in claim else "–"
+        more = f"{claim['ratio']:.1f} times; {claim['limit']:.1f} is chance" if "ratio" in claim else more
         rows.append((claim["says"], claim["by"], this, other, more, claim["agrees"]))
     return viz.table(columns, rows)
 

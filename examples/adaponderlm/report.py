@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table as Printed
+from scipy import stats
 
-from .compare import Difference, Point, Table, best_mixture, difference, spread
+from .compare import Difference, Point, Result, Table, best_mixture, difference, mean_of, spread
 
 if TYPE_CHECKING:
     from .sweep import Claim, Sweep
@@ -29,12 +30,16 @@ LEARNED = "gate", "router"
 
 
 class Entry(NamedTuple):
-    """A line of the table: a run as trained or at a budget, over seeds; differences to others at equal FLOPs."""
+    """A line of the table: a run as trained or at a budget, over seeds; differences to others at equal FLOPs.
+
+    `judged`: whether verdicts speak of it. They speak of a run as it was trained; if nobody left then, of its budgets.
+    """
 
     run: str
     name: str
     decides: str
     policy: str
+    judged: bool
     loss: float
     spread: float | None
     depth: float
@@ -78,11 +83,11 @@ def make(table: Table, sweep: "Sweep", times: dict[str, Any]) -> Report:
 
 
 def deepest(table: Table, sweep: "Sweep") -> str | None:
-    """The fixed depth that all are held against: the one that is named, or of the deepest the best."""
+    """The fixed depth that all are held against: the one that is named, or of the deepest the best on other text."""
     if sweep.against in table.results:
         return sweep.against
     own = {name: [r.own for r in table.results[name].values()] for name in table.decided_by("fixed")}
-    return max(own, key=lambda name: (round(own[name][0].depth, 6), -own[name][0].nats), default=None)
+    return max(own, key=lambda name: (round(own[name][0].depth, 6), -own[name][0].choice), default=None)
 
 
 def _entries(table: Table, sweep: "Sweep", run: str, against: str | None, times: dict[str, Any]) -> Iterator[Entry]:
@@ -90,19 +95,19 @@ def _entries(table: Table, sweep: "Sweep", run: str, against: str | None, times:
     first = next(iter(results.values()))
     against = sweep.runs[run].against or against if run in sweep.runs else against
     fixed = {} if against is None or against == run else {s: r.own for s, r in table.results.get(against, {}).items()}
-    learned = first.found["decides"] not in ("fixed", "chance")
-    for row in [first.found["own"], *first.found["budgets"]]:
-        curves = [(seed, point) for seed, result in results.items() for point in result.curve]
-        points = {seed: point for seed, point in curves if point.name == row["name"]}
+    decides = first.found["decides"]
+    exits = decides != "fixed" and any(r.own.depth < r.found["steps"] for r in results.values())
+    for name in _common(results):
+        points = {seed: point for seed, result in results.items() for point in result.curve if point.name == name}
         pairs = [(point, fixed[seed]) for seed, point in points.items() if seed in fixed]
         mean, deviation = spread([point.nats for point in points.values()])
-        micros = times.get(first.folder.name, {}).get("packed") if row["name"] == "own" else None
-        decides = first.found["decides"]
+        micros = times.get(first.folder.name, {}).get("packed") if name == "own" else None
         yield Entry(
             run=run,
-            name=row["name"],
+            name=name,
             decides=decides,
             policy=first.found["policy"],
+            judged=(name == "own") == (exits or decides == "fixed"),
             loss=mean,
             spread=deviation,
             depth=spread([point.depth for point in points.values()])[0],
@@ -112,13 +117,19 @@ def _entries(table: Table, sweep: "Sweep", run: str, against: str | None, times:
             micros=None if micros is None else 1e6 * micros,
             fixed=difference(pairs) if pairs else None,
             line=table.against(points, table.fixed) if decides != "fixed" else None,
-            chance=table.against(points, table.chance) if learned else None,
+            chance=table.against(points, table.chance) if decides not in ("fixed", "chance") else None,
             criteria=table.against(points, table.criteria) if decides in LEARNED else None,
         )
 
 
+def _common(results: dict[int, Result]) -> list[str]:
+    """What all seeds reach, by name."""
+    each = [[point.name for point in result.curve] for result in results.values()]
+    return [name for name in each[0] if all(name in names for names in each)]
+
+
 def _budget(table: Table, against: str, depth: float) -> dict[str, Any]:
-    """What each loses for the FLOPs of fixed depth `depth`."""
+    """What each loses for the FLOPs of fixed depth `depth`, in the order that they have on other text."""
     forced = next(iter(table.results[against].values())).found["forced"]
     first, last = forced[0]["relative_flops"], forced[-1]["relative_flops"]
     flops = first + (last - first) * (depth - 1) / (len(forced) - 1)
@@ -128,7 +139,7 @@ def _budget(table: Table, against: str, depth: float) -> dict[str, Any]:
     found = {name: {seed: best_mixture(points(seed), flops) for seed in seeds} for name, points in groups.items()}
     whole = {name: each for name, each in found.items() if each and all(each.values())}
     means = {name: sum(point.nats for point in each.values()) / len(each) for name, each in whole.items() if each}
-    order = sorted(means, key=lambda name: means[name])
+    order = sorted(means, key=lambda name: sum(point.choice for point in whole[name].values() if point))
     lead = _lead(whole, order) if len(order) > 1 else None
     return {"depth": depth, "relative_flops": flops, "loss": {name: means[name] for name in order}, "lead": lead}
 
@@ -144,26 +155,26 @@ def _winners(budgets: list[dict[str, Any]]) -> Iterator[str]:
         order, lead = list(budget["loss"]), budget["lead"]
         if lead is None:
             continue
-        word = "win over" if lead.mean < -2 * lead.error else "are first, within error of"
         yield (
-            f"At the FLOPs of depth {budget['depth']:g} ({budget['relative_flops']:.2f}×) {order[0]} {word} "
-            f"{order[1]}: {lead} nats."
+            f"At the FLOPs of depth {budget['depth']:g} ({budget['relative_flops']:.2f}×) {order[0]} are {lead.word} "
+            f"{order[1]}, which are next: {lead} nats."
         )
 
 
 def _verdicts(entries: list[Entry], table: Table) -> Iterator[str]:
     """Each learned run against what it has to beat, and whether a quarter of the FLOPs is saved for nothing."""
     for entry in entries:
-        if entry.decides in ("fixed", "chance") or entry.name != "own" or entry.fixed is None:
+        if entry.decides in ("fixed", "chance") or not entry.judged or entry.fixed is None:
             continue
+        untold = ", untold," if entry.policy.endswith(", told") else ""
         others = {
             "fixed depths at equal FLOPs": entry.line,
-            "depths by chance": entry.chance,
-            "exit criteria": entry.criteria,
+            f"depths by chance{untold}": entry.chance,
+            f"exit criteria{untold}": entry.criteria,
         }
         said = [f"{each.word} {name} ({each})" for name, each in others.items() if each is not None]
         changed = f"{abs(entry.saved or 0):.0%} {'fewer' if (entry.saved or 0) >= 0 else 'more'} FLOPs"
-        yield f"{entry.run}: {changed}, {entry.fixed.word} fixed depth ({entry.fixed}); {'; '.join(said)}."
+        yield f"{entry.title}: {changed}, {entry.fixed.word} fixed depth ({entry.fixed}); {'; '.join(said)}."
     yield from _free(entries)
     if table.decided_by(*LEARNED):
         yield _recommended(entries)
@@ -171,7 +182,7 @@ def _verdicts(entries: list[Entry], table: Table) -> Iterator[str]:
 
 def _free(entries: list[Entry]) -> Iterator[str]:
     """What saves a quarter of the FLOPs for nothing; a shallower fixed depth that does says that depth does not pay."""
-    against = [entry for entry in entries if entry.fixed is not None and entry.saved is not None]
+    against = [entry for entry in entries if entry.judged and entry.fixed is not None and entry.saved is not None]
     if not against:
         yield "No fixed depth to hold the others against was trained."
         return
@@ -182,46 +193,40 @@ def _free(entries: list[Entry]) -> Iterator[str]:
         yield f"Depth does not pay here, and a saving says little: within error of the deepest or better are {names}."
     if not exits:
         yield "No exits save a quarter of the FLOPs of fixed depth at a loss within one standard error of it."
-    for run in dict.fromkeys(e.run for e in exits):
-        most = max((e for e in exits if e.run == run), key=lambda e: (e.fixed.mean <= 0, e.saved))
-        word = "no worse" if most.fixed.mean <= 0 else "the same, within one standard error,"
-        yield f"{most.title} ({most.policy}) saves {most.saved:.0%} of the FLOPs at {word} loss: {most.fixed}."
+    for e in exits:
+        word = "no worse" if e.fixed.mean <= 0 else "the same, within one standard error,"
+        yield f"{e.title} ({e.policy}) saves {e.saved:.0%} of the FLOPs at {word} loss: {e.fixed}."
 
 
 def _recommended(entries: list[Entry]) -> str:
     """Learned exits if they beat what needs no learning; else what does."""
     learned = [e for e in entries if e.decides in LEARNED and e.line is not None]
-    won = [e for e in learned if all(d is None or d.mean < -2 * d.error for d in (e.line, e.chance, e.criteria))]
-    if won:
+    others = [(e, (e.line, e.chance, e.criteria)) for e in learned]
+    if won := [e for e, each in others if all(d is None or d.word == "better than" for d in each)]:
         names = ", ".join(e.title for e in won)
-        return f"Below all others at equal FLOPs, by more than two standard errors: {names}."
-    return "No learned exit is below fixed depths, chance and criteria by more than two standard errors: use those."
+        return f"Below all others at equal FLOPs, by more than their error: {names}."
+    return "No learned exit is below fixed depths, chance and criteria by more than its error: use those."
 
 
-def figure(table: Table, run: str, by: str) -> list[float]:
+def figure(table: Table, run: str, by: str) -> dict[int, float]:
     """One number for each seed of a run; less is better.
 
     "loss"; "excess", the loss above fixed depths at equal FLOPs, a mean over all budgets; "wobble", how much the mean
-    depth changes between two lines of the metrics once tokens leave; "spread", the deviation of the loss over seeds,
-    which is one number.
+    depth changes between two lines of the metrics once tokens leave.
     """
     results = table.results[run]
-    if by == "spread":
-        _, deviation = spread([result.own.nats for result in results.values()])
-        return [] if deviation is None else [deviation]
     if by == "wobble":
-        return [_wobble(result.found["training"]) for result in results.values()]
-    if by == "excess":
-        each = [
-            [
-                point.nats - line.nats
-                for point in result.curve[1:] or result.curve
-                if (line := best_mixture(table.fixed(seed), point.flops))
-            ]
-            for seed, result in results.items()
-        ]
-        return [sum(values) / len(values) for values in each if values]
-    return [result.own.nats for result in results.values()]
+        return {seed: _wobble(result.found["training"]) for seed, result in results.items()}
+    if by == "loss":
+        return {seed: result.own.nats for seed, result in results.items()}
+    names = _common(results)
+    found = {}
+    for seed, result in results.items():
+        points = [point for point in result.curve if point.name in (names[1:] or names)]
+        lines = [best_mixture(table.fixed(seed), point.flops) for point in points]
+        if all(lines):
+            found[seed] = sum(p.nats - line.nats for p, line in zip(points, lines, strict=True) if line) / len(points)
+    return found
 
 
 def _wobble(training: dict[str, Any]) -> float:
@@ -231,21 +236,26 @@ def _wobble(training: dict[str, Any]) -> float:
 
 
 def _claim(table: Table, claim: "Claim") -> dict[str, Any]:
-    """Whether the figures agree with what a paper says."""
+    """Whether the figures agree with what a paper says, at 5 %: by a t-test, of "spread" by an F-test."""
     said = {"says": claim.says, "by": claim.by, "worse": claim.worse, "better": claim.better}
     if not {claim.worse, claim.better} <= set(table.results):
         return said | {"agrees": "not run"}
-    worse, better = figure(table, claim.worse, claim.by), figure(table, claim.better, claim.by)
-    if not worse or len(worse) != len(better):
+    by = "loss" if claim.by == "spread" else claim.by
+    worse, better = figure(table, claim.worse, by), figure(table, claim.better, by)
+    seeds = sorted(worse.keys() & better.keys())
+    if len(seeds) < 2:
         return said | {"agrees": "too few seeds"}
-    mean, deviation = spread([a - b for a, b in zip(worse, better, strict=True)])
-    numbers = said | {"worse is": spread(worse)[0], "better is": spread(better)[0], "difference": mean}
-    if deviation is None:  # one number has no error: a factor of a half is asked for
-        agrees = "yes" if mean > 0.5 * abs(spread(better)[0]) else "no" if mean < 0 else "too close to say"
-        return numbers | {"agrees": agrees}
-    error = deviation / len(worse) ** 0.5
-    agrees = "yes" if mean > 2 * error else "no" if mean < -2 * error else "within error"
-    return numbers | {"error": error, "agrees": agrees}
+    (bad, loud), (good, quiet) = (spread([each[seed] for seed in seeds]) for each in (worse, better))
+    if claim.by == "spread":
+        ratio, limit = (
+            (loud or 0.0) / max(quiet or 0.0, 1e-12),
+            stats.f.ppf(0.975, len(seeds) - 1, len(seeds) - 1) ** 0.5,
+        )
+        agrees = "yes" if ratio > limit else "no" if ratio < 1 / limit else "within error"
+        return said | {"worse is": loud, "better is": quiet, "ratio": ratio, "limit": limit, "agrees": agrees}
+    found = mean_of([worse[seed] - better[seed] for seed in seeds])
+    agrees = {"worse than": "yes", "better than": "no"}.get(found.word, "within error")
+    return said | {"worse is": bad, "better is": good, **found._asdict(), "agrees": agrees}
 
 
 def write(out: Path, sweep: "Sweep", seeds: Sequence[int], console: Console) -> None:

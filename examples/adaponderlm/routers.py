@@ -31,6 +31,11 @@ class Router(nn.Module, ABC):
         self.steps, self.first = steps, first
         self.register_buffer("price", torch.zeros(()))
 
+    @property
+    def fitted(self) -> bool:
+        """Whether it has a price."""
+        return bool(self.price > 0)
+
     @abstractmethod
     def losses(self, ids: Tensor) -> Tensor:
         """The predicted loss of `ids (batch, seq)` at each depth, `(batch, seq, steps)`, up to a constant."""

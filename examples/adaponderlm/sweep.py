@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from examples.adaponderlm import evaluate
 from examples.adaponderlm.config import CONFIGS, BadInput, Config, read
 from examples.adaponderlm.processes import Job, Now, python, run_all
 
@@ -141,12 +142,14 @@ def evaluations(sweep: Sweep, out: Path, seeds: Sequence[int], flags: Sequence[s
         for name, run in sweep.runs.items()
         if run.stop is None
     }
+    words = ["--depths", *map(str, sweep.budgets), *sweep.evaluate, *flags]
+    options = asdict(evaluate.options_of(evaluate.arguments(["", *words])))
     return [
         Job(
             name=f"evaluation of {title}",
-            command=python("evaluate.py", str(folder), "--depths", *map(str, sweep.budgets), *sweep.evaluate, *flags),
+            command=python("evaluate.py", str(folder), *words),
             folder=folder,
-            finished=lambda folder=folder: _is_newer(folder / "evaluation.json", folder / "model"),
+            finished=lambda folder=folder: _is_evaluated(folder, options),
             now=lambda folder=folder: _verdict(folder),
         )
         for title, folder in folders.items()
@@ -197,6 +200,14 @@ def _verdict(folder: Path) -> Now:
     return Now(1, 1, f"held-out loss {own['loss']:.4f} depth {own['depth']:.2f} {own['relative_flops']:.2f}×")
 
 
+def _is_evaluated(folder: Path, options: dict[str, Any]) -> bool:
+    """Whether the model has been looked at as it is to be."""
+    path = folder / "evaluation.json"
+    if not _is_newer(path, folder / "model"):
+        return False
+    return bool(json.loads(path.read_text()).get("options") == json.loads(json.dumps(options)))
+
+
 def _is_newer(path: Path, than: Path) -> bool:
     return path.exists() and path.stat().st_mtime >= than.stat().st_mtime
 
@@ -206,7 +217,7 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("sweep", metavar="FILE", help="YAML, a path or a name in configs/sweeps/")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of those of the sweep")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="runs at a time, a thread each")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for all runs (default: out/NAME)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for all runs (default: out/NAME, out/NAME-quick)")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it works")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="in place of the standard library")
     parser.add_argument("--report", action="store_true", help="train and evaluate nothing: report what there is")
@@ -219,7 +230,7 @@ def run(parsed: argparse.Namespace, console: Console) -> None:
     from examples.adaponderlm import report
 
     sweep = load(parsed.sweep)
-    out = parsed.out or Path("out") / Path(parsed.sweep).stem
+    out = parsed.out or Path("out") / (Path(parsed.sweep).stem + ("-quick" if parsed.quick else ""))
     seeds = sweep.seeds if parsed.seeds is None else parsed.seeds
     values = list(sweep.quick) if parsed.quick else []
     values += [f"data.source={','.join(parsed.text)}"] if parsed.text else []

@@ -27,6 +27,7 @@ class Trained(NamedTuple):
     config: Config
     model: AdaptiveForCausalLM
     router: Router | None
+    told: Told | None
     tokenizer: PreTrainedTokenizerBase
 
     @property
@@ -59,7 +60,7 @@ class Trained(NamedTuple):
     @property
     def says(self) -> Depths | None:
         """What its tokens are told, however deep they go; None: that."""
-        return self.router if self.config.model.router.tells else None
+        return None if self.told is None else self.router
 
     @property
     def flops(self) -> ad.TokenFlops:
@@ -75,12 +76,11 @@ def load(folder: Path) -> Trained:
     config = read([str(folder / "config.yaml")])
     model = AdaptiveForCausalLM.from_pretrained(path).eval()
     router = router_of(config.model.router, config.model.steps, model.base.config.vocab_size)
-    if router is not None:
-        weights = torch.load(path / "router.pt")
-        router.load_state_dict(weights["router"])
-        if config.model.router.tells:
-            Told(model).load_state_dict(weights["told"])
-    return Trained(folder, config, model, router, AutoTokenizer.from_pretrained(path))
+    told = Told(model) if config.model.router.tells else None
+    for name, part in (("router", router), ("told", told)):
+        if part is not None:
+            part.load_state_dict(torch.load(path / "router.pt")[name])
+    return Trained(folder, config, model, router, told, AutoTokenizer.from_pretrained(path))
 
 
 def own_depths(run: Trained) -> Depths | None:

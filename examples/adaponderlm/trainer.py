@@ -207,6 +207,7 @@ class Trainer:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.accelerator.wait_for_everyone()
         if steps := self.checkpoints.steps():
+            self._check_settings()
             self._load(self.checkpoints, steps[-1])
         elif self.config.begin is not None:
             self._begin(Path(self.config.begin) / "checkpoints")
@@ -215,6 +216,17 @@ class Trainer:
             part = self.out / f"config.yaml{PART}"
             settings.write(self.config, part)
             replace(part, self.out / "config.yaml")
+
+    def _check_settings(self) -> None:
+        """A run goes on as it began: what is learned, by what, from what."""
+        path = self.out / "config.yaml"
+        if not path.exists():
+            return
+        before, now = settings.read([str(path)]), self.config
+        parts = {name: (getattr(before, name), getattr(now, name)) for name in ("model", "stages", "seed")}
+        parts["data.window"] = before.data.window, now.data.window
+        if other := [name for name, (old, new) in parts.items() if old != new]:
+            raise BadInput(f"{self.out} holds a run with other {', '.join(other)}: give another out, or remove it")
 
     def _load(self, checkpoints: Checkpoints, step: int, new: tuple[str, ...] = ()) -> None:
         try:
@@ -230,8 +242,18 @@ class Trainer:
         if not (steps := other.steps()):
             raise BadInput(f"cannot begin where there is no checkpoint: {folder}")
         self._load(other, steps[-1], ADDED)
+        if self.step < self.config.train.steps:
+            self._check_fitted(self.plan.turn(self.step))
         if self.accelerator.is_main_process:
             shutil.copy(Path(self.config.begin or "") / METRICS, self.out / METRICS)
+
+    def _check_fitted(self, turn: Turn) -> None:
+        router, fits = self.whole.router, turn.stage.fit and turn.since == 0
+        if router is not None and turn.routed and not fits and not router.fitted:
+            raise BadInput(
+                f"cannot begin at step {self.step}, in stage {turn.name}, with a router that was never fitted: begin "
+                "from a run with one, or at the first step of a stage with fit: true"
+            )
 
     def _export(self) -> None:
         """The model as transformers reads it, with its tokenizer, and the router."""
