@@ -247,10 +247,8 @@ def _claim(table: Table, claim: "Claim") -> dict[str, Any]:
         return said | {"agrees": "too few seeds"}
     (bad, loud), (good, quiet) = (spread([each[seed] for seed in seeds]) for each in (worse, better))
     if claim.by == "spread":
-        ratio, limit = (
-            (loud or 0.0) / max(quiet or 0.0, 1e-12),
-            stats.f.ppf(0.975, len(seeds) - 1, len(seeds) - 1) ** 0.5,
-        )
+        ratio, free = (loud or 0.0) / max(quiet or 0.0, 1e-12), len(seeds) - 1
+        limit = float(stats.f.ppf(0.975, free, free)) ** 0.5
         agrees = "yes" if ratio > limit else "no" if ratio < 1 / limit else "within error"
         return said | {"worse is": loud, "better is": quiet, "ratio": ratio, "limit": limit, "agrees": agrees}
     found = mean_of([worse[seed] - better[seed] for seed in seeds])
