@@ -6,7 +6,7 @@ Lm-eval's own command line, with the same flags. Once lm-eval discovers installe
 points of the group `lm_eval.models`), `lm_eval --model adadepth` is the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, final
 
@@ -34,17 +34,17 @@ class AdaptiveLM(HFLM):
     results' `config` gets `mean_depth`, `relative_flops` and `depth_tokens`: over all real tokens that ran,
     prompts and continuations alike.
 
-    Arguments: `max_depth` and `min_depth`, ints for every token; `threshold`, in place of the tau of the
-    model's `Threshold` or `SurvivalThreshold`; `imports`, the modules that define pieces of your own, joined
-    by `+`; the others are those of lm-eval's `hf`.
+    Arguments: `max_depth` and `min_depth`, ints for every token, or from Python functions of the ids
+    `(batch, seq)`; `threshold`, in place of the tau of the model's `Threshold` or `SurvivalThreshold`;
+    `imports`, the modules that define pieces of your own, joined by `+`; the others are those of lm-eval's `hf`.
     Raises: `ValueError` if the model is not an adapted one, or a `threshold` is given for another rule.
     """
 
     def __init__(
         self,
         pretrained: Any,
-        max_depth: int | None = None,
-        min_depth: int | None = None,
+        max_depth: int | Callable[[Tensor], int | Tensor] | None = None,
+        min_depth: int | Callable[[Tensor], int | Tensor] | None = None,
         threshold: float | None = None,
         imports: str | None = None,
         **kwargs: Any,
@@ -109,8 +109,12 @@ class AdaptiveLM(HFLM):
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         del attn_mask, labels  # lm-eval's for encoder-decoder models
+        budget = {
+            name: value(inps) if callable(value) and not isinstance(value, Rule) else value
+            for name, value in self._budget.items()
+        }
         with torch.no_grad(), self._autocast():
-            return self.model(inps, attention_mask=self._mask(inps).long(), **self._budget).logits
+            return self.model(inps, attention_mask=self._mask(inps).long(), **budget).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         if not kwargs.get("do_sample"):

@@ -14,7 +14,6 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from torch import Tensor, nn
 
 from examples.adaponderlm.config import BadInput
 from examples.adaponderlm.evaluate import RESULT
@@ -79,18 +78,9 @@ def lm_of(run: Trained, batch: int) -> Any:
         if part is not None:
             part.to("cuda" if torch.cuda.is_available() else "cpu")
     depth = own_depths(run)
-    model = AdaptiveLM(
+    return AdaptiveLM(
         run.model, min_depth=run.says or depth, max_depth=depth, tokenizer=run.tokenizer, batch_size=batch
     )
-    run.model.register_forward_pre_hook(_say_depths, prepend=True, with_kwargs=True)  # before tokens are told
-    return model
-
-
-def _say_depths(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Depths that depend on the ids, said of them; generation has said them before."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    given = {name: kwargs[name] for name in ("min_depth", "max_depth") if callable(kwargs.get(name))}
-    return args, kwargs | {name: depth(ids) for name, depth in given.items() if isinstance(ids, Tensor)}
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
