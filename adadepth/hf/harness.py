@@ -59,8 +59,9 @@ class AdaptiveLM(HFLM):
             )
         loop = self.model.loop
         rule = None if threshold is None else _with_threshold(loop.rule, float(threshold))
-        budget = {"max_depth": max_depth, "min_depth": min_depth, "rule": rule}
-        self._budget = {name: value for name, value in budget.items() if value is not None}
+        depths = {"max_depth": max_depth, "min_depth": min_depth}
+        self._depths = {name: depth for name, depth in depths.items() if depth is not None}
+        self._rule = {} if rule is None else {"rule": rule}
         self._lengths: dict[tuple[int, ...], int] = {}
         self._ran = self._ran_everywhere = torch.zeros(2, dtype=torch.long)  # iterations, tokens
         loop.register_forward_hook(self._count)
@@ -109,12 +110,9 @@ class AdaptiveLM(HFLM):
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         del attn_mask, labels  # lm-eval's for encoder-decoder models
-        budget = {
-            name: value(inps) if callable(value) and not isinstance(value, Rule) else value
-            for name, value in self._budget.items()
-        }
+        depths = {name: depth(inps) if callable(depth) else depth for name, depth in self._depths.items()}
         with torch.no_grad(), self._autocast():
-            return self.model(inps, attention_mask=self._mask(inps).long(), **budget).logits
+            return self.model(inps, attention_mask=self._mask(inps).long(), **depths, **self._rule).logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         if not kwargs.get("do_sample"):
@@ -128,7 +126,8 @@ class AdaptiveLM(HFLM):
                 stopping_criteria=StoppingCriteriaList([_StopEachRow(self.tokenizer, stop, context.shape[1])]),
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
-                **self._budget,
+                **self._depths,
+                **self._rule,
                 **kwargs,
             )
 
