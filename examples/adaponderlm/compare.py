@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, NamedTuple, final
 
 import torch
@@ -84,10 +85,7 @@ def mean_of(differences: Sequence[float]) -> Difference:
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and standard deviation; None with one value."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return mean, None
-    return mean, (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return fmean(values), stdev(values) if len(values) > 1 else None
 
 
 @final

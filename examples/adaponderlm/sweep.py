@@ -143,7 +143,7 @@ def evaluations(sweep: Sweep, out: Path, seeds: Sequence[int], flags: Sequence[s
         if run.stop is None
     }
     words = ["--depths", *map(str, sweep.budgets), *sweep.evaluate, *flags]
-    options = asdict(evaluate.options_of(evaluate.arguments(["", *words])))
+    options = json.loads(json.dumps(asdict(evaluate.options_of(evaluate.arguments(["", *words])))))
     return [
         Job(
             name=f"evaluation of {title}",
@@ -203,9 +203,7 @@ def _verdict(folder: Path) -> Now:
 def _is_evaluated(folder: Path, options: dict[str, Any]) -> bool:
     """Whether the model has been looked at as it is to be."""
     path = folder / "evaluation.json"
-    if not _is_newer(path, folder / "model"):
-        return False
-    return bool(json.loads(path.read_text()).get("options") == json.loads(json.dumps(options)))
+    return _is_newer(path, folder / "model") and bool(json.loads(path.read_text()).get("options") == options)
 
 
 def _is_newer(path: Path, than: Path) -> bool:

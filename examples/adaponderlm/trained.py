@@ -77,9 +77,10 @@ def load(folder: Path) -> Trained:
     model = AdaptiveForCausalLM.from_pretrained(path).eval()
     router = router_of(config.model.router, config.model.steps, model.base.config.vocab_size)
     told = Told(model) if config.model.router.tells else None
+    weights = {} if router is None else torch.load(path / "router.pt")
     for name, part in (("router", router), ("told", told)):
         if part is not None:
-            part.load_state_dict(torch.load(path / "router.pt")[name])
+            part.load_state_dict(weights[name])
     return Trained(folder, config, model, router, told, AutoTokenizer.from_pretrained(path))
 
 
