@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def start(work: Callable[[], None]) -> int:
             os.dup2(quiet.fileno(), 1)
         work()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -97,11 +100,11 @@ def main(folder: Path, kills: int, seed: int, values: list[str]) -> None:
     while len(found) < kills:
         pid = start(trains("random"))
         time.sleep(moments.uniform(0, seconds))
-        if os.waitpid(pid, os.WNOHANG) == (0, 0):
-            os.kill(pid, signal.SIGKILL)
-            assert ended(pid) == -signal.SIGKILL
+        os.kill(pid, signal.SIGKILL)
+        if (status := ended(pid)) == -signal.SIGKILL:
             found.append(left(out))
-        else:  # it had come to its end
+        else:  # it came to its end first, which only its status can say
+            assert status == 0, status
             curves[f"before kill {len(found)}"] = curve(out)
             shutil.rmtree(out)
     assert ended(start(trains("random"))) == 0
