@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import adadepth as ad
 from adadepth.hf import adapt
-from adadepth.hf.calibration import calibrate, search
+from adadepth.hf.calibration import OutOfReach, calibrate, search
 
 DIM, STEPS = 16, 4
 
@@ -196,7 +196,7 @@ def test_too_few_batches() -> None:
 @pytest.mark.parametrize(("rule", "low"), [(ad.Threshold, 1), (lambda tau: ad.Lookahead(ad.Threshold(tau)), 2)])
 @pytest.mark.parametrize("wanted", [0.9, 4.1])
 def test_out_of_reach(wanted: float, rule: Callable[[float], ad.Rule], low: int) -> None:
-    with pytest.raises(ValueError, match="calibrate") as error:
+    with pytest.raises(OutOfReach, match="calibrate") as error:
         calibrate(make_loop(learned()), text(), wanted, rule)
     assert str(error.value) == (
         f"calibrate expected relative_flops from {low}, where all tokens leave as early as the rule lets them, to 4, "

@@ -244,6 +244,15 @@ def test_both_ways_to_compute_are_timed_together(swept: Swept, tmp_path: Path) -
     assert all(seconds > 0 for each in times.values() for seconds in each.values())
 
 
+def test_too_little_text_to_choose_on(swept: Swept) -> None:
+    with pytest.raises(SystemExit) as error:
+        evaluate.main([str(swept.out / "gate-0"), "--choice", "1"])
+    assert str(error.value) == (
+        "error: expected 2 windows or more to choose on, of which thresholds are fitted on one half, got 1: ask for "
+        "more with --choice, or train on a longer text"
+    )
+
+
 def test_a_run_that_is_not_done(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as error:
         evaluate.main([str(tmp_path)])

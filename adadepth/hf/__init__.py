@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from .cache import AdaptiveCache as AdaptiveCache  # noqa: E402
 from .calibration import Calibration as Calibration  # noqa: E402
+from .calibration import OutOfReach as OutOfReach  # noqa: E402
 from .calibration import calibrate as calibrate  # noqa: E402
 from .config import AdaptiveConfig as AdaptiveConfig  # noqa: E402
 from .model import AdaptiveForCausalLM as AdaptiveForCausalLM  # noqa: E402

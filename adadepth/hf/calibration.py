@@ -27,6 +27,10 @@ _NEAR = 0.002  # of the wanted depth: near enough to stop
 _ROUNDING = 1e-9
 
 
+class OutOfReach(ValueError):
+    """No threshold costs what `calibrate` was asked for. The text says what it could be asked for."""
+
+
 @final
 class Calibration(NamedTuple):
     """What `calibrate` found.
@@ -65,7 +69,7 @@ def calibrate(
             is looked for among the scores that were seen and their running products.
 
     Raises: `ValueError` if the loop has no gate, if there are fewer than two batches or one of the two
-    parts holds no real token, or if `relative_flops` is out of reach.
+    parts holds no real token; `OutOfReach`, which is one, if nothing costs `relative_flops`.
     Source: relative FLOPs: AdaPonderLM, arXiv 2603.01914.
     """
     loop = model if isinstance(model, RecurrentWrapper) else model.loop
@@ -86,7 +90,7 @@ def calibrate(
         low, high = sorted(_predict(rule(float(tau)), full) for tau in (taus[0], taus[-1]))
         wanted = flops.depth(model, relative_flops)
         if not low - _ROUNDING <= wanted <= high + _ROUNDING:
-            raise ValueError(
+            raise OutOfReach(
                 f"calibrate expected relative_flops from {flops.relative(model, low):.4g}, where all tokens leave as "
                 f"early as the rule lets them, to {flops.relative(model, high):.4g}, where all stay as long, got "
                 f"{relative_flops}."

@@ -24,7 +24,7 @@ from torch import Tensor
 import adadepth as ad
 from adadepth import viz
 from adadepth.diagnostics import Measured, Score, measure, oracle
-from adadepth.hf import calibrate
+from adadepth.hf import OutOfReach, calibrate
 from adadepth.hf.flops import relative
 from examples.adaponderlm import analysis
 from examples.adaponderlm.config import BadInput
@@ -119,7 +119,7 @@ class Evaluation:
         """The loop's gate with the threshold of a mean depth; None where it cannot be had."""
         try:
             found = calibrate(self.run.model, self.choice, relative(self.run.model, depth), rule)
-        except ValueError:  # out of reach
+        except OutOfReach:
             return None
         return self.ask(f"{name} at {depth:g}", score_at(self.run, rule=found.rule), wanted=depth, tau=found.tau)[0]
 
@@ -185,6 +185,11 @@ def evaluate(run: Trained, options: Options) -> tuple[Row, dict[str, Any]]:
     """Everything about a run as JSON; and losses by window, and of the first windows by token."""
     config, given = run.config, (run.config.data, run.tokenizer)
     test, choice = held_out(*given, options.windows, "test"), held_out(*given, options.choice, "choice")
+    if len(choice) < 2:
+        raise BadInput(
+            f"expected 2 windows or more to choose on, of which thresholds are fitted on one half, got {len(choice)}: "
+            "ask for more with --choice, or train on a longer text"
+        )
     asked = Evaluation(run, test, choice, options)
     own, measured = asked.own()
     depths = _depths(run, options, own["depth"])
