@@ -20,6 +20,7 @@ pytest.importorskip("omegaconf")
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import adadepth as ad
@@ -29,6 +30,7 @@ from examples.adaponderlm.compare import Difference, Point, Result, Table, best_
 from examples.adaponderlm.config import BadInput
 from examples.adaponderlm.evaluate import Options
 from examples.adaponderlm.processes import Job, Now, run_all
+from examples.adaponderlm.routers import Window
 from examples.adaponderlm.text import held_out
 from examples.adaponderlm.trained import load, own_depths, score_at
 
@@ -160,20 +162,41 @@ def test_a_router_is_as_it_was_after_other_budgets(swept: Swept) -> None:
     assert asked.own()[0] == before
 
 
+def letters_seen(ids: Tensor) -> Tensor:
+    """Of the word that each byte is in, its own with them; 0 for what is no letter, at most 8."""
+    rows = []
+    for row in ids.tolist():
+        seen, counts = 0, []
+        for byte in row:
+            seen = seen + 1 if chr(byte).isalnum() or chr(byte) == "_" or 127 < byte < 256 else 0
+            counts.append(min(seen, 8))
+        rows.append(counts)
+    return torch.tensor(rows)
+
+
 @pytest.mark.parametrize("run", ["router", "told"])
-def test_tokens_are_told_what_the_router_says(swept: Swept, run: str) -> None:
+def test_tokens_are_told_how_much_of_their_word_was_seen(swept: Swept, run: str) -> None:
     trained = load(swept.out / f"{run}-0")
     ids = held_out(trained.config.data, trained.tokenizer, 4, "test")
-    said = trained.router(ids[:, :-1])
-    weight = torch.load(trained.folder / "model" / "router.pt")["told"]["depths.weight"]
-    assert len(said.unique()) > 1 and weight[said.unique() - 1].abs().min() > 0
-    embedded = trained.model.get_input_embeddings()(ids[:, :-1]) + weight[said - 1]
+    seen, deep = letters_seen(ids[:, :-1]), trained.router(ids[:, :-1])
+    weight = torch.load(trained.folder / "model" / "router.pt")["told"]["kinds.weight"]
+    assert len(deep.unique()) > 1 and len(seen.unique()) > 5 and weight[seen.unique()].abs().min() > 0
+    embedded = trained.model.get_input_embeddings()(ids[:, :-1]) + weight[seen]
     with torch.no_grad():
-        logits = trained.model(inputs_embeds=embedded, max_depth=said if run == "router" else 3).logits
+        logits = trained.model(inputs_embeds=embedded, max_depth=deep if run == "router" else 3).logits
     wanted = cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     loss, depth = score_at(trained, own_depths(trained))(ids)
-    assert torch.equal(depth, said if run == "router" else torch.full_like(said, 3))
+    assert torch.equal(depth, deep if run == "router" else torch.full_like(deep, 3))
     assert torch.allclose(loss, wanted, atol=1e-6)
+
+
+def test_a_window_says_its_depth_once_it_is_fitted() -> None:
+    torch.manual_seed(0)
+    window, ids = Window(4, 2, window=3, vocabulary=50), torch.randint(50, (8, 16))
+    assert window.kinds == 4 and window.kind(ids).unique().tolist() == [2]
+    losses = torch.stack([torch.where(ids < 25, 1.0, 4.0 - depth) for depth in range(4)], -1)
+    window.fit(ids, losses, mean=3.0)
+    assert torch.equal(window.kind(ids), window(ids)) and len(window(ids).unique()) > 1
 
 
 def test_exits_put_on_afterwards_leave_the_loop_as_it_was(swept: Swept) -> None:

@@ -467,6 +467,10 @@ def test_a_router_of_letters_reads_bytes(text: list[str], tmp_path: Path) -> Non
     refused(tmp_path, "model.router.kind=words reads bytes", *text, *SMALL, "data.tokenizer=x", files=tuple(ROUTER))
 
 
+def test_a_gate_and_a_router_are_not_had_at_once(text: list[str], tmp_path: Path) -> None:
+    refused(tmp_path, "expected model.gate.kind or", *text, *SMALL, "model.gate.kind=shared", files=tuple(ROUTER))
+
+
 def test_a_router_is_never_used_before_it_is_fitted(text: list[str], tmp_path: Path) -> None:
     small = [*text, *SMALL, "train.stop=6"]
     trained(tmp_path / "first", *small, files=("tiny.yaml", "loop.yaml"))

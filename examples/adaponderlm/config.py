@@ -57,8 +57,8 @@ class Router:
     """What says depths from the ids alone, once it is fitted: see `routers.py`.
 
     `kind`: "words", by how much of its word a byte has seen; "window", a small network over the last `window` tokens.
-    `mean`: the depth of an average token; `first`: that of the shallowest. `tells`: a token is told its depth, by an
-    embedding added to its own.
+    `mean`: the depth of an average token; `first`: that of the shallowest. `tells`: by an embedding added to its own, a
+    token is told what is known of it: how many letters ("words"), or how deep it goes ("window").
     """
 
     kind: Literal["none", "words", "window"] = "none"
@@ -220,6 +220,8 @@ def check(config: Config) -> None:
         raise BadInput(f"expected the shares of all stages to sum to 1, got {total:g}")
     if config.model.router.kind != "none" and not any(stage.fit for stage in config.stages.values()):
         raise BadInput("model.router.kind needs a stage with fit: true, in which it learns what iterations are worth")
+    if config.model.router.kind != "none" and config.model.gate.kind != "none":
+        raise BadInput("expected model.gate.kind or model.router.kind to be none: one of them says how deep tokens go")
     if config.model.router.kind == "words" and config.data.tokenizer != "bytes":
         raise BadInput("model.router.kind=words reads bytes: with another data.tokenizer give model.router.kind=window")
     if config.data.window > config.model.shape.max_position_embeddings and config.model.pretrained is None:

@@ -13,7 +13,7 @@ from adadepth.hf.model import AdaptiveOutput
 from .config import Config, Penalty
 from .model import head_of
 from .plan import Plan, Turn
-from .routers import Router, Told, router_of
+from .routers import Router, router_of, told_of
 
 
 class Figures(NamedTuple):
@@ -44,7 +44,7 @@ class Objective(nn.Module):
                 model(torch.zeros(1, 1, dtype=torch.int64))  # binds its pieces, which a graph could not
             self._compiled = torch.compile(self._run)
         self.router: Router | None = router_of(config.model.router, config.model.steps, model.base.config.vocab_size)
-        self.told = Told(model) if config.model.router.tells else None
+        self.told = told_of(config.model.router, model, self.router)
 
     def forward(self, ids: Tensor, turn: Turn | None, first: int = 0) -> Figures | Tensor:
         """The loss of the windows `ids (batch, seq + 1)`, rows `first` and following of a step.
@@ -53,10 +53,10 @@ class Objective(nn.Module):
         """
         ids, labels = ids[:, :-1], ids[:, 1:]
         if turn is None:
-            depth = self.config.model.steps
-            return self._every(self.model(ids, states=True, min_depth=depth, max_depth=depth), labels)
+            every = self.config.model.steps
+            return self._every(self.model(ids, states=True, **self._told(ids, every)), labels)
         depths = self._depths(ids, turn, first)
-        static = bool(depths) and all(isinstance(depth, int) for depth in depths.values())  # nobody leaves early
+        static = isinstance(depths.get("max_depth"), int)  # nobody leaves early
         self.model.loop.agree = bool if static else ad.ranks.any_rank
         out = (self._compiled if static else self._run)(ids, states=self._looks_inside(turn), **depths)
         return self._figures(out, labels, turn)
@@ -65,13 +65,15 @@ class Objective(nn.Module):
         return self.model(ids, **options)
 
     def _depths(self, ids: Tensor, turn: Turn, first: int) -> dict[str, int | Tensor]:
-        """`min_depth`, which a token is told, and `max_depth`, which it runs where no gate decides."""
-        depths: dict[str, Any] = {} if turn.exits else self.plan.depths(turn, first, len(ids))
-        if self.router is not None and turn.routed and (turn.exits or self.told is not None):
-            depths["min_depth"] = said = self.router(ids)
-            if turn.exits:
-                depths["max_depth"] = said
-        return depths
+        """`min_depth` and `max_depth`, where no gate decides."""
+        if not turn.exits:
+            return self._told(ids, self.plan.depth(turn, first, len(ids)))
+        return {} if self.router is None else self._told(ids, self.router(ids))
+
+    def _told(self, ids: Tensor, depth: int | Tensor) -> dict[str, int | Tensor]:
+        """Arguments for so deep; what tokens are told stands in place of `min_depth`."""
+        told = None if self.router is None or self.told is None else self.router.kind(ids)
+        return {"min_depth": depth if told is None else told, "max_depth": depth}
 
     def _every(self, out: AdaptiveOutput, labels: Tensor) -> Tensor:
         return ad.per_iteration_loss(out.states, head_of(self.model.base, self.config.model.layers), labels)

@@ -57,8 +57,8 @@ class Plan:
             begin = end
         raise IndexError(f"step {at} of {self.config.train.steps}")
 
-    def depths(self, turn: Turn, first: int, count: int) -> dict[str, int | Tensor]:
-        """`min_depth` and `max_depth` of rows `first` to `first + count` of a step without exits.
+    def depth(self, turn: Turn, first: int, count: int) -> int | Tensor:
+        """How deep rows `first` to `first + count` of a step without exits go.
 
         Drawn for all rows of the step at once, so that it does not matter which rank has which.
         """
@@ -76,7 +76,7 @@ class Plan:
             generator = torch.Generator().manual_seed(1_000_003 * seed + turn.at)
             shape = (self.config.train.batch, self.config.data.window)
             depth = draw(shape, steps, stage.mean, generator)[first : first + count]
-        return {"min_depth": depth, "max_depth": depth}
+        return depth
 
 
 def schedule(train: Train, at: int) -> float:

@@ -2,8 +2,9 @@
 
 A model that is trained with such exits learns to live with them, and they cost next to nothing. A router predicts the
 loss of a token at each depth, up to a constant, and takes the depth at which loss + price · depth is least; the price
-is the one at which depths have the wanted mean. A token may be told what was said of it: that is worth much even where
-all tokens run as deep, so that fixed depths are told as well before they are compared (`methods/told.yaml`).
+is the one at which depths have the wanted mean. A token may be told its kind, by which the router decides: that is
+worth much even where all tokens run as deep, so that fixed depths are told as well before they are compared
+(`methods/told.yaml`).
 """
 
 from abc import ABC, abstractmethod
@@ -25,10 +26,11 @@ class Router(nn.Module, ABC):
     """Depths of tokens from `first` to `steps`. Nothing in it gets a gradient from the model's loss."""
 
     price: Tensor
+    kinds: int
 
     def __init__(self, steps: int, first: int) -> None:
         super().__init__()
-        self.steps, self.first = steps, first
+        self.steps, self.first, self.kinds = steps, first, steps
         self.register_buffer("price", torch.zeros(()))
 
     @property
@@ -47,6 +49,10 @@ class Router(nn.Module, ABC):
     def forward(self, ids: Tensor) -> Tensor:
         """The depths of `ids (batch, seq)`, int64."""
         return self._cheapest(self.losses(ids), self.price)
+
+    def kind(self, ids: Tensor) -> Tensor:
+        """What a token of `ids (batch, seq)` is told, from 1 to `kinds`: here its depth, until it has one the least."""
+        return torch.where(self.price > 0, self(ids), self.first)
 
     def fit(self, ids: Tensor, losses: Tensor, mean: float) -> None:
         """Learn from the losses of `ids (rows, seq)` at each depth, `(rows, seq, steps)`, and aim at a mean depth."""
@@ -80,11 +86,16 @@ class Words(Router):
 
     def __init__(self, steps: int, first: int) -> None:
         super().__init__(steps, first)
+        self.kinds = LONG + 1
         self.register_buffer("letters", torch.tensor([_is_letter(byte) for byte in range(256)]))
         self.register_buffer("table", torch.zeros(LONG + 1, steps))
 
     def losses(self, ids: Tensor) -> Tensor:
         return self.table[self._seen(ids)]
+
+    def kind(self, ids: Tensor) -> Tensor:
+        """All that is read of it, at any price: one more than its letters."""
+        return self._seen(ids) + 1
 
     def learn(self, ids: Tensor, losses: Tensor) -> None:
         seen = self._seen(ids).flatten()
@@ -129,25 +140,31 @@ class Window(Router):
 
 @final
 class Told(nn.Module):
-    """Adds to the embedding of each token one of the `min_depth` that it is given, before an adapted model runs.
+    """Adds to the embedding of each token one of its kind, before an adapted model runs.
 
-    It is 0 at first. A hook, so that `generate` passes through it as well.
+    It is 0 at first. A hook, so that `generate` passes through it as well. The kind comes as `min_depth`, which
+    `generate` takes as a function of all ids; without a gate that is no bound, since `max_depth` wins.
     """
 
-    def __init__(self, model: AdaptiveForCausalLM) -> None:
+    def __init__(self, model: AdaptiveForCausalLM, kinds: int) -> None:
         super().__init__()
-        self.depths = nn.Embedding(model.loop.steps, model.base.config.hidden_size)
-        nn.init.zeros_(self.depths.weight)
+        self.kinds = nn.Embedding(kinds, model.base.config.hidden_size)
+        nn.init.zeros_(self.kinds.weight)
         model.register_forward_pre_hook(self._tell, with_kwargs=True)
 
     def _tell(
         self, model: AdaptiveForCausalLM, args: tuple[Any, ...], given: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if (depth := given.get("min_depth")) is None:
+        if (kind := given.get("min_depth")) is None:
             return args, given
         ids = given.pop("input_ids") if not args else args[0]
-        said = self.depths(torch.as_tensor(depth, device=ids.device) - 1)
+        said = self.kinds(torch.as_tensor(kind, device=ids.device) - 1)
         return args[1:], given | {"inputs_embeds": model.get_input_embeddings()(ids) + said}
+
+
+def told_of(settings: config.Router, model: AdaptiveForCausalLM, router: Router | None) -> Told | None:
+    """What tells the tokens of a model their kinds, if a configuration asks for it."""
+    return Told(model, router.kinds) if settings.tells and router is not None else None
 
 
 def router_of(settings: config.Router, steps: int, vocabulary: int) -> Router | None:

@@ -15,7 +15,7 @@ from adadepth.hf.scoring import scorer
 
 from .config import BadInput, Config, Stage, read
 from .model import CRITERIA, flops_of
-from .routers import Router, Told, router_of
+from .routers import Router, Told, router_of, told_of
 
 Depths = Callable[[Tensor], int | Tensor]  # of ids (batch, seq): broadcasts to them
 
@@ -59,8 +59,8 @@ class Trained(NamedTuple):
 
     @property
     def says(self) -> Depths | None:
-        """What its tokens are told, however deep they go; None: that."""
-        return None if self.told is None else self.router
+        """What its tokens are told, as `min_depth`; None: nothing."""
+        return None if self.told is None or self.router is None else self.router.kind
 
     @property
     def flops(self) -> ad.TokenFlops:
@@ -76,7 +76,7 @@ def load(folder: Path) -> Trained:
     config = read([str(folder / "config.yaml")])
     model = AdaptiveForCausalLM.from_pretrained(path).eval()
     router = router_of(config.model.router, config.model.steps, model.base.config.vocab_size)
-    told = Told(model) if config.model.router.tells else None
+    told = told_of(config.model.router, model, router)
     weights = {} if router is None else torch.load(path / "router.pt")
     for name, part in (("router", router), ("told", told)):
         if part is not None:
