@@ -208,9 +208,7 @@ def main(folder: str, rank: int) -> None:
     warnings.filterwarnings("error")
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # of FSDP2, about writing into it
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=30)
-    )
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(minutes=5))
     torch.save(dict(results(rank)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -256,7 +256,7 @@ def test_processes_may_prepare_the_same_text_at_once(tmp_path: Path) -> None:
     processes = [context.Process(target=prepare, args=(data, results)) for _ in range(2)]
     for process in processes:
         process.start()
-    got = [results.get(timeout=60) for _ in processes]
+    got = [results.get(timeout=300) for _ in processes]
     for process in processes:
         process.join()
     assert got[0] == got[1] == text.windows(data, TOKENIZER, 0).batch(5).tolist()
