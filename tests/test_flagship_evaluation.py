@@ -628,6 +628,12 @@ def test_lm_eval_sees_the_losses_of_the_run(swept: Swept, run: str) -> None:
     assert torch.allclose(cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none"), wanted, atol=1e-5)
 
 
+def test_a_report_asks_for_none_of_the_settings_of_its_runs(swept: Swept, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep.main([str(swept.out.parent / "mine.yaml"), "--out", str(swept.out), "--report"])
+    said = capsys.readouterr().out
+    assert all(run in said for run in RUNS) and "gates lose: " in said
+
+
 def test_other_windows_are_another_evaluation(swept: Swept) -> None:
     (job, *_) = sweep.evaluations(swept.sweep, swept.out, [0], [])
     (other, *_) = sweep.evaluations(swept.sweep, swept.out, [0], ["--windows", "8"])

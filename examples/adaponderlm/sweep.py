@@ -232,9 +232,9 @@ def run(parsed: argparse.Namespace, console: Console) -> None:
     seeds = sweep.seeds if parsed.seeds is None else parsed.seeds
     values = list(sweep.quick) if parsed.quick else []
     values += [f"data.source={','.join(parsed.text)}"] if parsed.text else []
-    jobs = trainings(sweep, out, seeds, [*values, *parsed.overrides])
     failed: dict[str, str] = {}
     if not parsed.report:
+        jobs = trainings(sweep, out, seeds, [*values, *parsed.overrides])
         failed = run_all(jobs, parsed.processes, console)
         flags = sweep.evaluate_quick if parsed.quick else ()
         jobs = evaluations(sweep, out, seeds, flags)
