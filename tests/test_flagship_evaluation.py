@@ -168,7 +168,8 @@ def letters_seen(ids: Tensor) -> Tensor:
     for row in ids.tolist():
         seen, counts = 0, []
         for byte in row:
-            seen = seen + 1 if chr(byte).isalnum() or chr(byte) == "_" or 127 < byte < 256 else 0
+            letter = (byte < 128 and (chr(byte).isalnum() or chr(byte) == "_")) or 127 < byte < 256
+            seen = seen + 1 if letter else 0
             counts.append(min(seen, 8))
         rows.append(counts)
     return torch.tensor(rows)

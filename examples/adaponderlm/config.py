@@ -220,8 +220,6 @@ def check(config: Config) -> None:
         raise BadInput(f"expected the shares of all stages to sum to 1, got {total:g}")
     if config.model.router.kind != "none" and not any(stage.fit for stage in config.stages.values()):
         raise BadInput("model.router.kind needs a stage with fit: true, in which it learns what iterations are worth")
-    if config.model.router.kind != "none" and config.model.gate.kind != "none":
-        raise BadInput("expected model.gate.kind or model.router.kind to be none: one of them says how deep tokens go")
     if config.model.router.kind == "words" and config.data.tokenizer != "bytes":
         raise BadInput("model.router.kind=words reads bytes: with another data.tokenizer give model.router.kind=window")
     if config.data.window > config.model.shape.max_position_embeddings and config.model.pretrained is None:
@@ -254,6 +252,8 @@ def _check_model(model: Model) -> None:
             f"expected model.shape.hidden_size to be a multiple of num_attention_heads={shape.num_attention_heads}, "
             f"got {shape.hidden_size}"
         )
+    if model.gate.kind != "none" and model.router.kind != "none":
+        raise BadInput("expected model.gate.kind or model.router.kind to be none: one of them says how deep tokens go")
     depths: list[tuple[str, float]] = [] if model.gate.kind == "none" else [("gate.first", model.gate.first)]
     if model.router.kind != "none":
         depths += [("router.first", model.router.first), ("router.mean", model.router.mean)]

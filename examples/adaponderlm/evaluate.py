@@ -126,7 +126,7 @@ class Evaluation:
     def criteria(self, depths: Sequence[float]) -> list[Row]:
         """Exits by what the model predicts, whatever it was trained with.
 
-        None on weights that are told: criteria know nothing to tell them.
+        None on weights that are told: what they are told would be a least depth to a gate.
         """
         if self.run.says is not None:
             return []

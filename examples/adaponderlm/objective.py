@@ -53,8 +53,7 @@ class Objective(nn.Module):
         """
         ids, labels = ids[:, :-1], ids[:, 1:]
         if turn is None:
-            every = self.config.model.steps
-            return self._every(self.model(ids, states=True, **self._told(ids, every)), labels)
+            return self._every(self.model(ids, states=True, **self._at(ids, self.config.model.steps)), labels)
         depths = self._depths(ids, turn, first)
         static = isinstance(depths.get("max_depth"), int)  # nobody leaves early
         self.model.loop.agree = bool if static else ad.ranks.any_rank
@@ -67,11 +66,11 @@ class Objective(nn.Module):
     def _depths(self, ids: Tensor, turn: Turn, first: int) -> dict[str, int | Tensor]:
         """`min_depth` and `max_depth`, where no gate decides."""
         if not turn.exits:
-            return self._told(ids, self.plan.depth(turn, first, len(ids)))
-        return {} if self.router is None else self._told(ids, self.router(ids))
+            return self._at(ids, self.plan.depth(turn, first, len(ids)))
+        return {} if self.router is None else self._at(ids, self.router(ids))
 
-    def _told(self, ids: Tensor, depth: int | Tensor) -> dict[str, int | Tensor]:
-        """Arguments for so deep; what tokens are told stands in place of `min_depth`."""
+    def _at(self, ids: Tensor, depth: int | Tensor) -> dict[str, int | Tensor]:
+        """The arguments with which all go so deep; what tokens are told stands in place of `min_depth`."""
         told = None if self.router is None or self.told is None else self.router.kind(ids)
         return {"min_depth": depth if told is None else told, "max_depth": depth}
 
