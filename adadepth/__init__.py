@@ -3,17 +3,19 @@
 from . import diagnostics as diagnostics
 from . import ranks as ranks
 from . import testing as testing
-from .attention import TokenView as TokenView
-from .blocks import CausalEncoder as CausalEncoder
-from .blocks import Pointwise as Pointwise
-from .blocks import iteration as iteration
-from .blocks import positions as positions
-from .caches import KVReuseCache as KVReuseCache
+from .attention.adapters import CausalEncoder as CausalEncoder
+from .attention.adapters import Pointwise as Pointwise
+from .attention.context import iteration as iteration
+from .attention.context import positions as positions
+from .attention.view import TokenView as TokenView
+from .cache.kv_reuse import KVReuseCache as KVReuseCache
 from .criteria import ConvergenceGate as ConvergenceGate
 from .criteria import EntropyGate as EntropyGate
 from .criteria import KLGate as KLGate
 from .criteria import MarginGate as MarginGate
 from .criteria import MaxProbGate as MaxProbGate
+from .depths import geometric_depths as geometric_depths
+from .depths import uniform_depths as uniform_depths
 from .flops import Cost as Cost
 from .flops import Flops as Flops
 from .flops import TokenFlops as TokenFlops
@@ -21,6 +23,9 @@ from .gates import Gate as Gate
 from .gates import LinearGate as LinearGate
 from .gates import PerIterationMLPGate as PerIterationMLPGate
 from .gates import SharedMLPGate as SharedMLPGate
+from .loop.trace import Output as Output
+from .loop.trace import Trace as Trace
+from .loop.wrapper import RecurrentWrapper as RecurrentWrapper
 from .losses import BottomKPenalty as BottomKPenalty
 from .losses import LossGain as LossGain
 from .losses import depth_prior as depth_prior
@@ -29,25 +34,21 @@ from .losses import loss_gain as loss_gain
 from .losses import per_iteration_loss as per_iteration_loss
 from .losses import ponder_cost as ponder_cost
 from .losses import random_depth as random_depth
-from .masks import ACT as ACT
-from .masks import Lookahead as Lookahead
-from .masks import NotBefore as NotBefore
-from .masks import Rule as Rule
-from .masks import Survival as Survival
-from .masks import SurvivalThreshold as SurvivalThreshold
-from .masks import Threshold as Threshold
 from .masks import depth_mask as depth_mask
-from .masks import geometric_depths as geometric_depths
 from .masks import is_monotonic as is_monotonic
 from .masks import live_share as live_share
 from .masks import make_monotonic as make_monotonic
 from .masks import mask_depth as mask_depth
-from .masks import uniform_depths as uniform_depths
-from .probe import check_block as check_block
+from .rules import ACT as ACT
+from .rules import Lookahead as Lookahead
+from .rules import NotBefore as NotBefore
+from .rules import Rule as Rule
+from .rules import Survival as Survival
+from .rules import SurvivalThreshold as SurvivalThreshold
+from .rules import Threshold as Threshold
 from .selection import bottom_k as bottom_k
 from .selection import top_k as top_k
-from .trace import Output as Output
-from .trace import Trace as Trace
+from .testing import check_block as check_block
 from .updates import InputInjection as InputInjection
 from .updates import Interpolate as Interpolate
 from .updates import Ponder as Ponder
@@ -57,6 +58,71 @@ from .updates import ReZero as ReZero
 from .updates import SurvivalScaled as SurvivalScaled
 from .updates import Ungated as Ungated
 from .updates import Update as Update
-from .wrapper import RecurrentWrapper as RecurrentWrapper
 
 __version__ = "0.1.0"
+
+# What is public; the rooms of the machinery are not.
+__all__ = [
+    "ACT",
+    "BottomKPenalty",
+    "CausalEncoder",
+    "ConvergenceGate",
+    "Cost",
+    "EntropyGate",
+    "Flops",
+    "Gate",
+    "InputInjection",
+    "Interpolate",
+    "KLGate",
+    "KVReuseCache",
+    "LinearGate",
+    "Lookahead",
+    "LossGain",
+    "MarginGate",
+    "MaxProbGate",
+    "NotBefore",
+    "Output",
+    "PerIterationMLPGate",
+    "Pointwise",
+    "Ponder",
+    "ReZero",
+    "RecurrentWrapper",
+    "Replace",
+    "Residual",
+    "Rule",
+    "SharedMLPGate",
+    "Survival",
+    "SurvivalScaled",
+    "SurvivalThreshold",
+    "Threshold",
+    "TokenFlops",
+    "TokenView",
+    "Trace",
+    "Ungated",
+    "Update",
+    "bottom_k",
+    "check_block",
+    "depth_mask",
+    "depth_prior",
+    "diagnostics",
+    "expected_depth",
+    "geometric_depths",
+    "is_monotonic",
+    "iteration",
+    "live_share",
+    "loss_gain",
+    "make_monotonic",
+    "mask_depth",
+    "per_iteration_loss",
+    "ponder_cost",
+    "positions",
+    "random_depth",
+    "ranks",
+    "testing",
+    "top_k",
+    "uniform_depths",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import _vocabulary as _vocabulary  # defines the operator whose formula stands below
 from ._modes import evaluating
-from .wrapper import RecurrentWrapper
+from .loop.wrapper import RecurrentWrapper
 
 LENGTHS = (2, 4)  # at which what grows with the square of the length is told from what grows with it
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ._types import StateRows
 from ._vocabulary import TILE, vocabulary_of
+from .loop.trace import Trace
 from .selection import bottom_k
-from .trace import Trace
 
 LossRows = Float[Tensor, "batch seq steps"]
 

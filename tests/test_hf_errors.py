@@ -336,7 +336,7 @@ def test_only_pieces_that_are_imported_are_made(name: str, tmp_path: Path) -> No
         f"The configuration names the piece {name}, which this program has not imported. Import it before loading, or "
         "pass gate=, rule= or update= to from_pretrained."
     )
-    config.pieces["gate"] = {"class": "adadepth.masks.Survival", "arguments": {}}
+    config.pieces["gate"] = {"class": "adadepth.rules.Survival", "arguments": {}}
     config.save_pretrained(tmp_path)
     assert refused(lambda: AdaptiveForCausalLM.from_pretrained(tmp_path)) == (
         "The configuration gives a Survival as gate. Pass gate= instead."

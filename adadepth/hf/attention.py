@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..catch import current_view
+from ..attention.catch import current_view
 
 NAME = "adadepth"
 # What layers pass along that does not concern attention, or is known here in a better way.

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 
-from ..caches import KVReuseCache, LayoutName
-from ..tokens import places
+from ..attention.tokens import places
+from ..cache.kv_reuse import KVReuseCache, LayoutName
 
 PARTS = ("prelude", "loop", "coda")
 # What transformers calls a cache in arguments and outputs: `cache` from 5.24 on.

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .._modes import evaluating
-from ..masks import Rule, Threshold
-from ..tokens import places
-from ..trace import Trace
-from ..wrapper import RecurrentWrapper
+from ..attention.tokens import places
+from ..loop.trace import Trace
+from ..loop.wrapper import RecurrentWrapper
+from ..rules import Rule, Threshold
 from . import flops
 from .model import AdaptiveForCausalLM
 

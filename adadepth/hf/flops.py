@@ -6,7 +6,7 @@ attention's products with keys do not count: "3.6x" in the papers on looped mode
 
 from typing import Any
 
-from ..wrapper import RecurrentWrapper
+from ..loop.wrapper import RecurrentWrapper
 from .model import AdaptiveForCausalLM
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .._extras import need
-from ..masks import Rule, SurvivalThreshold, Threshold
-from ..trace import Output
+from ..loop.trace import Output
+from ..rules import Rule, SurvivalThreshold, Threshold
 from . import flops
 
 need("lm_eval", "lm-eval")

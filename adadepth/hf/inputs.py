@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..tokens import places
+from ..attention.tokens import places
 from .cache import CACHE, AdaptiveCache
 
 _NEEDLESS = ("return_dict", "cache_position")

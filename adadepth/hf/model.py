@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from ..bounds import Depth
-from ..masks import Rule
-from ..trace import Output, Trace
-from ..wrapper import RecurrentWrapper
+from ..loop.bounds import Depth
+from ..loop.trace import Output, Trace
+from ..loop.wrapper import RecurrentWrapper
+from ..rules import Rule
 from .anatomy import anatomy_of
 from .attention import NAME
 from .cache import AdaptiveCache

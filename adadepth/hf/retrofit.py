@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..gates import Gate
-from ..masks import Rule
+from ..rules import Rule
 from ..updates import Update
 from .anatomy import anatomy_of
 from .config import AdaptiveConfig

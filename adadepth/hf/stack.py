@@ -6,7 +6,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from .._vocabulary import referring
-from ..attention import TokenView
+from ..attention.view import TokenView
 from .anatomy import anatomy_of
 from .attention import NAME
 

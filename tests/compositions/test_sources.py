@@ -76,7 +76,7 @@ def test_all_methods_are_here() -> None:
     [
         ("import adadepth as ad\nad.RecurrentWrapper(block, 2).steps", []),
         ("import adadepth", ["adadepth"]),
-        ("from adadepth.tokens import TokenSet", ["adadepth.tokens"]),
+        ("from adadepth.attention.tokens import TokenSet", ["adadepth.attention.tokens"]),
         ("ad.wrapper.RecurrentWrapper", ["ad.wrapper"]),
         ("ad.DenseTokens", ["ad.DenseTokens"]),
         ("looped._iterate(x)", ["_iterate"]),

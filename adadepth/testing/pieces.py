@@ -1,9 +1,4 @@
-"""The contract suites, for your own pieces too: what every gate, rule, update and block must keep.
-
-Each check runs in the dtype of the piece's parameters, or else the default dtype (1e-10 in float64, 1e-5
-elsewhere), and raises `AssertionError` that says what was expected and what came; `check_block` raises
-`ValueError`, as a loop does. torch is all that they need.
-"""
+"""The suites of pieces: `check_gate`, `check_rule` and `check_update`."""
 
 import copy
 from collections.abc import Callable
@@ -12,12 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .attention import TokenView
-from .gates import Gate, LinearGate
-from .masks import Rule, Survival, Threshold, depth_mask
-from .probe import check_block as check_block
-from .updates import Interpolate, Update
-from .wrapper import RecurrentWrapper
+from ..attention.view import TokenView
+from ..gates import Gate, LinearGate
+from ..loop.wrapper import RecurrentWrapper
+from ..masks import depth_mask
+from ..rules import Rule, Survival, Threshold
+from ..updates import Interpolate, Update
 
 _LEADING = ((5,), (1, 5), (2, 3), (0,), (2, 0))
 

@@ -1,79 +1,18 @@
 """How a block is run under a view: as it is, if it takes one; else with its attention calls caught."""
 
 from collections.abc import Sequence
-from typing import final
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
 from torch import Tensor, nn
 
-from ._types import Hidden
-from .attention import DenseView, TokenView, WholeView
-from .catch import active, catching, current_view
-from .layouts import KV
-from .packed import CachedView, PackedView
-from .tokens import CachedTokens, DenseTokens, PackedTokens, TokenSet, WholeTokens
-
-
-def iteration() -> Int[Tensor, "rows length"]:
-    """The iteration of each token of the block's input, int64, from 0; for use inside a looped block.
-
-    Shapes: `(rows, length)`, the first two axes of the block's input.
-    Raises: `RuntimeError` outside a looped block.
-    """
-    return current_view("iteration").iteration
-
-
-def positions() -> Int[Tensor, "rows length"]:
-    """The position of each token of the block's input among its row's real tokens, int64, from 0.
-
-    A block that runs on packed tokens cannot count positions by the length of its input: rotary or
-    learned positions inside a looped block are read from here.
-
-    Shapes: `(rows, length)`, the first two axes of the block's input.
-    Raises: `RuntimeError` outside a looped block.
-    """
-    return current_view("positions").positions
-
-
-@final
-class Pointwise(nn.Module):
-    """Says of a block that it mixes no tokens, so that no attention call is expected of it.
-
-    Shapes: those of `block`, which is called as `block(x)`.
-    """
-
-    takes_view = True
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Hidden, view: TokenView) -> Hidden:
-        """`block(x)`; the view is not needed."""
-        del view
-        return self.block(x)
-
-
-@final
-class CausalEncoder(nn.Module):
-    """Makes an `nn.TransformerEncoderLayer` or a stack of them, `nn.TransformerEncoder`, causal.
-
-    Those layers are causal only if a mask is passed beside the hint `is_causal`; under the hint its
-    values are not read, so one zero stands in for the usual `(seq, seq)`.
-
-    Shapes: `x (rows, length, dim)` to the same.
-    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3 (the decoder's mask).
-    """
-
-    def __init__(self, encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, x: Hidden) -> Hidden:
-        """`encoder(x)`, each token seeing itself and what stands before it."""
-        return self.encoder(x, x.new_zeros(1, 1), is_causal=True)
+from ..attention.catch import active, catching
+from ..attention.dense import DenseView, WholeView
+from ..attention.packed import PackedView
+from ..attention.tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens
+from ..attention.view import KV, TokenView
+from ..cache.tokens import CachedTokens
+from ..cache.view import CachedView
 
 
 def takes_view(block: nn.Module) -> bool:

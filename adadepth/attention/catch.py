@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .attention import TokenView
+from .view import TokenView
 
 
 class Active(threading.local):

@@ -6,7 +6,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from ._types import WeightRows
+from .._types import WeightRows
 
 Depth = int | Tensor | None
 

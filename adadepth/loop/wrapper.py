@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ._types import HiddenRows, MaskRows
+from .._types import HiddenRows, MaskRows
+from ..attention.catch import prepare
+from ..attention.tokens import TokenSet, all_tokens
+from ..attention.view import KV
+from ..cache.kv_reuse import KVReuseCache
+from ..gates import Gate
+from ..rules import Rule
+from ..updates import Replace, Update
 from .blocks import run, takes_view, view_of
 from .bounds import Bounds
-from .caches import KVReuseCache
-from .catch import prepare
 from .checks import check_parts, check_piece, check_rows
-from .gates import Gate
-from .layouts import KV
-from .masks import Rule
-from .tokens import TokenSet, all_tokens
-from .trace import Output, Recorder
-from .updates import Replace, Update
+from .recorder import Recorder
+from .trace import Output
 
 
 @final

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .gates import Gate
-from .updates import Update
+from ..gates import Gate
+from ..updates import Update
 
 
 def check_parts(gate: object, rule: object, update: object) -> None:

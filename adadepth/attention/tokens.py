@@ -8,15 +8,14 @@ ones alone, as one sequence `(1, T, ...)`. All are immutable; the loop narrows o
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from ._lazy import lazy
-from ._types import MaskRows, PositionRows
-from .groups import RowGroups, Run, group_rows, runs_of
-from .layouts import Layout
+from .._lazy import lazy
+from .._types import MaskRows, PositionRows
+from .groups import RowGroups, group_rows
 
 Select = Callable[[Tensor], Tensor]
 
@@ -67,12 +66,20 @@ class TokenSet(ABC):
     @lazy
     def positions(self) -> PositionRows:
         """The place of each token among its row's real tokens, from 0; before the first, that of the first."""
-        return _positions(self.live, self.mask)
+        return positions_of(self.live, self.mask)
 
 
 def places(mask: MaskRows) -> PositionRows:
     """The place of each token among its row's real tokens, from 0; before the first, that of the first."""
     return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def positions_of(live: MaskRows, mask: MaskRows | None) -> PositionRows:
+    """`places(mask)`, where None means that all tokens of the rows `live` are real."""
+    if mask is None:
+        batch, seq = live.shape
+        return torch.arange(seq, device=live.device).expand(batch, seq)
+    return places(mask)
 
 
 def all_tokens(x: Tensor, mask: MaskRows | None, skip: bool) -> TokenSet:
@@ -82,7 +89,8 @@ def all_tokens(x: Tensor, mask: MaskRows | None, skip: bool) -> TokenSet:
     return PackedTokens.of(mask, mask) if skip else DenseTokens(mask, mask)
 
 
-def _same(tokens: Tensor) -> Tensor:
+def same(tokens: Tensor) -> Tensor:
+    """What takes tokens to themselves."""
     return tokens
 
 
@@ -111,9 +119,9 @@ class WholeTokens(TokenSet):
 
     def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
         if not self.skip:
-            return DenseTokens(go, None), _same
+            return DenseTokens(go, None), same
         packed = PackedTokens.of(go, None)
-        return (self, _same) if packed.shape[1] == go.numel() else (packed, packed.take)
+        return (self, same) if packed.shape[1] == go.numel() else (packed, packed.take)
 
 
 @final
@@ -137,10 +145,10 @@ class DenseTokens(TokenSet):
         return torch.where(_like(self.live, tokens), tokens, rows)
 
     def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
-        return DenseTokens(go, self.mask), _same
+        return DenseTokens(go, self.mask), same
 
 
-class _Packed(TokenSet):
+class Packed(TokenSet):
     """Only the tokens that run, over the whole batch as one sequence: no padding anywhere.
 
     `index (T,)` are their places in the flattened rows, ascending.
@@ -177,7 +185,7 @@ class _Packed(TokenSet):
 
 
 @final
-class PackedTokens(_Packed):
+class PackedTokens(Packed):
     """Packed, with keys and values in a grid that is made for the pass.
 
     It has `width` slots a row, in which each row's real tokens stand at its left, so that a token's
@@ -200,7 +208,7 @@ class PackedTokens(_Packed):
     def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
         kept = self.take(go).squeeze(0).nonzero().squeeze(1)
         if kept.numel() == self.index.numel():
-            return self, _same
+            return self, same
         rows = _rows_of(go)
         index, inherited = self.index.index_select(0, kept), torch.searchsorted(self.grid_rows, rows)
         packed = PackedTokens(go, self.mask, index, self.width, rows, inherited)
@@ -227,60 +235,6 @@ class PackedTokens(_Packed):
         if self.mask is None:
             return torch.full_like(self.grid_rows, self.live.shape[1])
         return self.mask.sum(-1).index_select(0, self.grid_rows)
-
-
-class Held(NamedTuple):
-    """What a cache knows of a pass: each row held `before` and is to hold `after` real tokens, in `entries`.
-
-    `positions (batch, seq)` int64 are those of the pass's tokens, their slots in their rows.
-    """
-
-    entries: Layout
-    before: list[int]
-    after: list[int]
-    positions: PositionRows
-
-
-@final
-class CachedTokens(_Packed):
-    """Packed, with keys and values in a cache, behind those of earlier passes."""
-
-    def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held) -> None:
-        self.live, self.mask, self.index, self.held = live, mask, index, held
-        self.positions = held.positions  # goes before the lazy one
-
-    @classmethod
-    def of(
-        cls, x: Tensor, mask: MaskRows | None, entries: Layout, before: list[int], after: list[int]
-    ) -> "CachedTokens":
-        live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        positions = torch.tensor(before, dtype=torch.int64, device=x.device).unsqueeze(1) + _positions(live, mask)
-        return cls(live, mask, live.flatten().nonzero().squeeze(1), Held(entries, before, after, positions))
-
-    def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
-        kept = self.take(go).squeeze(0).nonzero().squeeze(1)
-        if kept.numel() == self.index.numel():
-            return self, _same
-        fewer = CachedTokens(go, self.mask, self.index.index_select(0, kept), self.held)
-        return fewer, lambda tokens: tokens.index_select(1, kept)
-
-    @lazy
-    def slots(self) -> Tensor:
-        """Each token's place in the flattened `(batch, capacity)` slots of the cache, `(T,)` int64."""
-        row = self.index // self.live.shape[1]
-        return row * self.held.entries.capacity + self.take(self.positions).squeeze(0)
-
-    @lazy
-    def runs(self) -> list[Run]:
-        """The rows that ask, in order."""
-        return list(runs_of(self.live.sum(-1).tolist(), self.held.before, self.held.after))
-
-
-def _positions(live: MaskRows, mask: MaskRows | None) -> PositionRows:
-    if mask is None:
-        batch, seq = live.shape
-        return torch.arange(seq, device=live.device).expand(batch, seq)
-    return places(mask)
 
 
 def _rows_of(live: MaskRows) -> Tensor:

@@ -12,7 +12,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-KV = tuple[Tensor, Tensor]
+from ..attention.view import KV
+
 # A pool that is full grows by one part in so many, which bounds how often an entry is copied.
 GROWTH = 64
 # It is cleared once more than one part in so many of its entries is shown by nobody.

@@ -1,12 +1,10 @@
 """Packed queries regrouped by row for the attention itself.
 
-Where keys and values may be copied, rows that have about as many queries to ask form a group, padded to
-the longest of them. All groups are gathered, and their answers put back, by one index each. Where they
-are held by a cache, only neighbouring rows are read together, as they stand.
+Rows that have about as many queries to ask form a group, padded to the longest of them. All groups are
+gathered, and their answers put back, by one index each.
 """
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,41 +79,3 @@ def _group(rows: list[int], asked: list[int], lengths: list[int], device: torch.
         queries=max(asked[r] for r in rows),
         whole=all(asked[r] == lengths[r] for r in rows),
     )
-
-
-class Run(NamedTuple):
-    """Neighbouring rows with as many `queries` each, which are asked of what stands in their first `width` slots.
-
-    `sees` says how much of it: "all", "causal" (the j-th query the first j slots), or "own" (each
-    query the slots up to its own).
-    """
-
-    rows: slice
-    size: int
-    queries: int
-    width: int
-    sees: Literal["all", "causal", "own"]
-
-
-def runs_of(asked: list[int], before: list[int], after: list[int]) -> Iterator[Run]:
-    """The rows that ask something, in order: `asked` queries of each row, which held `before` and holds `after`."""
-    first = 0
-    for row in range(1, len(asked) + 1):
-        if row < len(asked) and asked[row] == asked[first] and _similar(after[first : row + 1]):
-            continue
-        if asked[first]:
-            yield _run(slice(first, row), asked[first], before, after)
-        first = row
-
-
-def _similar(lengths: list[int]) -> bool:
-    return min(lengths) >= FILL * max(lengths)
-
-
-def _run(rows: slice, queries: int, before: list[int], after: list[int]) -> Run:
-    held, holds = before[rows], after[rows]
-    size, width = len(held), max(holds)
-    if queries == width and not any(held):
-        return Run(rows, size, queries, width, "causal")
-    one_new = all(end - start == 1 for start, end in zip(held, holds, strict=True))
-    return Run(rows, size, queries, width, "all" if one_new and min(holds) == width else "own")

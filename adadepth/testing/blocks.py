@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .masks import depth_mask
-from .wrapper import RecurrentWrapper
+from ..loop.wrapper import RecurrentWrapper
+from ..masks import depth_mask
 
 _BATCH, _SEQ, _STEPS = 3, 9, 3
 

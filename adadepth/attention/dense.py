@@ -1,0 +1,62 @@
+"""The views under which the block sees the rows as they are: everything runs, or what runs is selected."""
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from .tokens import DenseTokens, WholeTokens
+from .view import KV, How, TokenView, seen
+
+
+@final
+class WholeView(TokenView):
+    """Everything runs: the block's own attention."""
+
+    tokens: WholeTokens
+
+    def _merge(self, k: Tensor, v: Tensor) -> KV:
+        return k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        window, seq = how.window, q.shape[2]
+        if window is None or window >= seq:
+            return how.ask(q, k, v, None, self.causal)
+        return how.ask(q, k, v, self._mask_of(window, lambda: self._seen(seq, window)), self.causal)
+
+    def _seen(self, seq: int, window: int) -> Tensor:
+        """`(seq, seq)` bool."""
+        slots = torch.arange(seq, device=self.tokens.live.device)
+        return seen(slots[:, None], slots, window)
+
+
+@final
+class DenseView(TokenView):
+    """All tokens ask and are computed."""
+
+    tokens: DenseTokens
+
+    def _merge(self, k: Tensor, v: Tensor) -> KV:
+        live = self.tokens.live[:, None, :, None]
+        old_k, old_v = self._past()
+        return torch.where(live, k, 0 if old_k is None else old_k), torch.where(live, v, 0 if old_v is None else old_v)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        return how.ask(q, k, v, self._allowed(how.window), self.causal)
+
+    def _allowed(self, window: int | None) -> Tensor | None:
+        """`(batch, 1, seq, seq)` bool; None: what `is_causal` says."""
+        mask, seq = self.tokens.mask, self.tokens.live.shape[1]
+        if mask is None and (window is None or window >= seq):
+            return None
+        return self._mask_of(window, lambda: self._mask(window))
+
+    def _mask(self, window: int | None) -> Tensor:
+        mask, positions = self.tokens.mask, self.tokens.positions[:, None]
+        if mask is None:
+            return seen(positions[:1].unsqueeze(-1), positions[:1].unsqueeze(-2), window)
+        real = mask[:, None, None]
+        if self.causal:
+            real = real & seen(positions.unsqueeze(-1), positions.unsqueeze(-2), window)
+        # A padded query sees itself: a row of nothing would be NaN.
+        return real | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
