@@ -31,11 +31,15 @@ reproduce-small: $(INSTALLED)  ## fixed, adaptive and plain models on the same t
 ablations: $(INSTALLED)  ## the gates' recipe with one thing changed at a time
 	$(RUN) -m examples.adaponderlm.sweep ablation.yaml $(SWEEP)
 
+# A file of tests stays in one process; tests/conftest.py puts the longest first. Each takes up to 2 GB.
+WORKERS ?= 2
+PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 # Shapes are checked by jaxtyping's hook; what must run without it has a call of its own.
 test: $(INSTALLED)  ## everything that CI runs
 	$(MAKE) lint
-	$(RUN) -m pytest -q -m "not plain" --jaxtyping-packages=adadepth,beartype.beartype
-	$(RUN) -m pytest -q -m plain
+	$(PYTEST) -m "not plain" --jaxtyping-packages=adadepth,beartype.beartype
+	$(PYTEST) -m plain
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) -m ruff check .

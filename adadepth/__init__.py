@@ -5,10 +5,17 @@ from . import ranks as ranks
 from . import testing as testing
 from .attention.adapters import CausalEncoder as CausalEncoder
 from .attention.adapters import Pointwise as Pointwise
+from .attention.apart import RowPerToken as RowPerToken
 from .attention.context import iteration as iteration
 from .attention.context import positions as positions
+from .attention.context import rows as rows
+from .attention.context import take as take
 from .attention.view import TokenView as TokenView
+from .budget import DepthBudget as DepthBudget
 from .cache.kv_reuse import KVReuseCache as KVReuseCache
+from .calibration import Calibration as Calibration
+from .calibration import OutOfReach as OutOfReach
+from .calibration import calibrate as calibrate
 from .criteria import ConvergenceGate as ConvergenceGate
 from .criteria import EntropyGate as EntropyGate
 from .criteria import KLGate as KLGate
@@ -46,9 +53,11 @@ from .rules import Rule as Rule
 from .rules import Survival as Survival
 from .rules import SurvivalThreshold as SurvivalThreshold
 from .rules import Threshold as Threshold
+from .rules import TrainingOnly as TrainingOnly
 from .selection import bottom_k as bottom_k
 from .selection import top_k as top_k
 from .testing import check_block as check_block
+from .testing import check_looped as check_looped
 from .updates import InputInjection as InputInjection
 from .updates import Interpolate as Interpolate
 from .updates import Ponder as Ponder
@@ -65,9 +74,11 @@ __version__ = "0.1.0"
 __all__ = [
     "ACT",
     "BottomKPenalty",
+    "Calibration",
     "CausalEncoder",
     "ConvergenceGate",
     "Cost",
+    "DepthBudget",
     "EntropyGate",
     "Flops",
     "Gate",
@@ -81,6 +92,7 @@ __all__ = [
     "MarginGate",
     "MaxProbGate",
     "NotBefore",
+    "OutOfReach",
     "Output",
     "PerIterationMLPGate",
     "Pointwise",
@@ -89,6 +101,7 @@ __all__ = [
     "RecurrentWrapper",
     "Replace",
     "Residual",
+    "RowPerToken",
     "Rule",
     "SharedMLPGate",
     "Survival",
@@ -98,10 +111,13 @@ __all__ = [
     "TokenFlops",
     "TokenView",
     "Trace",
+    "TrainingOnly",
     "Ungated",
     "Update",
     "bottom_k",
+    "calibrate",
     "check_block",
+    "check_looped",
     "depth_mask",
     "depth_prior",
     "diagnostics",
@@ -118,6 +134,8 @@ __all__ = [
     "positions",
     "random_depth",
     "ranks",
+    "rows",
+    "take",
     "testing",
     "top_k",
     "uniform_depths",

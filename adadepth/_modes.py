@@ -1,7 +1,8 @@
-"""Evaluation for a while."""
+"""Evaluation, or full precision, for a while."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,3 +20,10 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part, training in before:
             part.training = training
+
+
+def without_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Operators run in the dtypes that they are given; `kind` is a device's type."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

@@ -33,6 +33,12 @@ def referring(*names: str) -> Any:
     return __setattr__
 
 
+def described(module: nn.Module) -> str:
+    """The type of a module that is referred to, and the shape of its last matrix: `Linear (vocabulary, dim)`."""
+    shapes = [str(tuple(p.shape)) for p in module.parameters() if p.dim() == 2]
+    return " ".join([type(module).__name__, *shapes[-1:]])
+
+
 @torch.no_grad()
 def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Module, *states: Hidden) -> Score:
     """`measure` of each token's log-probabilities under `head`, without gradients.

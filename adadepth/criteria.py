@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._types import Hidden, Score
-from ._vocabulary import referring, score_predictions
+from ._vocabulary import described, referring, score_predictions
 from .gates import Gate
 
 
@@ -29,6 +29,8 @@ class ConvergenceGate(Gate):
     Source: the latent difference of Geiping et al. 2025, arXiv 2502.05171; hidden-state saturation in
     Schuster et al. 2022 (CALM), arXiv 2207.07061, is its cosine.
     """
+
+    measures = True
 
     @torch.no_grad()
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
@@ -51,12 +53,17 @@ class KLGate(Gate):
     Source: Geiping et al. 2025, arXiv 2502.05171, zero-shot adaptive compute.
     """
 
+    measures = True
     head: nn.Module
     __setattr__ = referring("head")
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
+
+    def extra_repr(self) -> str:
+        """The head, which is not registered."""
+        return f"head={described(self.head)}"
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """The divergence of the new prediction from the one before."""
@@ -75,12 +82,17 @@ class MaxProbGate(Gate):
     Source: Schwartz et al. 2020, arXiv 2004.07453 (confidence as the largest softmax probability).
     """
 
+    measures = True
     head: nn.Module
     __setattr__ = referring("head")
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
+
+    def extra_repr(self) -> str:
+        """The head, which is not registered."""
+        return f"head={described(self.head)}"
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """All but the highest probability."""
@@ -99,12 +111,17 @@ class MarginGate(Gate):
     Source: the softmax response of Schuster et al. 2022 (CALM), arXiv 2207.07061.
     """
 
+    measures = True
     head: nn.Module
     __setattr__ = referring("head")
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
+
+    def extra_repr(self) -> str:
+        """The head, which is not registered."""
+        return f"head={described(self.head)}"
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """One less the margin."""
@@ -123,12 +140,17 @@ class EntropyGate(Gate):
     Source: Teerapittayanon et al. 2016 (BranchyNet), arXiv 1709.01686.
     """
 
+    measures = True
     head: nn.Module
     __setattr__ = referring("head")
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
+
+    def extra_repr(self) -> str:
+        """The head, which is not registered."""
+        return f"head={described(self.head)}"
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """The entropy."""

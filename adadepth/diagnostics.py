@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ._given import named
+
 Score = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -44,7 +46,13 @@ class Measured(NamedTuple):
         """How much more this loses than `other` on the same tokens, and the standard error of that.
 
         Tokens of one row go together; rows are taken to be independent.
+        Raises: `ValueError` if `other` is of other tokens.
         """
+        if self.loss.shape != other.loss.shape:
+            raise ValueError(
+                f"against expected the same tokens measured, of shape {tuple(self.loss.shape)}, got "
+                f"{tuple(other.loss.shape)}. Measure both on the same batches."
+            )
         rows = (self.loss - other.loss).double().reshape(len(self.loss), -1).mean(1)
         return rows.mean().item(), rows.std().item() / len(rows) ** 0.5
 
@@ -73,14 +81,21 @@ class Oracle(NamedTuple):
 def measure(score: Score, data: Iterable[Any], **depths: Any) -> Measured:
     """Losses and depths over all batches of `data`; `depths` go to every call of `score`.
 
-    Raises: `ValueError` if there is no batch, or losses and depths differ in shape.
+    Raises: `ValueError` if there is no batch, if losses and depths are not two tensors of one shape, or if some of
+    them are of padding.
     """
     parts = [score(batch, **depths) for batch in data]
     if not parts:
         raise ValueError(
             "measure expected at least one batch, got none. A generator that has run once is empty: list it."
         )
-    for loss, depth in parts:
+    for part in parts:
+        if not isinstance(part, tuple | list) or [isinstance(each, Tensor) for each in part] != [True, True]:
+            raise ValueError(
+                f"measure expected score to return two tensors, losses and depths of the same tokens, got "
+                f"{named(part)}. Return both: (loss, out.trace.depth)."
+            )
+        loss, depth = part
         if loss.shape != depth.shape:
             raise ValueError(
                 f"measure expected score to return losses and depths of the same tokens, got {tuple(loss.shape)} and "
@@ -112,8 +127,9 @@ def mixture(fixed: list[Measured], mean: float) -> Measured:
     which a policy has to beat.
 
     Arguments: `fixed`, of depth 1, 2, …
-    Raises: `ValueError` if `mean` is not among the depths.
+    Raises: `ValueError` if `mean` is not among the depths, or `fixed` is no list of them.
     """
+    _check_curve("mixture", fixed)
     if not 1 <= mean <= len(fixed):
         raise ValueError(f"mixture expected a mean depth from 1 to {len(fixed)}, got {mean}.")
     mixed = [
@@ -130,7 +146,9 @@ def oracle(fixed: list[Measured]) -> Oracle:
     """The headroom: every token at the one of the forced depths at which it loses least, the shallowest of equals.
 
     No policy reaches it: it is chosen by the label.
+    Raises: `ValueError` if `fixed` is no list of what was measured at each depth.
     """
+    _check_curve("oracle", fixed)
     losses = torch.stack([each.loss for each in fixed], -1)
     least, best = losses.min(-1)
     return Oracle(Measured(least, best + 1), (least < losses[..., -1]).double().mean().item())
@@ -171,3 +189,12 @@ def group_means(values: Float[Tensor, "*tokens"], groups: Tensor) -> list[Group]
     sums = torch.zeros_like(counts).index_add_(0, which.flatten(), values.flatten().double())
     rows = zip(names.tolist(), (counts / values.numel()).tolist(), (sums / counts).tolist(), strict=True)
     return [Group(*row) for row in rows]
+
+
+def _check_curve(owner: str, fixed: object) -> None:
+    if not isinstance(fixed, list | tuple) or not fixed or not all(isinstance(each, Measured) for each in fixed):
+        got = "an empty list" if fixed == [] else named(fixed)
+        raise ValueError(
+            f"{owner} expected fixed, a list of what was Measured at depth 1, 2, and so on, got {got}. Pass "
+            "forced(score, data, steps)."
+        )

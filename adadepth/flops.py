@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import _vocabulary as _vocabulary  # defines the operator whose formula stands below
+from ._given import named
 from ._modes import evaluating
 from .loop.wrapper import RecurrentWrapper
 
@@ -86,7 +87,13 @@ class TokenFlops:
 
         Arguments: `looped`; `dim`, the width of its input; `once`, what else runs once for every token,
         called with `(1, n, dim)`: a prelude, a coda, a head.
+        Raises: `ValueError` if `looped` is no `RecurrentWrapper`.
         """
+        if not isinstance(looped, RecurrentWrapper):
+            raise ValueError(
+                f"TokenFlops.measure expected looped, a RecurrentWrapper, got {named(looped)}. Of a model pass the "
+                "wrapper that it holds, and as once= what runs around it."
+            )
         modules = [looped, *(part for part in once if isinstance(part, nn.Module))]
         some = next((weight for module in modules for weight in module.parameters()), torch.empty(0))
         tokens = [torch.randn(1, n, dim, device=some.device, dtype=some.dtype) for n in LENGTHS]
@@ -108,7 +115,9 @@ class TokenFlops:
 
         Arguments: `live`, as `trace.live` or `depth_mask(depth, steps)`; `keys`, of the longest row, where a cache
         holds more of them than there are tokens.
+        Raises: `ValueError` if `live` is none, or of more iterations than the loop has that was measured.
         """
+        self._check(live)
         rows = live.sum(1)  # (batch, steps)
         width = keys if keys is not None else int(rows.max()) if rows.numel() else 0
         ran = rows.sum(0).tolist()
@@ -124,6 +133,19 @@ class TokenFlops:
             one_pass=once + one,
             fixed=once + one * len(ran) + sum(updates) * ran[0],
         )
+
+    def _check(self, live: Tensor) -> None:
+        steps = len(self.update) + 1
+        if not isinstance(live, Tensor) or live.dim() != 3 or live.dtype != torch.bool:
+            raise ValueError(
+                f"TokenFlops.count expected live of shape (batch, seq, steps), bool, got {named(live)}. Pass "
+                "out.trace.live, or of depths adadepth.depth_mask(depth, steps)."
+            )
+        if not 1 <= live.shape[-1] <= steps:
+            raise ValueError(
+                f"TokenFlops.count expected live of 1 to {steps} iterations, those of the loop that was measured, got "
+                f"shape {tuple(live.shape)}. Measure the loop that the trace is of."
+            )
 
 
 def _per_token(part: Callable[[Tensor], object], tokens: Sequence[Tensor]) -> Cost:

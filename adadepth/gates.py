@@ -2,20 +2,30 @@
 
 A gate reads the state after an iteration, the state before it and the number of the iteration, each
 token on its own; it gives one score per token. Learned gates end in a sigmoid and start open: a
-token that left gives no gradient that could bring it back. Gates know no masks and no caches. Each keeps
-its arguments under their own names, from which `adadepth.hf` saves it.
+token that left gives no gradient that could bring it back. Their last linear map and the sigmoid are computed
+in float32 or wider, under autocast too: in bfloat16 a sigmoid is 1 from a logit of 6.3 on, without gradient.
+Gates know no masks and no caches. Each keeps its arguments under their own names, from which `adadepth.hf` saves it.
 """
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import ClassVar, final
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._called import Called
+from ._modes import without_autocast
 from ._types import Hidden, Score
 
 
-class Gate(nn.Module, ABC):
-    """One score per token: how much it wants to go on."""
+class Gate(Called, nn.Module, ABC):
+    """One score per token: how much it wants to go on.
+
+    `measures` is True for exit criteria, whose score is no scale: no update may multiply by it.
+    """
+
+    measures: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
@@ -31,10 +41,23 @@ class Gate(nn.Module, ABC):
 
 
 @final
+class Logit(nn.Linear):
+    """The last linear map of a gate, in float32 or wider whatever its parameters and autocast are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The logits."""
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        with without_autocast(input.device.type):
+            if input.dtype == self.weight.dtype == dtype:
+                return F.linear(input, self.weight, self.bias)
+            return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+@final
 class LinearGate(Gate):
     """One linear map for all iterations: `score = sigmoid(w . h + b)`.
 
-    Shapes: `h (..., dim)` to `score (...)`; any leading shape, each token on its own.
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider; any leading shape, each token on its own.
     Unit: the chance, in (0, 1), that a token goes on. ACT's halting unit is `1 - score`.
     Arguments: `dim`, the width of the block's state; `bias`, where `b` starts (3.0 scores a zero
     state 0.95).
@@ -46,21 +69,24 @@ class LinearGate(Gate):
         super().__init__()
         _at_least_one("LinearGate", dim=dim)
         self.dim, self.bias = dim, bias
-        self.proj = nn.Linear(dim, 1)
-        nn.init.constant_(self.proj.bias, bias)
+        self.proj = _open_at(bias, dim)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"dim={self.dim}, bias={self.bias}"
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """The score; the same map at every iteration."""
         del previous, step
         _check_width("LinearGate", self.dim, h)
-        return self.proj(h).sigmoid().squeeze(-1)
+        return _chance(self.proj, h)
 
 
 @final
 class SharedMLPGate(Gate):
     """One two-layer MLP for all iterations: `score = sigmoid(W2 gelu(W1 h + b1) + b2)`.
 
-    Shapes: `h (..., dim)` to `score (...)`; any leading shape, each token on its own.
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider; any leading shape, each token on its own.
     Arguments: `dim`, the width of the block's state; `hidden`, the units between, None for 4·dim;
     `bias`, where `b2` starts.
     Raises: `ValueError` if `dim` or `hidden` is below 1 or the last axis of `h` is not `dim`.
@@ -72,6 +98,10 @@ class SharedMLPGate(Gate):
         self.dim, self.hidden, self.bias = dim, hidden, bias
         self.mlp = _mlp("SharedMLPGate", dim, hidden, bias)
 
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"dim={self.dim}, hidden={self.hidden}, bias={self.bias}"
+
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """The score; the same MLP at every iteration."""
         del previous, step
@@ -82,7 +112,7 @@ class SharedMLPGate(Gate):
 class PerIterationMLPGate(Gate):
     """A two-layer MLP of its own for each iteration but the last, whose score has no effect.
 
-    Shapes: `h (..., dim)` to `score (...)`; any leading shape, each token on its own.
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider; any leading shape, each token on its own.
     Arguments: `dim`, the width of the block's state; `steps`, those of the loop (the gate holds
     `steps - 1` MLPs); `hidden`, the units between, None for the paper's 4·dim, which cost a third of
     a one-layer block (16 were as good in small models); `bias`, where the last layer's bias starts.
@@ -96,6 +126,10 @@ class PerIterationMLPGate(Gate):
         _at_least_one("PerIterationMLPGate", dim=dim, steps=steps)
         self.dim, self.steps, self.hidden, self.bias = dim, steps, hidden, bias
         self.mlps = nn.ModuleList(_mlp("PerIterationMLPGate", dim, hidden, bias) for _ in range(steps - 1))
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        return f"dim={self.dim}, steps={self.steps}, hidden={self.hidden}, bias={self.bias}"
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """The score by the MLP of iteration `step`."""
@@ -111,14 +145,23 @@ class PerIterationMLPGate(Gate):
 def _mlp(owner: str, dim: int, hidden: int | None, bias: float) -> nn.Sequential:
     hidden = 4 * dim if hidden is None else hidden
     _at_least_one(owner, dim=dim, hidden=hidden)
-    last = nn.Linear(hidden, 1)
-    nn.init.constant_(last.bias, bias)
+    last = _open_at(bias, hidden)
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
 
 
 def _apply(owner: str, mlp: nn.Module, h: Tensor) -> Tensor:
     _check_width(owner, mlp[0].in_features, h)  # type: ignore[index]
-    return mlp(h).sigmoid().squeeze(-1)
+    return _chance(mlp, h)
+
+
+def _open_at(bias: float, dim: int) -> "Logit":
+    last = Logit(dim, 1)
+    nn.init.constant_(last.bias, bias)
+    return last
+
+
+def _chance(logit: nn.Module, h: Tensor) -> Tensor:
+    return logit(h).sigmoid().squeeze(-1)
 
 
 def _at_least_one(owner: str, **sizes: int) -> None:

@@ -5,7 +5,9 @@ stands: for a language model they are the ids shifted by one.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, NamedTuple, final
 
 import torch
@@ -14,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ._given import named
 from ._types import StateRows
 from ._vocabulary import TILE, vocabulary_of
 from .loop.trace import Trace
@@ -44,12 +47,14 @@ class BottomKPenalty:
     over: Literal["all", "live"] = "all"
 
     def __post_init__(self) -> None:
-        if not 0 < self.k_max <= 1:
-            raise ValueError(f"BottomKPenalty expected k_max, a share, in (0, 1], got {self.k_max}.")
-        if not 0 <= self.warmup[0] <= self.warmup[1]:
+        if not isinstance(self.k_max, Real) or not 0 < self.k_max <= 1:
             raise ValueError(
-                "BottomKPenalty expected warmup=(first, last), training steps with 0 <= first <= last, got "
-                f"{self.warmup}."
+                f"BottomKPenalty expected k_max, a share, in (0, 1], got {named(self.k_max)}. The paper's is 0.1."
+            )
+        if not _is_warmup(self.warmup):
+            raise ValueError(
+                f"BottomKPenalty expected warmup=(first, last), training steps with 0 <= first <= last, got "
+                f"{self.warmup}. To grow over the first 100 steps write warmup=(0, 100)."
             )
         if self.over not in ("all", "live"):
             raise ValueError(f"BottomKPenalty expected over to be 'all' or 'live', got {self.over!r}.")
@@ -63,10 +68,10 @@ class BottomKPenalty:
         self, values: Float[Tensor, "batch seq gated"], live: Bool[Tensor, "batch seq steps"], at: int
     ) -> Float[Tensor, ""]:
         """The penalty at training step `at`."""
-        if live.shape != (*values.shape[:2], values.shape[2] + 1):
+        if not _are_gates_of(live, values):
             raise ValueError(
-                f"BottomKPenalty expected live of shape (batch, seq, steps) and values with one iteration fewer, got "
-                f"{tuple(live.shape)} and {tuple(values.shape)}. Pass trace.live and trace.gates or trace.survival."
+                f"BottomKPenalty expected values (batch, seq, steps - 1) and live (batch, seq, steps), bool, got "
+                f"{named(values)} and {named(live)}. Call it as penalty(trace.gates, trace.live, at)."
             )
         share, goes_on = self.k(at), live[..., 1:]
         if share == 0:
@@ -83,8 +88,10 @@ def ponder_cost(trace: Trace) -> Float[Tensor, ""]:
     N has no gradient; that of R tells the gates to let go sooner. For exits by the rule `ACT`.
 
     Shapes: `()`; 0 where no token is real.
+    Raises: `ValueError` if `trace` is no `Trace`.
     Source: Graves 2016, arXiv 1603.08983, equations 10 to 12.
     """
+    _check_trace("ponder_cost", trace)
     last = (trace.depth - 1).clamp_min(0).unsqueeze(-1)
     return _per_token(trace.depth + trace.exit_probs.gather(-1, last).squeeze(-1), trace)
 
@@ -95,8 +102,10 @@ def expected_depth(trace: Trace) -> Float[Tensor, ""]:
     For soft exits its gradient tells the gates to let go; for hard ones it is the mean depth and has none.
 
     Shapes: `()`; 0 where no token is real.
+    Raises: `ValueError` if `trace` is no `Trace`.
     Source: PonderNet, Banino et al. 2021, arXiv 2107.05407, section 2.2: the expected number of steps.
     """
+    _check_trace("expected_depth", trace)
     steps = torch.arange(1, trace.exit_probs.shape[-1] + 1, device=trace.exit_probs.device)
     return _per_token((trace.exit_probs * steps).sum(-1), trace)
 
@@ -112,10 +121,20 @@ def per_iteration_loss(
     result `(batch, seq, steps)`, in float32 or wider.
     Arguments: `head`, from `(n, dim)` to logits `(n, vocabulary)`, a final norm in it where there is one;
     `chunk`, tokens with all their iterations, None: as many as make about two million logits.
-    Raises: `ValueError` if `states` is None, `labels` do not fit it, `chunk < 1`, or the head gives no logits.
+    Raises: `ValueError` if `states` are none, `labels` do not fit them, `chunk < 1`, or the head gives no logits.
     """
     if states is None:
         raise ValueError("per_iteration_loss expected every iteration's states, got None. Call looped(x, states=True).")
+    if not isinstance(states, Tensor) or states.dim() != 4:
+        raise ValueError(
+            f"per_iteration_loss expected states of shape (batch, seq, steps, dim), got {named(states)}. Pass "
+            "out.states, of out = looped(x, states=True)."
+        )
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"per_iteration_loss expected labels, a tensor of shape (batch, seq), got {named(labels)}. The order is "
+            "states, head, labels."
+        )
     if labels.shape != states.shape[:2]:
         raise ValueError(
             f"per_iteration_loss expected labels of shape (batch, seq) = {tuple(states.shape[:2])}, got "
@@ -149,8 +168,8 @@ def depth_prior(kind: Literal["geometric", "uniform"], steps: int, rate: float =
     Raises: `ValueError` if `kind` is another, `steps < 1`, or `rate` is not in (0, 1).
     Source: PonderNet, Banino et al. 2021, arXiv 2107.05407, section 2.2 (the geometric prior).
     """
-    if steps < 1:
-        raise ValueError(f"depth_prior needs steps >= 1, got {steps}.")
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f"depth_prior needs steps >= 1, got {named(steps)}. The order is kind, steps, rate.")
     if not 0 < rate < 1:
         raise ValueError(f"depth_prior expected rate, the share that leaves, in (0, 1), got {rate}.")
     if kind == "uniform":
@@ -173,10 +192,11 @@ def random_depth(prior: Float[Tensor, " steps"], at: int, seed: int = 0) -> int:
     Raises: `ValueError` if `prior` is not one row of weights, none negative and not all 0.
     Source: a random number of iterations in each step: Geiping et al. 2025, arXiv 2502.05171, section 3.3.
     """
-    weights = prior.tolist() if prior.dim() == 1 else []
+    weights = prior.tolist() if isinstance(prior, Tensor) and prior.dim() == 1 else []
     if not sum(weights) > 0 or min(weights) < 0:
         raise ValueError(
-            f"random_depth expected prior (steps,), weights of which none is negative and not all are 0, got {prior}."
+            f"random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, "
+            f"got {prior}. Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7])."
         )
     return random.Random(f"{seed} {at}").choices(range(1, len(weights) + 1), weights)[0]
 
@@ -203,9 +223,14 @@ def loss_gain(losses: LossRows, margin: float = 0.0, min_depth: int = 1) -> Loss
 
     Arguments: `losses`, from `per_iteration_loss`; `margin`, in nats, what one more stay must gain;
     `min_depth`: before it a token goes on whatever it gains.
-    Raises: `ValueError` if `min_depth` is not in 1..steps.
+    Raises: `ValueError` if `losses` are none, or `min_depth` is not in 1..steps.
     Source: the supervised guidance that AdaPonderLM, arXiv 2603.01914, names as future work.
     """
+    if not isinstance(losses, Tensor) or losses.dim() != 3:
+        raise ValueError(
+            f"loss_gain expected losses of shape (batch, seq, steps), got {named(losses)}. Pass what "
+            "per_iteration_loss(out.states, head, labels) returns, before any mean."
+        )
     steps = losses.shape[-1]
     if not 1 <= min_depth <= steps:
         raise ValueError(f"loss_gain expected min_depth from 1 to steps={steps}, got {min_depth}.")
@@ -214,6 +239,24 @@ def loss_gain(losses: LossRows, margin: float = 0.0, min_depth: int = 1) -> Loss
     gain = losses[..., :-1] - later
     early = torch.arange(1, steps, device=gain.device) < min_depth
     return LossGain(gain, (gain > margin) | early)
+
+
+def _are_gates_of(live: object, values: object) -> bool:
+    """Whether the values are of all iterations but the last."""
+    if not isinstance(live, Tensor) or not isinstance(values, Tensor) or live.dim() != 3 or live.dtype != torch.bool:
+        return False
+    return values.shape == (*live.shape[:2], live.shape[2] - 1)
+
+
+def _is_warmup(given: object) -> bool:
+    """Whether it is two numbers in order, as a tuple or as the list of a file."""
+    pair = isinstance(given, Sequence) and len(given) == 2 and all(isinstance(at, Real) for at in given)
+    return pair and 0 <= given[0] <= given[1]  # type: ignore[index]
+
+
+def _check_trace(owner: str, trace: object) -> None:
+    if not isinstance(trace, Trace):
+        raise ValueError(f"{owner} expected the trace of a pass, got {named(trace)}. Pass out.trace.")
 
 
 def _per_token(values: Tensor, trace: Trace) -> Tensor:

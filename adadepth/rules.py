@@ -6,15 +6,17 @@ stays, not what leaves: `remaining * s` keeps saturated gates alive where `remai
 rounds to 0. The loop clamps it into [0, remaining], so no rule can bring a token back.
 
 With a cache the rows are those of the new tokens alone. A rule that looks across a row (the best k of it,
-or only back) therefore decides otherwise in decoding, and is for training only.
+or only back) therefore decides otherwise in decoding: it is for training only, and `TrainingOnly` says so.
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from ._given import named, unfit
 from ._types import PositionRows, ScoreHistoryRows, WeightRows
 
 
@@ -22,10 +24,10 @@ from ._types import PositionRows, ScoreHistoryRows, WeightRows
 class Rule(Protocol):
     """What stays of what remains."""
 
-    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
+    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows, /) -> WeightRows:
         """What stays.
 
-        Arguments:
+        Arguments, which a rule may name as it likes:
             scores: `(batch, seq, step + 1)`, all scores so far, newest last; 0 where not live.
             remaining: `(batch, seq)` in [0, 1]; 0 where the token left, and at padding.
             positions: `(batch, seq)` int, each token's place among its row's real tokens.
@@ -43,8 +45,21 @@ def _check_tau(owner: str, tau: float | Tensor) -> None:
             )
         if not tau.is_meta and bool(tau.isnan().any()):
             raise ValueError(f"{owner} expected tau to be a number, got NaN in {tau}.")
+    elif isinstance(tau, bool) or not isinstance(tau, Real):
+        raise unfit(f"{owner} expected tau to be a number or a tensor", tau, f"Write it as in {owner}(0.5).")
     elif tau != tau:
         raise ValueError(f"{owner} expected tau to be a number, got {tau}.")
+
+
+def _check_rule(owner: str, rule: object) -> None:
+    """A rule inside another one, which must not hide that it is for training only."""
+    if isinstance(rule, type) or not callable(rule):
+        raise unfit(f"{owner} expected rule to be a rule", rule, "Give it one, such as Threshold(0.5).")
+    if isinstance(rule, TrainingOnly):
+        raise ValueError(
+            f"{owner} expected a rule that may decode, got TrainingOnly. Mark the whole instead: "
+            f"TrainingOnly({owner}(...))."
+        )
 
 
 @final
@@ -112,15 +127,16 @@ class ACT:
     """`1 - s` leaves after each iteration; once no more than `eps` is left, that leaves too.
 
     Arguments: `eps`, in [0, 1): Graves' ε, 0.01 in the paper.
-    Raises: `ValueError` if `eps` is not in [0, 1).
+    Raises: `ValueError` if `eps` is not a number in [0, 1).
     Source: Graves 2016, arXiv 1603.08983, equations 6 to 8 (the remainder is what leaves last).
     """
 
     eps: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps < 1:
-            raise ValueError(f"ACT expected eps in [0, 1), got {self.eps}.")
+        number = isinstance(self.eps, Real) and not isinstance(self.eps, bool)
+        if not number or not 0 <= self.eps < 1:
+            raise unfit("ACT expected eps, a number in [0, 1)", self.eps, "The paper's is 0.01.")
 
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
         """`remaining - (1 - s)`, or 0 where that is at most `eps`."""
@@ -137,9 +153,13 @@ class Lookahead:
     The decision is then known before the iteration that it cuts, and a token stays one iteration
     more, in which others see its answer.
     Arguments: `rule`, which after the first iteration is not asked: everything stays.
+    Raises: `ValueError` if `rule` is none, or marked `TrainingOnly`: mark the whole.
     """
 
     rule: Rule
+
+    def __post_init__(self) -> None:
+        _check_rule("Lookahead", self.rule)
 
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
         """What `rule` says of the older scores."""
@@ -156,16 +176,42 @@ class NotBefore:
     What leaves after one iteration shows others the keys and values of its bare embedding ever after; in small
     language models that cost more than the iteration (docs: choosing exits).
     Arguments: `first`, the earliest iteration, from 1, after which a token may leave; `rule`.
-    Raises: `ValueError` if `first < 1`.
+    Raises: `ValueError` if `first` is not an int from 1, or `rule` is none, or marked `TrainingOnly`: mark the whole.
     """
 
     first: int
     rule: Rule
 
     def __post_init__(self) -> None:
-        if self.first < 1:
-            raise ValueError(f"NotBefore expected first, an iteration, to be at least 1, got {self.first}.")
+        if isinstance(self.first, bool) or not isinstance(self.first, Integral) or self.first < 1:
+            raise ValueError(
+                f"NotBefore expected first, an iteration, to be an int from 1, got {named(self.first)}. The order is "
+                "NotBefore(first, rule)."
+            )
+        _check_rule("NotBefore", self.rule)
 
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
         """What `rule` says of the scores."""
         return remaining if scores.shape[-1] < self.first else self.rule(scores, remaining, positions)
+
+
+@final
+@dataclass(frozen=True)
+class TrainingOnly:
+    """The same rule, said to be for training only: it looks across its row, as the best half of it does.
+
+    With a cache a rule sees the new tokens alone, so that it would decide otherwise: a loop with a cache refuses it,
+    and `check_rule` does not ask of it that it is causal.
+    Arguments: `rule`. Mark the whole: `TrainingOnly(NotBefore(2, rule))`.
+    Raises: `ValueError` if `rule` is none.
+    """
+
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, TrainingOnly):
+            _check_rule("TrainingOnly", self.rule)
+
+    def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
+        """What `rule` says of the scores."""
+        return self.rule(scores, remaining, positions)

@@ -11,12 +11,20 @@ from typing import final
 import torch
 from torch import nn
 
+from ._called import Called
+from ._given import unfit
 from ._types import Hidden, ScoreHistory
 from ._vocabulary import expected_embedding, referring
 
 
-class Update(nn.Module, ABC):
-    """The next input of a token."""
+class Update(Called, nn.Module, ABC):
+    """The next input of a token.
+
+    `scales` says whether a score multiplies something in it: an update that scales trains a gate by itself, and
+    takes no exit criterion for a gate.
+    """
+
+    scales: bool = False
 
     @abstractmethod
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
@@ -55,6 +63,8 @@ class Residual(Update):
     Shapes: `(..., dim)` to the same.
     """
 
+    scales = True
+
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`x + s·h`."""
         del start, step
@@ -67,6 +77,8 @@ class Interpolate(Update):
 
     Shapes: `(..., dim)` to the same. At s = 1 it is `h` exactly.
     """
+
+    scales = True
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`lerp(x, h, s)`."""
@@ -102,6 +114,7 @@ class Ponder(Update):
     Source: PonderLM, Zeng et al. 2025, arXiv 2505.20674; scaled by s: AdaPonderLM, arXiv 2603.01914.
     """
 
+    scales = True
     embedding: nn.Embedding
     head: nn.Linear
     __setattr__ = referring("embedding", "head")
@@ -143,11 +156,13 @@ class SurvivalScaled(Update):
     worth little now, because it waits for others, is not taught to leave.
 
     Shapes: those of `update`.
+    Raises: `ValueError` if `update` is no `Update`.
     """
 
     def __init__(self, update: Update) -> None:
+        _check_update("SurvivalScaled", update)
         super().__init__()
-        self.update = update
+        self.update, self.scales = update, update.scales
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`update` with the running product in place of the scores."""
@@ -159,9 +174,11 @@ class Ungated(Update):
     """Another update, given 1 for every score: for exit criteria and regressed scores, which must not scale.
 
     Shapes: those of `update`.
+    Raises: `ValueError` if `update` is no `Update`.
     """
 
     def __init__(self, update: Update) -> None:
+        _check_update("Ungated", update)
         super().__init__()
         self.update = update
 
@@ -179,15 +196,23 @@ class ReZero(Update):
     it (the gate too) as soon as alpha is not 0.
 
     Shapes: those of `update`. alpha has shape `(1,)`: wrappers that shard parameters refuse scalars.
+    Raises: `ValueError` if `update` is no `Update`.
     Source: Bachlechner et al. 2020, arXiv 2003.04887, equation 1.
     """
 
     def __init__(self, update: Update) -> None:
+        _check_update("ReZero", update)
         super().__init__()
-        self.update = update
+        self.update, self.scales = update, update.scales
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """From `x` to what `update` says by alpha."""
         new = self.update(x, h, start, scores, step).to(x.dtype)
         return torch.lerp(x, new, self.alpha.to(x.dtype))
+
+
+def _check_update(owner: str, update: object) -> None:
+    """An update inside another one."""
+    if not isinstance(update, Update):
+        raise unfit(f"{owner} expected update to be an adadepth.Update", update, f"Wrap one: {owner}(Interpolate()).")

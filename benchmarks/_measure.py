@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,9 @@ HEADER = "# Results\n\nWritten by the benchmarks, a section each: `python -m ben
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]], repeats: int = 5, before: dict[str, Callable[[], object]] | None = None
+    functions: Mapping[str, Callable[[], object]],
+    repeats: int = 5,
+    before: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
     """The best seconds of each function, called in turn so that a slow moment of the machine meets all.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import adadepth as ad
+from adadepth.cache.kv_reuse import LayoutName
 from adadepth.hf import AdaptiveForCausalLM, adapt
 
 from ._measure import interleave, machine, write_section
@@ -38,7 +39,9 @@ def pythia() -> PreTrainedModel:
 class Rows:
     """Equal rows with `context` tokens in a cache, left after 2.4 iterations on average, and new tokens for them."""
 
-    def __init__(self, looped: ad.RecurrentWrapper, batch: int, context: int = CONTEXT, layout: str = "filled") -> None:
+    def __init__(
+        self, looped: ad.RecurrentWrapper, batch: int, context: int = CONTEXT, layout: LayoutName = "filled"
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.looped, self.context = looped, context
         self.cache = ad.KVReuseCache(layout, None if layout == "compact" else context + TOKENS)

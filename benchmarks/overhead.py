@@ -1,11 +1,13 @@
-"""What the wrapper costs: at fixed depth against a hand-written loop over the same block.
+"""What the wrapper costs: at fixed depth against a hand-written loop, and what its check of itself adds.
 
-`python -m benchmarks.overhead` interleaves both in one run and prints wrapper / loop, best of several.
+`python -m benchmarks.overhead` interleaves both in one run and prints wrapper / loop, best of several. The check runs
+in the first pass that skips tokens: that pass, and a later one with and without the check switched on.
 """
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,7 @@ class ViewStack(nn.Module):
         self.layers = nn.ModuleList(Layer(dim, heads) for _ in range(layers))
 
     def forward(self, x: Tensor, view: ad.TokenView | None = None) -> Tensor:
-        for layer in self.layers:
+        for layer in cast(Iterable[Layer], self.layers):
             q, k, v = layer.split(x)
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True) if view is None else view.attend(q, k, v)
             x = layer.finish(x, attended)
@@ -70,6 +72,47 @@ def ratio(
     return best["wrapper"] / best["loop"], best["loop"] / STEPS
 
 
+def self_check(block: nn.Module, shape: tuple[int, int, int], repeats: int) -> tuple[float, float, float]:
+    """Seconds of a pass that skips tokens: without the check, of the first with it, and of a later one."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    depth = 1 + torch.arange(shape[0] * shape[1]).view(shape[:2]) % STEPS
+    looped = {name: ad.RecurrentWrapper(block, STEPS).eval() for name in ("off", "first", "later")}
+    looped["off"].self_check = False
+
+    def run(name: str) -> Callable[[], None]:
+        def once() -> None:
+            with torch.no_grad():
+                looped[name](x, max_depth=depth)
+
+        return once
+
+    def forget() -> None:
+        looped["first"].block = block  # a block that is assigned has not been checked
+
+    best = interleave({name: run(name) for name in looped}, repeats, {"first": forget})
+    return best["off"], best["first"], best["later"]
+
+
+def check_table(repeats: int) -> list[str]:
+    """What the check costs where tokens are skipped."""
+    lines = [
+        "| block | input | a pass, ms | the first, with the check, ms | a later one / without the check |",
+        "|---|---|---|---|---|",
+    ]
+    print(*lines, sep="\n", flush=True)
+    for name, block, shape in (
+        ("unmodified, 4 × 128", stack(4, 128, 4), (4, 16, 128)),
+        ("unmodified, 4 × 128", stack(4, 128, 4), (4, 64, 128)),
+        ("unmodified, 4 × 256", stack(4, 256, 4), (8, 256, 256)),
+        ("takes a view, 4 × 128", ViewStack(4, 128, 4), (4, 64, 128)),
+    ):
+        off, first, later = self_check(block, shape, max(5, repeats // 10))
+        size = " × ".join(map(str, shape))
+        lines.append(f"| {name} | {size} | {off * 1e3:.1f} | {first * 1e3:.1f} | {later / off:.3f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
 def cases() -> list[tuple[str, nn.Module, tuple[int, int, int], bool, float]]:
     """Name, block, shape of the input, compiled, limit."""
     return [
@@ -107,7 +150,9 @@ def main() -> None:
             lines.append(f"| {name} | {size} | {what} | {ms:.2f} | {cells[0]} | {cells[1]} | {limit} |")
             print(lines[-1], flush=True)
     text = "Wrapper at fixed depth / hand-written loop over the same block, 4 iterations."
-    write_section("overhead", f"{text} {machine()}\n\n" + "\n".join(lines))
+    check = "The wrapper's check of itself, in the first pass that skips tokens, on at most 4 rows of 64 tokens:"
+    table = "\n".join(check_table(args.repeats))
+    write_section("overhead", f"{text} {machine()}\n\n" + "\n".join(lines) + f"\n\n{check}\n\n{table}")
 
 
 if __name__ == "__main__":

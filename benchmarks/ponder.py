@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ def extra_elsewhere(name: str, threads: int, backward: bool) -> int:
 def row(threads: int, backward: bool, repeats: int) -> str:
     torch.set_num_threads(threads)
     runs = {name: make(name, TOKENS, VOCABULARY, DIM) for name in NAMES}
-    best = interleave({name: lambda run=run: run(backward) for name, run in runs.items()}, repeats)
+    best = interleave({name: partial(run, backward) for name, run in runs.items()}, repeats)
     seconds = [best[name] for name in NAMES]
     peaks = [extra_elsewhere(name, threads, backward) / 2**20 for name in NAMES]
     cells = [str(threads), "forward + backward" if backward else "forward"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import adadepth as ad
+from adadepth.cache.kv_reuse import LayoutName
 from examples.demo.exits import policy
 from examples.demo.model import AdaptiveLM, Shape
 from examples.demo.text import even_windows, stdlib_text
@@ -19,7 +20,7 @@ from ._measure import machine, write_section
 
 
 @torch.no_grad()
-def decoded(model: AdaptiveLM, windows: Tensor, layout: str, least: int) -> tuple[float, float]:
+def decoded(model: AdaptiveLM, windows: Tensor, layout: LayoutName, least: int) -> tuple[float, float]:
     """Nats per byte and mean depth over the second half of `windows (batch, length + 1)`, read byte by byte."""
     ids, prompt = windows[:, :-1].long(), windows.shape[1] // 2
     cache = ad.KVReuseCache(layout)

@@ -76,7 +76,7 @@ def train(model: Model, steps: int) -> None:
         if step in (0, steps - 1):
             print(f"step {step + 1}: loss {loss.item():.2f}, mean depth {out.trace.depth.double().mean():.2f}")
     for name, parameter in model.looped.named_parameters():
-        if not name.startswith("block."):
+        if not name.startswith("block.") and parameter.grad is not None:
             print(f"{name}: gradient {parameter.grad.norm():.4f}")
 
 

@@ -13,7 +13,7 @@ each depth. `--quick` asks for fewer hops and trains for less.
 
 import argparse
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ def train(model: Classifier, hops: int, steps: int, lr: float, grow: bool, gener
     """Questions of up to `hops` hops, which `grow` reaches from one; a gate, if there is one, learns to let go."""
     gate = model.looped.gate
     penalty = ad.BottomKPenalty(k_max=0.8, warmup=(steps // 10, steps * 6 // 10))
-    groups = [{"params": [p for name, p in model.named_parameters() if "gate" not in name]}]
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in model.named_parameters() if "gate" not in name]}]
     if gate is not None:
         groups.append({"params": gate.parameters(), "lr": 1e-3})  # slow: what closed too early gets no gradient
     optimiser = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -137,9 +137,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(line("right: one pass", measure(once, rows)[0], rows.hops))
     for depth in range(1, hops + 1):
         print(line(f"right: held at {depth}", measure(often, rows, depth)[0], rows.hops))
-    right, depth = measure(often, rows)
+    right, taken = measure(often, rows)
     print(line("right: free to leave", right, rows.hops))
-    print(line("iterations taken", depth, rows.hops))
+    print(line("iterations taken", taken, rows.hops))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Cases of a loop: drawn by hypothesis, made into pieces and numbers, and answered by definition."""
 
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import oracle
 import torch
 from blocks_zoo import DIM, Kind, spread
+from hypothesis import seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -138,6 +140,11 @@ class Setting(NamedTuple):
     def run(self, loop: ad.RecurrentWrapper, **options: Any) -> oracle.Result:
         out = loop(self.x, states=True, **self.arguments, **options)
         return oracle.Result(out.hidden, out.states, *out.trace)
+
+
+def of_its_own(kind: str, examples: int) -> Callable[[Any], Any]:
+    """So many examples, other ones for each kind of block: by default all kinds would be given the same."""
+    return lambda check: seed(zlib.crc32(kind.encode()))(settings(max_examples=examples)(check))
 
 
 def setting(kind: Kind, case: Case, dtype: torch.dtype) -> Setting:

@@ -4,9 +4,23 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import adadepth
+
 settings.register_profile("fixed", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fixed")
 torch.set_num_threads(1)
+# Its own tests turn it on: every example that is drawn makes new wrappers.
+adadepth.RecurrentWrapper.self_check = False
+# Files that take long: of two processes neither is to begin one when the other is done.
+LONG = [
+    *("test_flagship_training", "test_flagship_evaluation", "test_compile", "test_loop", "test_cache", "test_docs"),
+    *("test_cache_moves", "test_invariants", "test_programs", "test_demo", "test_flagship_cost", "test_harness"),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    last = len(LONG)
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else last)
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from blocks_zoo import DEEP, DIM, Kind, heads_of, looped, mixed
 from cached import EXACT, assert_equal_outputs, assert_holds, layouts, rows
-from cases import RULES, Case, assert_same, by_definition, cases, setting
-from hypothesis import given, settings
+from cases import RULES, Case, assert_same, by_definition, cases, of_its_own, setting
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -141,7 +141,7 @@ MOVES: list[Callable[[History], object]] = [
 
 @every
 def test_after_any_history_a_cache_answers_as_the_rows_it_holds(kind: str) -> None:
-    @settings(max_examples=12)
+    @of_its_own(kind, 6)
     @given(
         case=cases([rule for rule in RULES if "per row" not in rule], causal=[True]),
         layout=st.sampled_from(EXACT),
@@ -161,8 +161,7 @@ def test_after_any_history_a_cache_answers_as_the_rows_it_holds(kind: str) -> No
 
 
 @layouts
-@every
-@pytest.mark.parametrize("order", [[2, 0, 0, 3, 2], [3, 1, 0, 2]])
+@pytest.mark.parametrize(("kind", "order"), [*((kind, [2, 0, 0, 3, 2]) for kind in DEEP), ("attention", [3, 1, 0, 2])])
 def test_reorder_and_crop_give_what_feeding_so_would_have_given(kind: str, layout: str, order: list[int]) -> None:
     loop, x = looped(kind, zoo=DEEP), rows(4, 8)
     mask = torch.rand(4, 8) > 0.25

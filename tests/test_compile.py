@@ -1,5 +1,6 @@
 """The dense execution compiles to one graph, whatever the block, and gives what eager gives."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ DIM = 8
 
 
 class Attends(nn.Module):
-    """Grouped-query attention with methods of tensors that are written in Python."""
+    """Grouped-query attention called by name, with methods of tensors that are written in Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +32,8 @@ class Attends(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x).unflatten(-1, (2, 4)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (1, 8)).transpose(1, 2).split(4, -1)
-        return x + F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+        given = {"query": q, "key": k, "value": v, "is_causal": True, "enable_gqa": True}
+        return x + F.scaled_dot_product_attention(**given).transpose(1, 2).flatten(2)
 
 
 class Views(nn.Module):
@@ -57,6 +59,8 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "pointwise": lambda: ad.Pointwise(nn.Linear(DIM, DIM)),
     "encoder": lambda: ad.CausalEncoder(encoder()),
     "encoder, norm first": lambda: ad.CausalEncoder(encoder(norm_first=True)),
+    "row per token": lambda: ad.RowPerToken(encoder()),
+    "row per token, attention": lambda: ad.RowPerToken(Attends()),
     "stack": lambda: ad.CausalEncoder(nn.TransformerEncoder(encoder(), 2)),
 }
 
@@ -85,9 +89,12 @@ def agree(a: ad.Output, b: ad.Output) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("name", BLOCKS)
+# As one trains and as one evaluates; crossed where PyTorch has a fast path that asks for the mode.
+MODES = [(name, mode, mode) for name in BLOCKS for mode in (True, False)]
+CROSSED = [("encoder", True, False), ("encoder", False, True)]
+
+
+@pytest.mark.parametrize(("name", "grad", "training"), MODES + CROSSED)
 def test_one_graph_equal_to_eager(name: str, grad: bool, training: bool) -> None:
     module = looped(BLOCKS[name]()).train(training)
     x, mask = given()
@@ -180,13 +187,69 @@ def test_inductor_too() -> None:
 def test_a_block_compiled_by_itself_is_refused() -> None:
     in_place = Attends()
     in_place.compile()
-    for block, name in ((torch.compile(Attends()), "The block"), (nn.Sequential(in_place), "0")):
+    later = looped(Attends())
+    later.block.compile()
+    x, _ = given()
+    for block, name in (
+        (torch.compile(Attends()), "The block"),
+        (nn.Sequential(in_place), "A submodule of Sequential"),
+    ):
         with pytest.raises(ValueError, match="compiled by itself") as error:
-            looped(block)
+            looped(block)(x)
         assert str(error.value) == (
-            f"{name} is compiled by itself, and a loop cannot reach the attention calls inside its graph. Compile the "
-            "wrapper instead, with skip=False, or write the block to take the view."
+            f"{name} is compiled by itself and calls attention, and a loop cannot reach the attention calls inside its "
+            "graph. Compile only submodules without attention, or the wrapper with skip=False, or write the block to "
+            "take the view."
         )
+    with pytest.raises(ValueError, match=r"^The block is compiled by itself"):
+        later(x)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_part_without_attention_is_served(backend: str) -> None:
+    torch._dynamo.reset()
+    slow = looped(Attends()).eval()
+    fast = copy.deepcopy(slow)
+    fast.block.kv = torch.compile(fast.block.kv, backend=backend, dynamic=True)
+    x, mask = given()
+    agree(fast(x, mask=mask), slow(x, mask=mask))
+
+
+def test_around_a_default_loop_the_rest_is_compiled() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.loop, self.after = nn.Linear(8, 8), looped(Attends(), skip=True), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(self.loop(self.before(x)).hidden)
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Model().double()
+    fast = torch.compile(model, backend="eager")
+    for length in (5, 6, 7):
+        for mode in (True, False):
+            x = torch.randn(3, length, 8).double()
+            assert torch.equal(fast.train(mode)(x), model.train(mode)(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6
+
+
+@pytest.mark.parametrize("option", [{"skip": True}, {"skip": False, "checkpoint": True}])
+def test_one_graph_of_a_loop_that_runs_in_eager_is_refused_in_a_sentence(option: dict[str, bool]) -> None:
+    torch._dynamo.reset()
+    module, (x, _) = looped(Attends(), **option), given()
+    for _ in range(2):
+        with pytest.raises(torch._dynamo.exc.Unsupported) as error:
+            torch.compile(module, fullgraph=True, backend="eager")(x)
+        assert (
+            "RecurrentWrapper runs in eager with skip=True (the default), with a cache or with checkpoint=True: what "
+            "it runs depends on the data. For one graph (fullgraph=True) build it with skip=False and "
+            "checkpoint=False, and without a cache."
+        ) in str(error.value)
+        torch._dynamo.reset()
+        torch.compile(module, backend="eager")(x)  # from then on the refusal comes from elsewhere
+        torch._dynamo.reset()
 
 
 def test_a_compiled_block_that_takes_the_view_is_served() -> None:

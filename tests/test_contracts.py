@@ -2,6 +2,7 @@
 
 import abc
 import inspect
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -38,6 +39,10 @@ class Patience:
         return remaining * torch.as_tensor(twice).logical_not()
 
 
+def _top_one(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    return remaining * (scores[..., -1] == scores[..., -1].amax(-1, keepdim=True))
+
+
 def _embedding() -> nn.Embedding:
     return nn.Embedding(VOCAB, DIM)
 
@@ -69,6 +74,7 @@ RULES: dict[str, ad.Rule] = {
     "ACT": ad.ACT(0.05),
     "Lookahead": ad.Lookahead(ad.Threshold(0.5)),
     "NotBefore": ad.NotBefore(2, ad.Threshold(0.5)),
+    "TrainingOnly": ad.TrainingOnly(_top_one),
     "Patience": Patience(0.5),
 }
 UPDATES: dict[str, Callable[[], ad.Update]] = {
@@ -81,11 +87,11 @@ UPDATES: dict[str, Callable[[], ad.Update]] = {
     "Ungated": lambda: ad.Ungated(ad.Residual()),
     "ReZero": lambda: _opened(ad.ReZero(ad.Interpolate())),
 }
-FUNCTIONS = """bottom_k check_block depth_mask depth_prior expected_depth geometric_depths is_monotonic iteration
-live_share loss_gain make_monotonic mask_depth per_iteration_loss ponder_cost positions random_depth top_k
-uniform_depths"""
-OTHERS = """BottomKPenalty CausalEncoder Cost Flops Gate KVReuseCache LossGain Output Pointwise RecurrentWrapper
-Rule TokenFlops TokenView Trace Update diagnostics ranks testing"""
+FUNCTIONS = """bottom_k calibrate check_block check_looped depth_mask depth_prior expected_depth geometric_depths
+is_monotonic iteration live_share loss_gain make_monotonic mask_depth per_iteration_loss ponder_cost positions
+random_depth rows take top_k uniform_depths"""
+OTHERS = """BottomKPenalty Calibration CausalEncoder Cost DepthBudget Flops Gate KVReuseCache LossGain OutOfReach Output
+Pointwise RecurrentWrapper RowPerToken Rule TokenFlops TokenView Trace Update diagnostics ranks testing"""
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -155,26 +161,152 @@ class _Writes(ad.Update):
         return x.add_(h)
 
 
-def _top_one(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
-    return remaining * (scores[..., -1] == scores[..., -1].amax(-1, keepdim=True))
-
-
 def _below_all_before(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
-    return remaining * (scores[..., -1] <= scores[..., -1].cummin(-1).values)
+    newest = scores[..., -1].masked_fill(remaining == 0, torch.inf)
+    return remaining * (newest <= newest.cummin(-1).values)
 
 
-def test_the_suites_fail_on_pieces_that_break_them() -> None:
-    with pytest.raises(AssertionError, match="The gate gave another result for a token alone: off by"):
-        ad.testing.check_gate(_Peeks(), DIM)
-    with pytest.raises(AssertionError, match=r"^_Writes changed an argument in place; make a new tensor[.]$"):
-        ad.testing.check_update(_Writes(), DIM)
-    with pytest.raises(
-        AssertionError, match="The rule gave another result for the first tokens without the later ones"
-    ):
-        ad.testing.check_rule(_top_one)
-    ad.testing.check_rule(_top_one, causal=False)
-    with pytest.raises(AssertionError, match="the later tokens without the first ones, as in decoding: off by"):
-        ad.testing.check_rule(_below_all_before)
-    ad.testing.check_rule(_below_all_before, causal=False)
-    with pytest.raises(AssertionError, match=r"^A rule must say how much stays, got torch.bool[.] For a cut write "):
-        ad.testing.check_rule(lambda scores, remaining, positions: scores[..., -1] > 0.5)
+def _above_the_mean(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    return torch.where(scores[..., -1] >= scores[..., -1].mean(-1, keepdim=True), remaining, 0)
+
+
+def _above_the_mean_of_the_live(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    count = (remaining > 0).sum(-1, keepdim=True).clamp_min(1)
+    return torch.where(scores[..., -1] >= scores[..., -1].sum(-1, keepdim=True) / count, remaining, 0)
+
+
+def _every_second_slot(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    return torch.where(torch.arange(scores.shape[1]) % 2 == 0, remaining, 0)
+
+
+def _last_slots(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    return torch.where(torch.arange(scores.shape[1]).flip(0) < 5, remaining, 0)
+
+
+def _first_neighbours(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    """Whoever has another token right behind it: wrong only where padding stands between two."""
+    behind = torch.cat([remaining[:, 1:], torch.zeros_like(remaining[:, :1])], 1)
+    return torch.where(behind > 0, remaining, 0)
+
+
+def _share_of_the_row(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    return remaining * (scores[..., -1] / scores[..., -1].sum(-1, keepdim=True))
+
+
+class _Raw(ad.Gate):
+    """A learned gate without its sigmoid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(DIM, 1)
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return self.proj(h).squeeze(-1)
+
+
+class _NoAxis(ad.Update):
+    def forward(self, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> Tensor:
+        return x + scores[..., -1] * h
+
+
+class _Pair(ad.Gate):
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return h[..., 0].sigmoid(), h
+
+
+ONLY_LIVE = "Padding has remaining 0: count and average only where remaining > 0, and read positions instead of slots."
+TRAINING = "If it is for training only, say so: TrainingOnly(rule)."
+AXIS = "To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
+LOGITS = (
+    "A score that scales an update must be a share, in [0, 1]: _Raw gave scores from # to # for {}. If they are "
+    "logits, end the gate in .sigmoid(). If they are only to cut, take an update that does not use them, here and in "
+    "the loop: check_gate(gate, dim, update=Ungated(Interpolate()))."
+)
+OFF = "The {} gave another result for {}: off by # of #.{}"
+GATE, RULE, UPDATE = ad.testing.check_gate, ad.testing.check_rule, ad.testing.check_update
+# A message has # where it has a number.
+BROKEN: dict[str, tuple[Callable[[], object], str]] = {
+    "a gate that peeks": (lambda: GATE(_Peeks(), DIM), OFF.format("gate", "a token alone", "")),
+    "two scores": (
+        lambda: GATE(_Pair(), DIM),
+        "_Pair must return one tensor, got tuple. Return it alone, and from every branch.",
+    ),
+    "logits": (lambda: GATE(_Raw(), DIM), LOGITS.format("Interpolate")),
+    "logits behind a closed scale": (
+        lambda: GATE(_Raw(), DIM, update=ad.ReZero(ad.Residual())),
+        LOGITS.format("ReZero"),
+    ),
+    "an update that writes": (
+        lambda: UPDATE(_Writes(), DIM),
+        "_Writes changed an argument in place; make a new tensor.",
+    ),
+    "no axis": (
+        lambda: UPDATE(_NoAxis(), DIM),
+        f"An update must give the next input, shape (5, {DIM}): _NoAxis raised The size of tensor a (5) must match the "
+        f"size of tensor b ({DIM}) at non-singleton dimension 1. {AXIS}",
+    ),
+    "no axis, one dimension": (
+        lambda: UPDATE(_NoAxis(), 1),
+        f"An update must give the next input: expected shape (5, 1), got (5, 5). {AXIS}",
+    ),
+    "a rule that looks ahead": (
+        lambda: RULE(_top_one),
+        OFF.format("rule", "the first tokens without the later ones", f" {TRAINING}"),
+    ),
+    "a rule that looks back": (
+        lambda: RULE(_below_all_before),
+        OFF.format("rule", "the later tokens without the first ones, as in decoding", f" {TRAINING}"),
+    ),
+    "a rule that says whether": (
+        lambda: RULE(lambda scores, remaining, positions: scores[..., -1] > 0.5),
+        "A rule must say how much stays, got torch.bool. For a cut write torch.where(condition, remaining, 0).",
+    ),
+    "a forgotten return": (
+        lambda: RULE(lambda scores, remaining, positions: None),
+        "function must return one tensor, got None. Return it alone, and from every branch.",
+    ),
+    "a mean with padding": (
+        lambda: RULE(_above_the_mean, causal=False),
+        OFF.format("rule", "rows with padding at the left", f" {ONLY_LIVE}"),
+    ),
+    "slots": (
+        lambda: RULE(_every_second_slot),
+        OFF.format("rule", "rows with padding at the left", f" {ONLY_LIVE}"),
+    ),
+    "slots from the end": (
+        lambda: RULE(ad.TrainingOnly(_last_slots)),
+        OFF.format("rule", "rows with padding at the right", f" {ONLY_LIVE}"),
+    ),
+    "neighbours": (
+        lambda: RULE(ad.TrainingOnly(_first_neighbours)),
+        OFF.format("rule", "rows with padding in between", f" {ONLY_LIVE}"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_suite_fails_on_a_piece_that_breaks_it(name: str) -> None:
+    call, message = BROKEN[name]
+    number = r"-?[0-9.]+(e[-+][0-9]+)?"
+    with pytest.raises(AssertionError, match=f"^{re.escape(message).replace(re.escape('#'), number)}$"):
+        call()
+
+
+def test_a_row_of_padding_alone_gives_numbers() -> None:
+    with pytest.raises(AssertionError, match=r"^A rule must be finite, also for a row of padding alone, got .*nan"):
+        RULE(_share_of_the_row, causal=False)
+
+
+def test_a_rule_may_look_at_its_row_if_it_says_so() -> None:
+    for rule in (_top_one, _below_all_before, _above_the_mean_of_the_live):
+        RULE(rule, causal=False)
+        RULE(ad.TrainingOnly(rule))
+
+
+def test_a_score_in_another_unit_may_cut() -> None:
+    for update in (ad.Replace(), ad.ReZero(ad.Ungated(ad.Residual())), ad.Ungated(ad.Ponder(_embedding(), _head()))):
+        GATE(_Raw(), DIM, update=update)
+    criterion = _Raw().requires_grad_(False)
+    GATE(criterion, DIM)
+    with pytest.raises(AssertionError, match="must be a share"):
+        GATE(criterion, DIM, update=ad.Interpolate())

@@ -149,6 +149,25 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "measure expected score to return tokens that ran, got 2 of depth 0. Leave padding out: loss[mask], "
         "depth[mask].",
     ),
+    "an output": (
+        lambda: measure(lambda ids: Model().looped(torch.zeros(1, 3, DIM)), [None]),
+        "measure expected score to return two tensors, losses and depths of the same tokens, got Output. Return both: "
+        "(loss, out.trace.depth).",
+    ),
+    "other tokens": (
+        lambda: random_curve(0)[0].against(Measured(torch.zeros(3, 1), torch.ones(3, 1))),
+        "against expected the same tokens measured, of shape (3, 4), got (3, 1). Measure both on the same batches.",
+    ),
+    "one depth": (
+        lambda: oracle(random_curve(0)[0]),
+        "oracle expected fixed, a list of what was Measured at depth 1, 2, and so on, got Measured. Pass forced(score, "
+        "data, steps).",
+    ),
+    "no depth": (
+        lambda: mixture([], 1.0),
+        "mixture expected fixed, a list of what was Measured at depth 1, 2, and so on, got an empty list. Pass "
+        "forced(score, data, steps).",
+    ),
     "mean": (lambda: mixture(random_curve(0), 4.5), "mixture expected a mean depth from 1 to 4, got 4.5."),
     "groups": (
         lambda: gain_by(random_curve(0)[0], random_curve(0)[1], torch.zeros(3, 5)),

@@ -75,6 +75,7 @@ def test_a_page_runs_and_prints_what_it_shows(page: str, tmp_path: Path, monkeyp
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType(f"docs_{re.sub(r'[^a-z]', '_', page)}")
+    monkeypatch.setattr(ad.RecurrentWrapper, "self_check", True)
     monkeypatch.setitem(sys.modules, module.__name__, module)  # classes of a page are found as those of a module
     torch.manual_seed(987654)  # not what a page was written with: what is random in it, it seeds itself
     for found in SNIPPET.finditer(OWN[page]):

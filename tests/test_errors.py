@@ -56,16 +56,6 @@ class Uneven(nn.Module):
         return x
 
 
-class NoGrad(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return sdpa(x * self.weight)
-
-
 class Multihead(nn.Module):
     def __init__(self, **options: object) -> None:
         super().__init__()
@@ -148,7 +138,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "rule shape": (
         lambda: loop(rule=lambda scores, remaining, positions: remaining[:1])(X),
-        "function expected to return what stays of each token, shape (2, 5), got (1, 5) at iteration 0.",
+        "<lambda> expected to return what stays of each token, shape (2, 5), got (1, 5) at iteration 0.",
     ),
     "update shape": (
         lambda: loop(update=BadUpdate())(X),
@@ -157,8 +147,9 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "no attention": (
         lambda: loop(nn.Linear(8, 8))(X),
         "No attention call was seen in Linear, so its tokens would mix unseen or not at all. Its attention must call "
-        "F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention with need_weights=True). If "
-        "it mixes no tokens, say so: adadepth.Pointwise(block).",
+        "F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention with "
+        "need_weights=True); a Hugging Face layer made by hand does so if its config has _attn_implementation = 'sdpa'. "
+        "If it mixes no tokens, say so: adadepth.Pointwise(block).",
     ),
     "output shape": (
         lambda: loop(Block(lambda x: sdpa(x)[..., :3]))(X),
@@ -190,14 +181,15 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "cross-attention": (
         lambda: loop(Block(cross), causal=False)(X),
         "Attention expected k of shape (2, heads, 5, head_dim), got (2, 2, 3, 4): queries, keys and values must be those of "
-        "the block's own input, one per token. Cross-attention and keys of another length cannot be looped; batch and heads "
+        "the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads "
         "must be separate axes.",
     ),
     "heads merged": (
         lambda: loop(Block(merged))(X),
         "Attention expected q of shape (2, heads, 5, head_dim), got (2, 5, 8): queries, keys and values must be those of the "
-        "block's own input, one per token. Cross-attention and keys of another length cannot be looped; batch and heads must "
-        "be separate axes.",
+        "block's own input, one per token. Cross-attention and keys of another length cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads must "
+        "be separate axes. A tensor of the batch's shape that the block adds to its input is passed as block_kwargs, which "
+        "are packed.",
     ),
     "more calls": (
         lambda: loop(Uneven(1, 2))(X, max_depth=torch.tensor([[3], [2]])),
@@ -208,12 +200,6 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: loop(Uneven(2, 1))(X, max_depth=torch.tensor([[3], [2]])),
         "Iteration 1 made 1 instead of the 2 attention calls seen before. A looped block must call attention equally often "
         "every time; which layer a call is, is told by their order.",
-    ),
-    "no_grad inside": (
-        lambda: loop(NoGrad())(X),
-        "The block checkpoints its own attention, or runs it under torch.no_grad(). A recomputation in the backward pass "
-        "would no longer know which tokens ran. Switch checkpointing off inside the block and let the loop checkpoint whole "
-        "iterations: RecurrentWrapper(..., checkpoint=True).",
     ),
     "batch first": (
         lambda: loop(nn.MultiheadAttention(8, 2)),
@@ -260,7 +246,8 @@ def test_outside_a_loop_there_is_no_iteration(name: str) -> None:
     with pytest.raises(RuntimeError) as error:
         getattr(ad, name)()
     assert str(error.value) == (
-        f"{name}() was called outside a looped block: only a RecurrentWrapper that runs one knows it."
+        f"{name}() was called outside a looped block: only a RecurrentWrapper that runs one knows it. It works in the "
+        "block, its submodules and hooks, and in gates and updates."
     )
 
 

@@ -201,7 +201,7 @@ def test_memory_of_a_gpu_is_the_sum_of_its_parts(pythias: dict[str, Costs]) -> N
     costs = pythias["pythia-2.8b.yaml"]
     weights, layers, d = costs.model.total, costs.model.layers, 2560
     rows = 2 * 2048 * cost.activations(costs.config, checkpointing=False)
-    assert rows / (2 * 2048) == 4 * 32 * 38 * d + 4 * 10 * d + 3 * (4 * d + 4 * 4 * d) + 12 * 50_304
+    assert rows / (2 * 2048) == 4 * 32 * 38 * d + 4 * 10 * d + 3 * (4 * d + 4 * 4 * d) + 2 * 4 * 4 * d + 12 * 50_304
     assert costs.memory(Way(1, False, False, 2)) == pytest.approx(18 * weights + rows)
     assert costs.memory(Way(8, False, False, 2)) == pytest.approx(22 * weights + rows)
     outside = weights - layers + layers / 16

@@ -497,25 +497,17 @@ def longer(text: list[str], folder: Path) -> list[str]:
 
 
 def test_launched_as_the_readme_says(text: list[str], tmp_path: Path) -> None:
-    command = [
-        *LAUNCH,
-        "examples/adaponderlm/train.py",
-        "--config",
-        "tiny.yaml",
-        *text,
-        *SMALL,
-        f"out={tmp_path / 'out'}",
-    ]
-    done = said([*command, "train.log=4"])
+    values = ["--config", "tiny.yaml", *text, *SMALL, f"out={tmp_path / 'out'}"]
+    done = said([*LAUNCH, "examples/adaponderlm/train.py", *values, "train.log=4"])
     assert done.returncode == 0, done.stderr
     bar = done.stdout.strip().splitlines()[-1]
     assert bar.startswith("exits 8/8 loss ") and all(word in bar for word in (" depth ", " FLOPs ", "× ", " tokens/s"))
     assert [line["step"] for line in curve(tmp_path / "out")] == [4, 8]
     assert load(tmp_path / "out").config.train.steps == 8
-    done = said([*command, "train.stepz=3"])
+    done = said([sys.executable, "examples/adaponderlm/train.py", *values, "train.stepz=3"])
     assert done.returncode == 1 and not done.stdout
-    assert "error: train.stepz=3: Key 'stepz' not in 'Train'. Did you mean one of: " in done.stderr
-    assert 'train.py", line' not in done.stderr  # the launcher's own traceback is not ours
+    assert done.stderr.startswith("error: train.stepz=3: Key 'stepz' not in 'Train'. Did you mean one of: ")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """FLOPs counted from a trace, against torch's counter on the packed execution and against sums written out."""
 
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -107,3 +110,37 @@ def test_a_loop_without_weights_of_its_own_is_measured_as_the_head_is() -> None:
     model, head = ad.RecurrentWrapper(ad.Pointwise(Refers()), STEPS), nn.Linear(DIM, 7, dtype=torch.float64)
     cost = ad.TokenFlops.measure(model, DIM, once=[head])
     assert cost.block == Cost(2 * DIM**2) and cost.once == Cost(2 * DIM * 7)
+
+
+FOUR = ad.TokenFlops(Cost(1.0), (0.0,) * 3, (0.0,) * 3)
+TRACE = ad.Trace(torch.ones(1, 2, 4, dtype=torch.bool), torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
+ERRORS: dict[str, tuple[Callable[[], object], str]] = {
+    "the trace": (
+        lambda: FOUR.count(TRACE),
+        "TokenFlops.count expected live of shape (batch, seq, steps), bool, got Trace. Pass out.trace.live, or of "
+        "depths adadepth.depth_mask(depth, steps).",
+    ),
+    "depths": (
+        lambda: FOUR.count(TRACE.depth),
+        "TokenFlops.count expected live of shape (batch, seq, steps), bool, got a tensor of shape (1, 2) torch.int64. "
+        "Pass out.trace.live, or of depths adadepth.depth_mask(depth, steps).",
+    ),
+    "another loop": (
+        lambda: FOUR.count(torch.ones(1, 2, 5, dtype=torch.bool)),
+        "TokenFlops.count expected live of 1 to 4 iterations, those of the loop that was measured, got shape "
+        "(1, 2, 5). Measure the loop that the trace is of.",
+    ),
+    "a block": (
+        lambda: ad.TokenFlops.measure(nn.Linear(DIM, DIM), DIM),
+        "TokenFlops.measure expected looped, a RecurrentWrapper, got Linear. Of a model pass the wrapper that it "
+        "holds, and as once= what runs around it.",
+    ),
+}
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_teach(case: str) -> None:
+    call, message = ERRORS[case]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call()

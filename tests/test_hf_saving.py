@@ -64,7 +64,7 @@ UPDATES: list[Callable[[Any], ad.Update]] = [
 @pytest.mark.parametrize(
     ("gate", "rule", "update"),
     [(g, RULES[i % len(RULES)], UPDATES[i % len(UPDATES)]) for i, g in enumerate(GATES)],
-    ids=lambda piece: str(piece)[:30],
+    ids=list(GATES),
 )
 def test_every_piece_is_saved(gate: str, rule: Any, update: Callable[[Any], ad.Update], tmp_path: Path) -> None:
     base = original("llama", torch.float32)

@@ -21,6 +21,10 @@ RULES = [
     ad.Survival(),
     None,
 ]
+# Every block with a rule that cuts and one that weighs, and every rule with one block: neither reads the other.
+BOTH = ad.Threshold, ad.ACT
+PAIRS = [(kind, rule) for kind in BLOCKS for rule in RULES if kind == "attention" or isinstance(rule, BOTH)]
+ruled = pytest.mark.parametrize(("kind", "rule"), PAIRS)
 # Those that run outside a loop too.
 PLAIN = [kind for kind in BLOCKS if kind not in ("pointwise", "view", "window", "iteration and positions")]
 
@@ -34,8 +38,7 @@ def assert_near(got: Tensor, want: Tensor) -> None:
 
 
 @both
-@every
-@pytest.mark.parametrize("rule", RULES)
+@ruled
 def test_the_trace_is_lawful(kind: str, rule: ad.Rule | None, skip: bool) -> None:
     loop = looped(kind, skip=skip)
     loop.rule = rule
@@ -55,8 +58,7 @@ def test_the_trace_is_lawful(kind: str, rule: ad.Rule | None, skip: bool) -> Non
 
 
 @both
-@every
-@pytest.mark.parametrize("rule", RULES)
+@ruled
 def test_a_row_alone_is_the_row_in_any_batch(kind: str, rule: ad.Rule | None, skip: bool) -> None:
     loop, x = looped(kind, skip=skip), rows(4, 6)
     loop.rule = rule
@@ -92,8 +94,7 @@ def test_padding_may_stand_anywhere(kind: str, causal: bool, skip: bool) -> None
 
 
 @both
-@every
-@pytest.mark.parametrize("rule", RULES)
+@ruled
 def test_future_tokens_change_nothing(kind: str, rule: ad.Rule | None, skip: bool) -> None:
     loop, x = looped(kind, skip=skip), rows(3, 6)
     loop.rule = rule

@@ -8,8 +8,8 @@ import oracle
 import pytest
 import torch
 from blocks_zoo import BLOCKS, DIM, looped, mixed
-from cases import Case, Setting, assert_same, by_definition, cases, setting
-from hypothesis import assume, given, settings
+from cases import Case, Setting, assert_same, by_definition, cases, of_its_own, setting
+from hypothesis import assume, given
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -43,20 +43,20 @@ def test_the_oracle_shares_no_code() -> None:
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_packed_equals_dense_equals_oracle_at_mixed_depths(kind: str) -> None:
-    seen = compare(kind, only_mixed=True, examples=200)
-    assert seen >= 200
+    seen = compare(kind, only_mixed=True, examples=40)
+    assert seen >= 40
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_packed_equals_dense_equals_oracle_in_any_case(kind: str) -> None:
-    compare(kind, only_mixed=False, examples=60)
+    compare(kind, only_mixed=False, examples=20)
 
 
 def compare(kind: str, only_mixed: bool, examples: int) -> int:
     """How many cases were compared."""
     seen = 0
 
-    @settings(max_examples=examples)
+    @of_its_own(kind, examples)
     @given(case=cases())
     def check(case: Case) -> None:
         nonlocal seen
@@ -74,7 +74,7 @@ def compare(kind: str, only_mixed: bool, examples: int) -> int:
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_packed_equals_dense_in_float32(kind: str) -> None:
-    @settings(max_examples=20)
+    @of_its_own(kind, 10)
     @given(case=cases(["threshold", "threshold per row", "lookahead threshold"]))
     def check(case: Case) -> None:
         s = setting(BLOCKS[kind], case, torch.float32)

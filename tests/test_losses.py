@@ -209,11 +209,21 @@ def test_losses_of_a_looped_block_reach_every_part() -> None:
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "k": (
         lambda: ad.BottomKPenalty(1.5),
-        "BottomKPenalty expected k_max, a share, in (0, 1], got 1.5.",
+        "BottomKPenalty expected k_max, a share, in (0, 1], got 1.5. The paper's is 0.1.",
+    ),
+    "k as a string": (
+        lambda: ad.BottomKPenalty("0.1"),
+        "BottomKPenalty expected k_max, a share, in (0, 1], got '0.1'. The paper's is 0.1.",
     ),
     "warm-up": (
         lambda: ad.BottomKPenalty(0.1, warmup=(20, 10)),
-        "BottomKPenalty expected warmup=(first, last), training steps with 0 <= first <= last, got (20, 10).",
+        "BottomKPenalty expected warmup=(first, last), training steps with 0 <= first <= last, got (20, 10). "
+        "To grow over the first 100 steps write warmup=(0, 100).",
+    ),
+    "warm-up as a number": (
+        lambda: ad.BottomKPenalty(warmup=100),
+        "BottomKPenalty expected warmup=(first, last), training steps with 0 <= first <= last, got 100. "
+        "To grow over the first 100 steps write warmup=(0, 100).",
     ),
     "over": (
         lambda: ad.BottomKPenalty(0.1, over="some"),
@@ -221,8 +231,43 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "live": (
         lambda: ad.BottomKPenalty(0.1)(torch.zeros(2, 3, 3), torch.ones(2, 3, 3, dtype=torch.bool), at=0),
-        "BottomKPenalty expected live of shape (batch, seq, steps) and values with one iteration fewer, got (2, 3, 3) "
-        "and (2, 3, 3). Pass trace.live and trace.gates or trace.survival.",
+        "BottomKPenalty expected values (batch, seq, steps - 1) and live (batch, seq, steps), bool, got a tensor of "
+        "shape (2, 3, 3) torch.float32 and a tensor of shape (2, 3, 3) torch.bool. Call it as penalty(trace.gates, "
+        "trace.live, at).",
+    ),
+    "the trace for the values": (
+        lambda: ad.BottomKPenalty(0.1)(traced(0), traced(0).live, at=0),
+        "BottomKPenalty expected values (batch, seq, steps - 1) and live (batch, seq, steps), bool, got Trace and a "
+        "tensor of shape (3, 5, 4) torch.bool. Call it as penalty(trace.gates, trace.live, at).",
+    ),
+    "depths for live": (
+        lambda: ad.BottomKPenalty(0.1)(traced(0).gates, traced(0).depth, at=0),
+        "BottomKPenalty expected values (batch, seq, steps - 1) and live (batch, seq, steps), bool, got a tensor of "
+        "shape (3, 5, 3) torch.float64 and a tensor of shape (3, 5) torch.int64. Call it as penalty(trace.gates, "
+        "trace.live, at).",
+    ),
+    "the output": (
+        lambda: ad.ponder_cost(ad.Output(torch.zeros(2, 3, DIM), traced(0))),
+        "ponder_cost expected the trace of a pass, got Output. Pass out.trace.",
+    ),
+    "depths for the trace": (
+        lambda: ad.expected_depth(traced(0).depth),
+        "expected_depth expected the trace of a pass, got a tensor of shape (3, 5) torch.int64. Pass out.trace.",
+    ),
+    "the output for states": (
+        lambda: ad.per_iteration_loss(ad.Output(torch.zeros(2, 3, DIM), traced(0)), nn.Linear(DIM, WORDS), None),
+        "per_iteration_loss expected states of shape (batch, seq, steps, dim), got Output. Pass out.states, of out = "
+        "looped(x, states=True).",
+    ),
+    "hidden for states": (
+        lambda: ad.per_iteration_loss(torch.zeros(2, 3, DIM), nn.Linear(DIM, WORDS), torch.zeros(2, 3).long()),
+        f"per_iteration_loss expected states of shape (batch, seq, steps, dim), got a tensor of shape (2, 3, {DIM}) "
+        "torch.float32. Pass out.states, of out = looped(x, states=True).",
+    ),
+    "labels before the head": (
+        lambda: ad.per_iteration_loss(torch.zeros(2, 3, 4, DIM), torch.zeros(2, 3).long(), nn.Linear(DIM, WORDS)),
+        "per_iteration_loss expected labels, a tensor of shape (batch, seq), got Linear. The order is states, head, "
+        "labels.",
     ),
     "no states": (
         lambda: ad.per_iteration_loss(None, nn.Linear(DIM, WORDS), torch.zeros(2, 3).long()),
@@ -241,20 +286,37 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ad.depth_prior("normal", 4),
         "depth_prior expected kind to be 'geometric' or 'uniform', got 'normal'.",
     ),
-    "steps": (lambda: ad.depth_prior("uniform", 0), "depth_prior needs steps >= 1, got 0."),
+    "steps": (
+        lambda: ad.depth_prior("uniform", 0),
+        "depth_prior needs steps >= 1, got 0. The order is kind, steps, rate.",
+    ),
+    "steps first": (
+        lambda: ad.depth_prior(4, "uniform"),
+        "depth_prior needs steps >= 1, got 'uniform'. The order is kind, steps, rate.",
+    ),
     "rate": (
         lambda: ad.depth_prior("geometric", 4, 1.0),
         "depth_prior expected rate, the share that leaves, in (0, 1), got 1.0.",
     ),
     "weights": (
         lambda: ad.random_depth(torch.tensor([0.5, -0.5, 1.0]), 0),
-        "random_depth expected prior (steps,), weights of which none is negative and not all are 0, got "
-        "tensor([ 0.5000, -0.5000,  1.0000]).",
+        "random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, got "
+        "tensor([ 0.5000, -0.5000,  1.0000]). Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
     ),
     "no weights": (
         lambda: ad.random_depth(torch.zeros(2), 0),
-        "random_depth expected prior (steps,), weights of which none is negative and not all are 0, got "
-        "tensor([0., 0.]).",
+        "random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, got "
+        "tensor([0., 0.]). Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
+    ),
+    "a list": (
+        lambda: ad.random_depth([0.5, 0.5], 0),
+        "random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, got "
+        "[0.5, 0.5]. Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
+    ),
+    "a mean": (
+        lambda: ad.loss_gain(torch.tensor(1.5)),
+        "loss_gain expected losses of shape (batch, seq, steps), got a tensor of shape () torch.float32. Pass what "
+        "per_iteration_loss(out.states, head, labels) returns, before any mean.",
     ),
     "min_depth": (
         lambda: ad.loss_gain(torch.zeros(1, 2, 4), min_depth=5),

@@ -111,10 +111,6 @@ def test_thresholds_per_row() -> None:
         ad.SurvivalThreshold(torch.tensor(math.nan))
     with pytest.raises(ValueError, match="expected tau to be a number, got nan"):
         ad.Threshold(math.nan)
-    with pytest.raises(ValueError, match=r"ACT expected eps in \[0, 1\), got 1"):
-        ad.ACT(1)
-    with pytest.raises(ValueError, match="NotBefore expected first, an iteration, to be at least 1, got 0"):
-        ad.NotBefore(0, ad.Threshold(0.5))
 
 
 def test_repr_is_the_call() -> None:

@@ -12,14 +12,15 @@ import adadepth
 PACKAGE = Path(adadepth.__file__).parent
 # From the bottom up: a room reads those in the lines before its own, and itself.
 ORDER = [
-    {"_extras", "_lazy", "_modes", "_types"},
+    {"_called", "_extras", "_given", "_lazy", "_modes", "_types"},
     {"_vocabulary"},
     {"masks", "depths", "selection", "gates", "rules", "updates", "ranks"},
     {"criteria"},
     {"attention"},
     {"cache"},
     {"loop"},
-    {"losses", "diagnostics", "flops"},
+    {"losses", "calibration", "diagnostics", "flops"},
+    {"budget"},
     {"testing"},
     {"hf", "viz"},
 ]
@@ -76,7 +77,7 @@ def test_no_import_runs_in_a_circle() -> None:
 
 
 def test_the_reader_of_imports_sees_what_is_there() -> None:
-    assert {"attention.catch", "cache.kv_reuse", "gates", "loop.trace"} <= read("loop.wrapper")
+    assert {"attention.tokens", "cache.kv_reuse", "gates", "loop.trace"} <= read("loop.wrapper")
     tree = ast.parse("def f():\n    from ..gates import Gate\n    from . import trace")
     assert set(imported(tree, "loop")) == {"gates", "loop.trace"}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import adadepth as ad
-from examples import a_gate_of_your_own, classify_sequences, wrap_a_block
+from examples import a_gate_of_your_own, classify_sequences, soft_to_hard, wrap_a_block
 
 WRAPPED = """\
 check_block: nothing to say
@@ -105,3 +105,31 @@ def test_a_gate_a_rule_and_an_update_of_ones_own(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(("piece", "lines"), [("TurnGate", 20), ("patience", 5), ("Anchored", 9)])
 def test_a_piece_is_short(piece: str, lines: int) -> None:
     assert len(inspect.getsource(getattr(a_gate_of_your_own, piece)).splitlines()) <= lines
+
+
+def test_soft_exits_become_hard_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    soft_to_hard.main([])
+    lines = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r"(.+?): +loss (\d\.\d+), mean depth (\d\.\d+)", line).groups() for line in lines]
+    names, losses, depths = zip(*((name, float(loss), float(depth)) for name, loss, depth in found), strict=True)
+    assert names == ("soft exits, all computed", "hard exits at once", "hard exits, trained with")
+    assert all(abs(depth - soft_to_hard.MEAN_DEPTH) < 0.15 for depth in depths)
+    soft, at_once, trained = losses
+    assert soft < 0.1 and at_once > 2 * soft and trained < 0.5 * at_once
+
+
+def test_decoding_by_hand_equals_one_pass() -> None:
+    torch.manual_seed(0)
+    model, (ids, answers) = soft_to_hard.Model().eval(), soft_to_hard.draw(8, torch.Generator().manual_seed(0))
+    model.looped.rule = ad.SurvivalThreshold(0.5)
+    with torch.inference_mode():
+        hidden, cache = soft_to_hard.decode(model, ids)
+        whole = model(ids)
+    assert cache.depth.unique().numel() > 1 and torch.equal(cache.depth, whole.trace.depth)
+    torch.testing.assert_close(hidden, whole.hidden)
+    row = ids[0].tolist()
+    for place, answer in enumerate(answers[0].tolist()):
+        at = place
+        for _ in range(3):
+            at = min(row[at], at)
+        assert row[at] == answer

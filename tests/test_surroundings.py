@@ -148,9 +148,9 @@ class Checkpointing(nn.Module):
 
 
 CHECKPOINTS_ITSELF = (
-    "The block checkpoints its own attention, or runs it under torch.no_grad(). A recomputation in the backward "
-    "pass would no longer know which tokens ran. Switch checkpointing off inside the block and let the loop "
-    "checkpoint whole iterations: RecurrentWrapper(..., checkpoint=True)."
+    "The block checkpoints its own attention. A recomputation in the backward pass would no longer know which tokens "
+    "ran. Switch checkpointing off inside the block and let the loop checkpoint whole iterations: "
+    "RecurrentWrapper(..., checkpoint=True)."
 )
 
 
@@ -247,7 +247,8 @@ def test_outside_a_looped_block_there_is_no_iteration() -> None:
         with pytest.raises(RuntimeError) as error:
             function()
         assert str(error.value) == (
-            f"{function.__name__}() was called outside a looped block: only a RecurrentWrapper that runs one knows it."
+            f"{function.__name__}() was called outside a looped block: only a RecurrentWrapper that runs one knows it. "
+            "It works in the block, its submodules and hooks, and in gates and updates."
         )
 
 

@@ -1,6 +1,6 @@
 """Adapters for blocks whose attention is not caught as it is."""
 
-from typing import final
+from typing import Any, final
 
 from torch import nn
 
@@ -12,7 +12,8 @@ from .view import TokenView
 class Pointwise(nn.Module):
     """Says of a block that it mixes no tokens, so that no attention call is expected of it.
 
-    Shapes: those of `block`, which is called as `block(x)`.
+    Shapes: those of `block`, which is called as `block(x, **block_kwargs)`.
+    Raises: `ValueError` at its first call if it does attend.
     """
 
     takes_view = True
@@ -21,10 +22,10 @@ class Pointwise(nn.Module):
         super().__init__()
         self.block = block
 
-    def forward(self, x: Hidden, view: TokenView) -> Hidden:
-        """`block(x)`; the view is not needed."""
+    def forward(self, x: Hidden, view: TokenView, **given: Any) -> Hidden:
+        """`block(x, **given)`; the view is not needed."""
         del view
-        return self.block(x)
+        return self.block(x, **given)
 
 
 @final

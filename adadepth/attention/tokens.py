@@ -44,6 +44,10 @@ class TokenSet(ABC):
         """Rows `(batch, seq, ...)` in the order of the block's input."""
 
     @abstractmethod
+    def spread(self, rows: Tensor) -> Tensor:
+        """What broadcasts to the rows `(batch, seq, ...)`, as something that broadcasts to the block's input."""
+
+    @abstractmethod
     def settle(self, new: Tensor, old: Tensor) -> Tensor:
         """`new` for the tokens that run, `old` for those that are merely present."""
 
@@ -106,6 +110,9 @@ class WholeTokens(TokenSet):
     def take(self, rows: Tensor) -> Tensor:
         return rows
 
+    def spread(self, rows: Tensor) -> Tensor:
+        return rows
+
     def settle(self, new: Tensor, old: Tensor) -> Tensor:
         del old
         return new
@@ -133,6 +140,10 @@ class DenseTokens(TokenSet):
 
     def take(self, rows: Tensor) -> Tensor:
         return self.rows(rows)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        # What is not of this form holds nothing of padding.
+        return self.rows(rows) if rows.shape[:2] == self.live.shape else rows
 
     def settle(self, new: Tensor, old: Tensor) -> Tensor:
         # Nothing reads what is merely present, so its graph need not be kept.
@@ -166,6 +177,13 @@ class Packed(TokenSet):
 
     def take(self, rows: Tensor) -> Tensor:
         return rows.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        (batch, length), seq = rows.shape[:2], self.live.shape[1]
+        if (batch, length) == (1, 1):
+            return rows
+        row, column = self.index // seq, self.index % seq
+        return rows[0 if batch == 1 else row, 0 if length == 1 else column].unsqueeze(0)
 
     def settle(self, new: Tensor, old: Tensor) -> Tensor:
         del old  # tokens that do not run are not here

@@ -5,20 +5,25 @@ takes the keys and values of those, sees that the others' stay what they were, a
 queries. It knows nothing of gates and losses.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from .._lazy import lazy
 from .._types import Attended, Keys, Queries, Values
+from .context import Here, active
+from .dispatch import uncaught
 from .tokens import TokenSet, WholeTokens
 
 KV = tuple[Tensor, Tensor]
+LOOP = "adadepth.loop.blocks"  # the module whose frames run blocks
 
 
 class How(NamedTuple):
@@ -30,23 +35,34 @@ class How(NamedTuple):
     window: int | None
 
     def ask(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
-        """PyTorch's attention, with `allowed` in place of `causal` where it is given."""
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            allowed,
-            self.dropout_p,
-            causal and allowed is None,
-            scale=self.scale,
-            enable_gqa=self.enable_gqa,
-        )
+        """PyTorch's attention, with `allowed` in place of `causal` where it is given; this call is not caught."""
+        causal = causal and allowed is None
+        more: Any = {"scale": self.scale, "enable_gqa": self.enable_gqa}
+        if torch.compiler.is_compiling():  # a function mode sees the one, and not the other
+            return torch.ops.aten.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
+        active.attends = True
+        try:
+            with uncaught():
+                return F.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
+        finally:
+            active.attends = False
 
 
 def seen(own: Tensor, slots: Tensor, window: int | None) -> Tensor:
     """Whether a query at `own` sees what stands at `slots`: not what comes later, nor what is beyond its window."""
     reach = slots <= own
     return reach if window is None else reach & (slots > own - window)
+
+
+def _in_autograd_function() -> bool:
+    """Whether an autograd function runs the block's attention: it may run it again in the backward pass."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals["__name__"] != LOOP:
+        first = next(iter(frame.f_locals.values()), None)
+        if frame.f_code.co_name == "forward" and isinstance(first, FunctionCtx):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _checkpointing() -> object:
@@ -67,6 +83,7 @@ class TokenView(ABC):
     `present` fills with the keys and values of each attention call, in call order, as the next
     iteration will need them. `bare` is True where the block's own attention is all there is to do:
     everything runs, nothing is kept, and the first iteration has shown what the block's calls are like.
+    `elsewhere` is True once a call was about keys that are of no token.
     """
 
     known = "seen before"
@@ -74,7 +91,8 @@ class TokenView(ABC):
     def __init__(self, tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> None:
         self.tokens, self.step, self.causal, self.past, self.keep = tokens, step, causal, past, keep
         self.bare = step > 0 and not keep and isinstance(tokens, WholeTokens)
-        self.calls = 0
+        self.here = Here(tokens, step)
+        self.calls, self.elsewhere = 0, False
         self.expected = None if past is None else len(past)
         self.present: list[KV] = []
         self.masks: dict[Any, Tensor] = {}
@@ -82,15 +100,15 @@ class TokenView(ABC):
         self._saving = _checkpointing() if self._grad else None
         self._shape = tokens.shape
 
-    @lazy
+    @property
     def iteration(self) -> Int[Tensor, "rows length"]:
         """The iteration each token of the input is in, int64, from 0."""
-        return torch.full(self.tokens.shape, self.step, dtype=torch.int64, device=self.tokens.live.device)
+        return self.here.iteration
 
-    @lazy
+    @property
     def positions(self) -> Int[Tensor, "rows length"]:
         """The place of each token of the input among its row's real tokens, int64, from 0."""
-        return self.tokens.take(self.tokens.positions)
+        return self.here.positions
 
     def attend(
         self,
@@ -120,12 +138,35 @@ class TokenView(ABC):
         if self.bare:
             return self._attend(q, k, v, how)
         grad = torch.is_grad_enabled()
-        if grad is not self._grad or (grad and self._saving is not _checkpointing()):
+        self._check_recomputation(grad)
+        self.check_shapes(q, k, v)
+        if self.calls == self.expected:
+            self._uneven("more than")
+        if grad is self._grad:
+            k, v = self._merge(k, v)
+        else:  # what this call keeps has no gradient, what earlier iterations kept has theirs
+            with torch.set_grad_enabled(self._grad):
+                k, v = self._merge(k, v)
+        self.calls += 1
+        if self.keep:
+            self.present.append((k, v))
+        return self._attend(q, k, v, how)
+
+    def _check_recomputation(self, grad: bool) -> None:
+        if grad is self._grad and not (grad and self._saving is not _checkpointing()):
+            return
+        if grad is self._grad or (self._grad and not torch.compiler.is_compiling() and _in_autograd_function()):
             raise ValueError(
-                "The block checkpoints its own attention, or runs it under torch.no_grad(). A recomputation in the "
-                "backward pass would no longer know which tokens ran. Switch checkpointing off inside the block and "
-                "let the loop checkpoint whole iterations: RecurrentWrapper(..., checkpoint=True)."
+                "The block checkpoints its own attention. A recomputation in the backward pass would no longer know "
+                "which tokens ran. Switch checkpointing off inside the block and let the loop checkpoint whole "
+                "iterations: RecurrentWrapper(..., checkpoint=True)."
             )
+
+    def check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Whether queries, keys and values are those of the block's input, one per token.
+
+        Raises: `ValueError` if they are not.
+        """
         rows, length = self._shape
         if not (
             (q.dim() == k.dim() == v.dim() == 4)
@@ -133,13 +174,6 @@ class TokenView(ABC):
             and (q.size(2) == k.size(2) == v.size(2) == length)
         ):
             self._refuse(q, k, v)
-        if self.calls == self.expected:
-            self._uneven("more than")
-        k, v = self._merge(k, v)
-        self.calls += 1
-        if self.keep:
-            self.present.append((k, v))
-        return self._attend(q, k, v, how)
 
     def close(self) -> None:
         """The block is done."""
@@ -169,7 +203,8 @@ class TokenView(ABC):
         raise ValueError(
             f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {shape}: queries, keys and "
             "values must be those of the block's own input, one per token. Cross-attention and keys of another length "
-            "cannot be looped; batch and heads must be separate axes."
+            "cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. A "
+            "tensor of the batch's shape that the block adds to its input is passed as block_kwargs, which are packed."
         )
 
     @abstractmethod

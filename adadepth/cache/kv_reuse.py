@@ -1,5 +1,7 @@
 """`KVReuseCache`: the keys and values of tokens seen before, as each iteration of the loop shows them."""
 
+import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, final, get_args
@@ -56,6 +58,26 @@ class KVReuseCache:
         self._lengths: list[int] = []
         self._depth = torch.zeros(0, 0, dtype=torch.int64)
         self._entries: Layout | None = None
+        self._owner: weakref.ref[object] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_owner": None}  # who filled it is known in one process only
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "KVReuseCache":
+        new = copy.copy(self)
+        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+        new._owner = self._owner
+        return new
+
+    def __repr__(self) -> str:
+        """The arguments, and what is held."""
+        arguments = f"layout={self.layout!r}, capacity={self.capacity}"
+        if self.steps is None:
+            return f"KVReuseCache({arguments}, empty)"
+        return (
+            f"KVReuseCache({arguments}, steps={self.steps}, layers={self.layers}, rows={len(self._lengths)} of "
+            f"{_range(self._lengths)} tokens, {self.nbytes:,} bytes on {self._depth.device})"
+        )
 
     @property
     def lengths(self) -> Int[Tensor, "batch"]:
@@ -123,9 +145,12 @@ class KVReuseCache:
         return self
 
     @contextmanager
-    def open(self, x: Tensor, mask: Tensor | None, steps: int, causal: bool) -> Iterator[CachedTokens]:
-        """The tokens of a pass over the rows `x (batch, seq, dim)`; should it raise, the cache is as before."""
-        self._check(x, steps, causal)
+    def open(self, x: Tensor, mask: Tensor | None, steps: int, causal: bool, owner: object) -> Iterator[CachedTokens]:
+        """The tokens of a pass over the rows `x (batch, seq, dim)`; should it raise, the cache is as before.
+
+        Arguments: `owner`, what stands for the wrapper that passes.
+        """
+        self._check(x, steps, causal, owner)
         batch, seq = x.shape[:2]
         before = self._lengths or [0] * batch
         new = [seq] * batch if mask is None else mask.sum(-1).tolist()
@@ -135,6 +160,7 @@ class KVReuseCache:
         try:
             entries = self._with_room(longest, batch, steps, x.device)
             yield CachedTokens.of(x, mask, entries, before, after)
+            self._owner = weakref.ref(owner)
         except BaseException:
             self._forget_beyond(longest)
             raise
@@ -144,7 +170,7 @@ class KVReuseCache:
         self._depth.view(-1).index_copy_(0, tokens.slots, tokens.take(depth).squeeze(0))
         self._lengths, self.layers = tokens.held.after, tokens.held.entries.calls
 
-    def _check(self, x: Tensor, steps: int, causal: bool) -> None:
+    def _check(self, x: Tensor, steps: int, causal: bool, owner: object) -> None:
         if not causal:
             raise ValueError(
                 "A KVReuseCache expected RecurrentWrapper(causal=True): without causality the tokens that it holds "
@@ -161,6 +187,11 @@ class KVReuseCache:
             raise ValueError(
                 f"The cache was filled by a loop of {self.steps} steps, got one of {steps}. Each RecurrentWrapper "
                 "needs a cache of its own."
+            )
+        if self._owner is not None and self._owner() is not owner:
+            raise ValueError(
+                "The cache holds keys and values of another RecurrentWrapper. Each needs a cache of its own: begin "
+                "with a new one, or call cache.reset()."
             )
         if x.device != self._depth.device:
             raise ValueError(f"The cache is on {self._depth.device}, got x on {x.device}. Move it: cache.to(device).")
@@ -193,3 +224,8 @@ class KVReuseCache:
         for row, length in enumerate(self._lengths):
             self._depth[row, length:used] = 0
         self._entries.keep(self._lengths, used)
+
+
+def _range(lengths: list[int]) -> str:
+    low, high = min(lengths, default=0), max(lengths, default=0)
+    return str(low) if low == high else f"{low} to {high}"

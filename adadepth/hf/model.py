@@ -1,17 +1,18 @@
 """A Hugging Face causal language model in which each token runs the layers as often as it needs."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, final, no_type_check
+from typing import Any, Literal, TypeVar, final, no_type_check, overload
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from .._called import Called
 from ..loop.bounds import Depth
 from ..loop.trace import Output, Trace
 from ..loop.wrapper import RecurrentWrapper
@@ -25,6 +26,13 @@ from .inputs import cache_of, check_inputs, check_positions, new_columns, positi
 from .pieces import KINDS, bind, complete, describe, rebind
 from .saving import check_loaded, write_gates
 from .stack import Stack
+
+Forward = TypeVar("Forward", bound=Callable[..., Any])
+
+
+def _tuple_on_request(forward: Forward) -> Forward:
+    """transformers' decorator with the type of what it decorates."""
+    return can_return_tuple(forward)
 
 
 @dataclass
@@ -40,12 +48,12 @@ class AdaptiveOutput(CausalLMOutputWithPast):
         states: `(batch, seq, steps, dim)` on request: the loop's, before coda and outer norm.
     """
 
-    trace: Trace | None = None
+    trace: Trace = None  # type: ignore[assignment]  # always there; what stands before it has defaults
     states: Tensor | None = None
 
 
 @final
-class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
+class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
     """A causal language model whose layers, or some of them, each token runs as often as it needs; made by `adapt`.
 
     `base` is the original and owns its weights; `loop` the `RecurrentWrapper`, whose `gate`, `rule`,
@@ -83,7 +91,7 @@ class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
         """The layers of a span, run once."""
         return RecurrentWrapper(Stack(self.base, [start, stop]), 1) if start < stop else None
 
-    @can_return_tuple
+    @_tuple_on_request
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -232,6 +240,18 @@ class AdaptiveForCausalLM(PreTrainedModel, AdaptiveGenerationMixin):
     def is_gradient_checkpointing(self) -> bool:
         """The older name of `is_activation_checkpointing`."""
         return self.loop.checkpoint
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], *, output_loading_info: Literal[True], **kwargs: Any
+    ) -> "tuple[AdaptiveForCausalLM, dict[str, Any]]": ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
+    ) -> "AdaptiveForCausalLM": ...
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:

@@ -1,24 +1,23 @@
 """How a block is run under a view: as it is, if it takes one; else with its attention calls caught."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention.catch import active, catching
+from ..attention.catch import catching, takes_view
+from ..attention.context import Here, Window, active, asked
 from ..attention.dense import DenseView, WholeView
 from ..attention.packed import PackedView
+from ..attention.prepare import refuse_compiled
 from ..attention.tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens
 from ..attention.view import KV, TokenView
 from ..cache.tokens import CachedTokens
 from ..cache.view import CachedView
-
-
-def takes_view(block: nn.Module) -> bool:
-    """Whether a block is written for adadepth."""
-    return getattr(block, "takes_view", False)
-
+from .explain import explain
 
 _VIEWS: dict[type[TokenSet], type[TokenView]] = {
     WholeTokens: WholeView,
@@ -31,41 +30,93 @@ _VIEWS: dict[type[TokenSet], type[TokenView]] = {
 def view_of(tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> TokenView:
     """The view of one iteration; where no token runs, of one that stands in: not every block runs on none."""
     if tokens.empty:
-        shape = [max(size, 1) for size in tokens.shape]
-        tokens, past = WholeTokens(torch.ones(shape, dtype=torch.bool, device=tokens.live.device), skip=True), None
+        tokens, past = WholeTokens(torch.ones(1, 1, dtype=torch.bool, device=tokens.live.device), skip=True), None
     return _VIEWS[type(tokens)](tokens, step, causal, past, keep)
 
 
-def run(block: nn.Module, x: Tensor, view: TokenView) -> Tensor:
-    """`block` on the tokens `x` of a view; on zeros where it has one that stands in, whose output is dropped."""
-    rows, length = x.shape[:2]
-    if (rows, length) != (shape := view.tokens.shape):
-        return run(block, F.pad(x, (0, 0, 0, shape[1] - length, 0, shape[0] - rows)), view)[:rows, :length]
+def run(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any], shape: torch.Size) -> Tensor:
+    """`block` on the tokens `x` of a view, beside what it is `given`.
+
+    `given` broadcasts to the rows of the pass, `shape (batch, seq)`. Where the view has a token that stands in, the
+    block runs on zeros, and its output is dropped.
+    """
+    if x.shape[:2] != view.tokens.shape:
+        with _stand_in((shape[0], shape[1])):
+            zeros = F.pad(x, (0, 0, 0, 1 - x.shape[1], 0, 1 - x.shape[0]))
+            out = _run(block, zeros, view, each(given, _no_token))
+        return out[: x.shape[0], : x.shape[1]].expand(x.shape)
+    return _run(block, x, view, each(given, view.tokens.spread) if given else given)
+
+
+def _run(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any]) -> Tensor:
     if active.view is not None:
         raise ValueError(
             "A RecurrentWrapper runs inside the block of another: it would take the packed tokens of all rows for one "
             "row of its own. Let one loop hold the whole stack, or run one loop after the other."
         )
-    given, written = _guarded(x)
-    active.view = view
+    taken = takes_view(block)
+    if not taken:
+        refuse_compiled(block)
+    copied, written = _guarded(x)
+    before = active.here
+    active.view, active.here, active.block, active.takes_view = view, view.here, block, taken
     try:
-        if takes_view(block):
-            out = block(given, view)
-        elif view.bare:
-            out = block(given)
-        else:
-            with catching():
-                out = block(given)
+        with nullcontext() if view.bare else catching():
+            out = block(copied, view, **given) if taken else block(copied, **given)
+    except Exception as error:
+        if torch.compiler.is_compiling() or (said := explain(block, x, view.here, given, error)) is None:
+            raise
+        raise ValueError(said) from error
     finally:
-        active.view = None
+        active.view, active.here, active.block = None, before, None
     if written is not None and x._version != written:
         raise ValueError(
             f"{type(block).__name__} writes into its input, which the update reads after it. Write x = x + ... in "
             "place of x += ..., or start with x = x.clone()."
         )
     view.close()
-    _check_output(block, x, out, view)
+    _check_output(block, x, out, view, taken)
     return out if out.dtype == x.dtype else out.to(x.dtype)
+
+
+def ask(piece: Any, here: Here, h: Tensor, *more: Any) -> Any:
+    """What a gate or an update gives for the tokens `h` and what else it reads."""
+    if torch.compiler.is_compiling():
+        return asked(piece, here, h, *more)
+    try:
+        return asked(piece, here, h, *more)
+    except (RuntimeError, TypeError) as error:
+        if (said := explain(piece, h, here, {}, error)) is not None:
+            raise ValueError(said) from error
+        raise
+
+
+def each(given: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`given` with each tensor in it changed, in tuples, lists and mappings too; a tensor without axes stays."""
+    if isinstance(given, Tensor):
+        return change(given) if given.dim() else given
+    if isinstance(given, Mapping):
+        return {name: each(value, change) for name, value in given.items()}
+    if isinstance(given, tuple | list):
+        parts = [each(value, change) for value in given]
+        return type(given)(*parts) if hasattr(given, "_fields") else type(given)(parts)
+    return given
+
+
+def _no_token(given: Tensor) -> Tensor:
+    """What stands for one token where there is none."""
+    return given.new_zeros(1, 1, *given.shape[2:])
+
+
+@contextmanager
+def _stand_in(shape: tuple[int, int]) -> Iterator[None]:
+    """The pass is about one token, whatever `adadepth.take` is given."""
+    before = active.window
+    active.window = Window(shape if before is None else before.shape, 0, 0, 0)
+    try:
+        yield
+    finally:
+        active.window = before
 
 
 def _guarded(x: Tensor) -> tuple[Tensor, int | None]:
@@ -75,7 +126,7 @@ def _guarded(x: Tensor) -> tuple[Tensor, int | None]:
     return x, x._version
 
 
-def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView) -> None:
+def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView, taken: bool) -> None:
     if not isinstance(out, Tensor) or out.shape != x.shape:
         got = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(
@@ -83,9 +134,10 @@ def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView) -> 
             f"{tuple(x.shape)}, got {got} from {type(block).__name__}. Wrap it in a module that returns the state "
             "alone."
         )
-    if not (view.calls or view.bare or takes_view(block)):
+    if not (view.calls or view.elsewhere or view.bare or taken):
         raise ValueError(
             f"No attention call was seen in {type(block).__name__}, so its tokens would mix unseen or not at all. Its "
             "attention must call F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention "
-            "with need_weights=True). If it mixes no tokens, say so: adadepth.Pointwise(block)."
+            "with need_weights=True); a Hugging Face layer made by hand does so if its config has _attn_implementation "
+            "= 'sdpa'. If it mixes no tokens, say so: adadepth.Pointwise(block)."
         )

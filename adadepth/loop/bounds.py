@@ -65,7 +65,7 @@ def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> Dep
                 f"{name} expected integers, got a tensor of {depth.dtype}. Round it to the depths you mean."
             )
         try:
-            fits = torch.broadcast_shapes(depth.shape, shape) == shape
+            fits = depth.dim() != 1 and torch.broadcast_shapes(depth.shape, shape) == shape
         except RuntimeError:
             fits = False
         if not fits:

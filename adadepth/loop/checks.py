@@ -1,52 +1,175 @@
-"""What the loop is given and what its pieces return: of the expected shape, or an error that teaches."""
+"""The pieces of a loop: that each stands in its place, goes with the others, and returns what is expected."""
+
+import warnings
+from collections.abc import Mapping
+from operator import index
+from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .._given import named
+from ..attention.prepare import prepare
 from ..gates import Gate
-from ..updates import Update
+from ..rules import ACT, Survival, SurvivalThreshold, Threshold
+from ..updates import InputInjection, Replace, Ungated, Update
+
+PARTS = ("block", "gate", "rule", "update")
+_ORDER = "The order is block, steps, gate, rule, update."
+_READ_SCORES = (Threshold, SurvivalThreshold, Survival, ACT)
 
 
-def check_parts(gate: object, rule: object, update: object) -> None:
-    """The pieces of a wrapper, which are easily given in each other's place."""
-    expected = {
-        "gate to be an adadepth.Gate": (gate, isinstance(gate, Gate)),
-        "rule to be a function or an object that is called like one": (
-            rule,
-            callable(rule) and not isinstance(rule, Gate | Update),
-        ),
-        "update to be an adadepth.Update": (update, isinstance(update, Update)),
-    }
-    for what, (piece, fits) in expected.items():
-        if piece is not None and (isinstance(piece, type) or not fits):
-            got = f"the class {piece.__name__}; call it" if isinstance(piece, type) else type(piece).__name__
-            raise ValueError(
-                f"RecurrentWrapper expected {what}, got {got}. The order is block, steps, gate, rule, update."
-            )
+def check_part(name: str, part: Any) -> Any:
+    """What `looped.<name>` is to be, checked as in the constructor.
+
+    Raises: `ValueError`.
+    """
+    if name == "update" and part is None:
+        return Replace()
+    if name == "block":
+        _check_block(part)
+    elif part is not None and (isinstance(part, type) or not _FITS[name](part)):
+        raise ValueError(f"RecurrentWrapper expected {name} to be {_WANTED[name]}, got {_named(part)}. {_ORDER}")
+    return part
 
 
-def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
-    """The arguments of a looped block that come in rows."""
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(
-            f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {tuple(x.shape)} {x.dtype}."
+def _check_block(block: Any) -> None:
+    if not isinstance(block, nn.Module):
+        raise ValueError(f"RecurrentWrapper expected block to be an nn.Module, got {_named(block)}. {_ORDER}")
+    prepare(block)
+
+
+def check_steps(steps: Any) -> int:
+    """The number of iterations, as an int of Python's own.
+
+    Raises: `ValueError`.
+    """
+    if isinstance(steps, bool) or not hasattr(steps, "__index__"):
+        raise ValueError(f"RecurrentWrapper expected steps to be an int, got {named(steps)}. {_ORDER}")
+    if (steps := index(steps)) < 1:
+        raise ValueError(f"RecurrentWrapper needs steps >= 1, got steps={steps}.")
+    return steps
+
+
+def _holds(kind: type[nn.Module], part: object) -> bool:
+    """Whether it is one, or something that is wrapped around one: sharded, compiled."""
+    return isinstance(part, kind) or (
+        isinstance(part, nn.Module)
+        and not isinstance(part, Gate | Update)
+        and any(isinstance(inner, kind) for inner in part.modules())
+    )
+
+
+_FITS = {
+    "gate": lambda part: _holds(Gate, part),
+    "rule": lambda part: callable(part) and not isinstance(part, Gate | Update),
+    "update": lambda part: _holds(Update, part),
+}
+_WANTED = {
+    "gate": "an adadepth.Gate",
+    "rule": "a function or an object that is called like one",
+    "update": "an adadepth.Update",
+}
+
+
+def _named(part: object) -> str:
+    return f"the class {part.__name__}; call it" if isinstance(part, type) else type(part).__name__
+
+
+def warn_of(gate: nn.Module | None, rule: object, update: nn.Module, steps: int) -> None:
+    """Say of pieces that may be meant to stand together, but seldom are."""
+    if gate is None and isinstance(rule, _READ_SCORES):
+        warnings.warn(
+            f"RecurrentWrapper has {type(rule).__name__} as its rule, which reads scores, but no gate: every score is "
+            "1. Give it a gate, or no rule.",
+            stacklevel=3,
         )
-    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask expected shape (batch, seq) = {tuple(x.shape[:2])} and dtype torch.bool, True for real tokens, got "
-            f"{tuple(mask.shape)} {mask.dtype}."
+    if gate is not None and rule is None and isinstance(update, Replace | InputInjection | Ungated):
+        warnings.warn(
+            f"RecurrentWrapper has a gate, but no rule, and {type(update).__name__} does not use the score: the gate "
+            "has no effect but on trace.scores. Give it a rule, such as adadepth.Threshold(0.5).",
+            stacklevel=3,
         )
-    if start is not None and (start.shape != x.shape or start.dtype != x.dtype):
-        raise ValueError(
-            f"start expected the shape and dtype of x, {tuple(x.shape)} {x.dtype}, got {tuple(start.shape)} "
-            f"{start.dtype}."
+    if isinstance(made_for := getattr(gate, "steps", None), int) and made_for > steps:
+        warnings.warn(
+            f"{type(gate).__name__} was made for {made_for} steps, but the loop has {steps}: what it has for later "
+            "iterations is not used.",
+            stacklevel=3,
         )
 
 
-def check_piece(piece: object, what: str, shape: torch.Size, result: Tensor, step: int) -> None:
-    """What a gate, a rule or an update returned at iteration `step`."""
-    if result.shape != shape:
+def check_together(gate: nn.Module | None, update: nn.Module) -> None:
+    """That the update does not scale by a score that is none.
+
+    Raises: `ValueError`.
+    """
+    if gate is not None and getattr(gate, "measures", False) and getattr(update, "scales", False):
         raise ValueError(
-            f"{type(piece).__name__} expected to return {what}, shape {tuple(shape)}, got {tuple(result.shape)} at "
-            f"iteration {step}."
+            f"{type(gate).__name__} is an exit criterion: its score measures a token and is no scale, but "
+            f"{type(update).__name__} multiplies by it. Give the loop update=adadepth.Replace() or "
+            f"adadepth.Ungated({type(update).__name__}(...))."
         )
+
+
+@final
+class Identity:
+    """What a cache knows its wrapper by: shared by copies of the wrapper that share its parts, and by no others."""
+
+
+def check_scores(looped: Any, scores: Tensor, step: int) -> None:
+    """That scores `(batch, seq)` are numbers, and in [0, 1] where they scale.
+
+    Raises: `ValueError`. Warns once of a scale outside [0, 1].
+    """
+    low, high = (float(bound) for bound in scores.detach().aminmax())
+    if low != low:
+        raise ValueError(
+            f"{type(looped.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the gate's "
+            "parameters, or in the block's output: without a gate, looped(x, states=True).states holds every "
+            "iteration's."
+        )
+    if (low < 0 or high > 1) and getattr(looped.update, "scales", False) and not looped.__dict__.get("_warned"):
+        looped.__dict__["_warned"] = True
+        warnings.warn(
+            f"{type(looped.gate).__name__} scored {low if low < 0 else high:.3g} at iteration {step}, and "
+            f"{type(looped.update).__name__} multiplies by it. Learned gates end in a sigmoid; a score that is no "
+            "scale takes adadepth.Replace() or adadepth.Ungated(...).",
+            stacklevel=2,
+        )
+
+
+def check_state(looped: nn.Module, state: Mapping[str, Any]) -> None:
+    """That weights are a wrapper's own, not those of its bare block.
+
+    Raises: `ValueError`.
+    """
+    if (
+        state
+        and not any(name.startswith("block.") for name in state)
+        and state.keys() <= set(looped.get_submodule("block").state_dict())
+    ):
+        raise ValueError(
+            "RecurrentWrapper.load_state_dict expected names that begin with 'block.', 'gate.' or 'update.', got "
+            "those of the bare block. Load them into it: looped.block.load_state_dict(state)."
+        )
+
+
+def check_result(piece: object, what: str, shape: torch.Size, result: Any, step: int) -> None:
+    """What a gate, a rule or an update returned at iteration `step`.
+
+    Raises: `ValueError`.
+    """
+    if not isinstance(result, Tensor):
+        hint = " Does it end without a return?" if result is None else ""
+        got = f"a {type(result).__name__}"
+    elif result.shape != shape:
+        hint = (
+            " To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
+            if isinstance(piece, Update) and result.dim() != len(shape)
+            else ""
+        )
+        got = str(tuple(result.shape))
+    else:
+        return
+    name = getattr(piece, "__name__", type(piece).__name__)
+    raise ValueError(f"{name} expected to return {what}, shape {tuple(shape)}, got {got} at iteration {step}.{hint}")

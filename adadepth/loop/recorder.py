@@ -46,8 +46,8 @@ class Recorder:
         if self._hidden is None and len(self._live) == self._steps:
             self._hidden = tokens.rows(h)  # all of everyone
         else:
-            rows = torch.zeros_like(self._x) if self._hidden is None else self._hidden
-            self._hidden = tokens.add(rows, weight.to(h.dtype), h)
+            rows = torch.zeros_like(self._x, dtype=self.dtype) if self._hidden is None else self._hidden
+            self._hidden = tokens.add(rows, weight, h.to(self.dtype))
 
     @property
     def history(self) -> ScoreHistoryRows:
@@ -60,7 +60,7 @@ class Recorder:
         live = _stack(self._live, self._steps, none.bool())
         scores = _stack(self._scores, self._steps - 1, none) if self._has_scores else live[..., :-1].to(self.dtype)
         exits = _stack([none if weight is None else weight for weight in self._exits], self._steps, none)
-        hidden = torch.zeros_like(self._x) if self._hidden is None else self._hidden
+        hidden = torch.zeros_like(self._x) if self._hidden is None else self._hidden.to(self._x.dtype)
         return Output(hidden, Trace(live, scores, exits), self._every_state())
 
     def _every_state(self) -> StateRows | None:

@@ -1,12 +1,15 @@
 """What a looped block did: who ran, what the gate said, and where each token left."""
 
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, NoReturn, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .._types import HiddenRows, StateRows
+
+# Of more iterations a text names the first and the last.
+SHOWN = 8
 
 
 @final
@@ -25,6 +28,14 @@ class Trace(NamedTuple):
     live: Bool[Tensor, "batch seq steps"]
     scores: Float[Tensor, "batch seq gated"]
     exit_probs: Float[Tensor, "batch seq steps"]
+
+    def __repr__(self) -> str:
+        """How deep the tokens went; without numbers where there are none, as on the meta device."""
+        if not isinstance(self.live, Tensor):
+            return f"Trace{tuple(self)}"  # a tree of something else, as torch's pytrees make
+        *rows, steps = self.live.shape
+        tokens, depths = _depths(self.live)
+        return f"Trace({tokens} in {tuple(rows)}, {steps} steps{depths})"
 
     @property
     def depth(self) -> Int[Tensor, "batch seq"]:
@@ -57,3 +68,38 @@ class Output(NamedTuple):
     hidden: HiddenRows
     trace: Trace
     states: StateRows | None = None
+
+    def __repr__(self) -> str:
+        """Shapes, and how deep the tokens went."""
+        states = "" if self.states is None else f", states={_shape(self.states)}"
+        return f"Output(hidden={_shape(self.hidden)}, trace={self.trace!r}{states})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        """An output is no tensor: torch's functions ask here when they are given one."""
+        del types, args, kwargs
+        raise ValueError(
+            f"{func.__name__} expected a tensor, got the Output of a looped block. Pass its state: looped(x).hidden."
+        )
+
+
+def _shape(tensor: object) -> str:
+    """Shape and dtype, and the device if that is not the CPU."""
+    if not isinstance(tensor, Tensor):
+        return repr(tensor)
+    device = "" if tensor.device.type == "cpu" else f" on {tensor.device}"
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}{device}"
+
+
+def _depths(live: Tensor) -> tuple[str, str]:
+    """How many tokens, how deep they went, and which share of them ran each iteration."""
+    try:
+        ran = live.flatten(0, -2).sum(0).tolist()
+    except RuntimeError:
+        return "tokens", ""  # there are none: on the meta device, in fake tensors, under vmap
+    if not (tokens := ran[0]):
+        return "0 tokens", ""
+    shares = [f"{count / tokens:.2f}" for count in ran]
+    if len(shares) > SHOWN:
+        shares[SHOWN - 2 : -1] = ["..."]
+    return f"{tokens} tokens", f", mean depth {sum(ran) / tokens:.2f}, live {', '.join(shares)}"

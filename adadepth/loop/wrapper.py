@@ -6,30 +6,44 @@ makes the next input of the tokens that go on. `TokenSet` says which tokens run 
 the block's input; dense and packed execution differ in nothing else.
 """
 
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Mapping
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._called import Called
 from .._types import HiddenRows, MaskRows
-from ..attention.catch import prepare
+from ..attention.context import Here
 from ..attention.tokens import TokenSet, all_tokens
 from ..attention.view import KV
 from ..cache.kv_reuse import KVReuseCache
 from ..gates import Gate
 from ..rules import Rule
-from ..updates import Replace, Update
-from .blocks import run, takes_view, view_of
+from ..updates import Update
+from .arguments import check_cache, check_can_look, check_given, check_rows, named
+from .blocks import ask, run, view_of
 from .bounds import Bounds
-from .checks import check_parts, check_piece, check_rows
+from .checks import (
+    PARTS,
+    Identity,
+    check_part,
+    check_result,
+    check_scores,
+    check_state,
+    check_steps,
+    check_together,
+    warn_of,
+)
+from .eager import uncompiled
 from .recorder import Recorder
+from .selfcheck import check_itself, due
 from .trace import Output
 
 
 @final
-class RecurrentWrapper(nn.Module):
+class RecurrentWrapper(Called, nn.Module):
     """Applies a block up to `steps` times, to each token as often as its gate and rule say.
 
     Arguments:
@@ -45,14 +59,20 @@ class RecurrentWrapper(nn.Module):
             False computes every token and selects: static shapes, for `torch.compile`.
         checkpoint: keeps, of each iteration, only its inputs for the backward pass.
 
-    `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes, to be reassigned between
+    `block`, `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes, to be reassigned between
     stages of training. So is `agree`, `bool` at first: given whether tokens are left to run here, it says
     whether to run the next iteration. Where none are, the block then runs on one token of zeros, and what
     it makes of it is dropped. Ranks that run one loop together need `adadepth.ranks.any_rank` there.
 
-    Raises: `ValueError` if `steps < 1`, if a piece stands in another's place, or if the block holds
-    an `nn.MultiheadAttention` that cannot be looped.
+    The first time that tokens are skipped, the wrapper runs a few of them packed and in rows and compares, in the
+    mode it is in; `self_check = False` leaves that out. `torch.compile` takes a wrapper with `skip=False`; one that
+    skips, checkpoints or has a cache runs in eager, and the model around it is compiled.
+
+    Raises: `ValueError` if `steps < 1`, if a piece stands in another's place, there or when it is assigned, or if
+    the block holds an `nn.MultiheadAttention` that cannot be looped.
     """
+
+    self_check: bool = True
 
     def __init__(
         self,
@@ -67,21 +87,31 @@ class RecurrentWrapper(nn.Module):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"RecurrentWrapper needs steps >= 1, got steps={steps}.")
-        check_parts(gate, rule, update)
-        if not takes_view(block):
-            prepare(block)
-        self.block, self.steps = block, steps
-        self.gate, self.rule, self.update = gate, rule, Replace() if update is None else update
+        self.block, self.gate, self.rule = block, gate, rule
+        self.update: Update = update  # type: ignore[assignment]  # None is made Replace()
+        self.steps = check_steps(steps)
         self.causal, self.skip, self.checkpoint = causal, skip, checkpoint
         self.agree: Callable[[bool], bool] = bool
+        self._identity = Identity()
+        warn_of(self.gate, self.rule, self.update, self.steps)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in PARTS:
+            value = check_part(name, value)
+            self.__dict__["_checked"] = frozenset()
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         """The settings that are not modules."""
         names = ("steps", "rule", "causal", "skip", "checkpoint")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module` does; the bare block's weights are refused by name."""
+        check_state(self, state_dict)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @named
     def forward(
         self,
         x: HiddenRows,
@@ -90,6 +120,7 @@ class RecurrentWrapper(nn.Module):
         start: HiddenRows | None = None,
         min_depth: int | Tensor | None = None,
         max_depth: int | Tensor | None = None,
+        block_kwargs: Mapping[str, Any] | None = None,
         states: bool = False,
         cache: KVReuseCache | None = None,
     ) -> Output:
@@ -102,36 +133,57 @@ class RecurrentWrapper(nn.Module):
             min_depth: an int in 1..steps, or an integer tensor that broadcasts to `(batch, seq)`:
                 the token stays this long whatever the rule says.
             max_depth: the same from above; it wins over `min_depth`. An int shortens the loop, and
-                with it every `steps` axis. Tensors are clamped to 1..steps, not checked.
+                with it every `steps` axis. Tensors are clamped to 1..steps, not checked. One per row is `(batch, 1)`.
+            block_kwargs: what the block takes beside its input, by name. Tensors `(batch, seq, ...)` hold one entry
+                per token, `(batch, 1, ...)` one per row, `(1, seq, ...)` the same for all rows; they are packed as x
+                is, in tuples, lists and mappings too. What is no tensor is passed as it is.
             states: whether to return every iteration's state.
             cache: what the rows held before `x` stands in it, and `x` will: all other arguments are
                 those of the new tokens. Tokens that left are then skipped, whatever `skip` says.
 
-        Raises: `ValueError` for arguments of another shape or type, a depth outside 1..steps, a
-            score, stay or state of another shape, a cache that does not fit, and, in eager
-            evaluation, a score that is NaN.
+        Raises: `ValueError` for arguments of another name, shape or type, a depth outside 1..steps, a
+            score, stay or state of another shape, a cache that does not fit, pieces that do not go together, and,
+            in eager evaluation, a score that is NaN.
         """
+        options = {"min_depth": min_depth, "max_depth": max_depth, "states": states, "cache": cache}
+        if torch.compiler.is_compiling() and (self.skip or self.checkpoint or cache is not None):
+            return uncompiled(self, x, mask=mask, start=start, block_kwargs=block_kwargs, **options)
         check_rows(x, mask, start)
-        bounds = Bounds.of(self.steps, min_depth, max_depth, (x.shape[0], x.shape[1]))
+        check_together(self.gate, self.update)
+        shape = (x.shape[0], x.shape[1])
+        given = check_given(block_kwargs, shape)
+        bounds = Bounds.of(self.steps, min_depth, max_depth, shape)
+        check_can_look(self, x, mask, bounds)
         if cache is None:
-            return self._loop(x, all_tokens(x, mask, self.skip), start, bounds, states)
-        with cache.open(x, mask, self.steps, self.causal) as tokens:
-            out = self._loop(x, tokens, start, bounds, states)
+            return self._loop(x, all_tokens(x, mask, self.skip), start, given, bounds, states)
+        check_cache(cache, self)
+        with cache.open(x, mask, self.steps, self.causal, self._identity) as tokens:
+            out = self._loop(x, tokens, start, given, bounds, states)
             cache.commit(tokens, out.trace.depth)
         return out
 
-    def _loop(self, x: Tensor, tokens: TokenSet, start: Tensor | None, bounds: Bounds, states: bool) -> Output:
-        record = Recorder(x, tokens, bounds.steps, scored=self.gate is not None, states=states)
+    def _loop(
+        self,
+        rows: Tensor,
+        tokens: TokenSet,
+        start: Tensor | None,
+        given: Mapping[str, Any],
+        bounds: Bounds,
+        states: bool,
+    ) -> Output:
+        record = Recorder(rows, tokens, bounds.steps, scored=self.gate is not None, states=states)
         remaining = tokens.live.to(record.dtype)
-        x = tokens.take(x)
-        start = x if start is None else tokens.take(start)
+        x = tokens.take(rows)
+        origin, start = start, x if start is None else tokens.take(start)
         previous, past = x, None
         # With gradients the first iteration runs even on nothing: parameters then get one, of zero.
         if not (torch.is_grad_enabled() or self.agree(not tokens.empty)):
             return record.output()
         for step in range(bounds.steps):
-            exits = bounds.can_exit(step, self.rule is not None)
-            h, past = self._iterate(x, tokens, step, past, keep=exits)
+            if due(self, tokens, rows):
+                check_itself(self, rows, tokens.mask, {"start": origin, "block_kwargs": given})
+            exits = bounds.can_exit(step, self.rule is not None) or tokens.empty
+            h, past = self._iterate(x, tokens, step, past, exits, given)
             h = tokens.settle(h, x)
             record.ran(tokens, h)
             if step == bounds.steps - 1:
@@ -152,39 +204,39 @@ class RecurrentWrapper(nn.Module):
             del h  # only a gate reads it: without one its graph does not outlive the iteration
         return record.output()
 
-    def _iterate(
-        self, x: Tensor, tokens: TokenSet, step: int, past: list[KV] | None, keep: bool
-    ) -> tuple[Tensor, list[KV] | None]:
-        """The block's output, and all tokens' keys and values if the next iteration may need them."""
-        args = (x, tokens, step, past, keep)
+    def _iterate(self, *args: Any) -> tuple[Tensor, list[KV] | None]:
+        """`_run`, kept whole for the backward pass or made again in it."""
         if self.checkpoint and torch.is_grad_enabled():
             return checkpoint(self._run, *args, use_reentrant=False)
         return self._run(*args)
 
     def _run(
-        self, x: Tensor, tokens: TokenSet, step: int, past: list[KV] | None, keep: bool
+        self,
+        x: Tensor,
+        tokens: TokenSet,
+        step: int,
+        past: list[KV] | None,
+        keep: bool,
+        given: Mapping[str, Any],
     ) -> tuple[Tensor, list[KV] | None]:
+        """The block's output, and all tokens' keys and values if the next iteration may need them."""
         view = view_of(tokens, step, self.causal, past, keep)
-        out = run(self.block, x, view)
+        out = run(self.block, x, view, given, tokens.live.shape)
         return out, view.present if keep else None
 
     def _score(self, h: Tensor, previous: Tensor, tokens: TokenSet, step: int) -> Tensor:
-        score = self.gate(h, previous, step)  # type: ignore[misc]
-        check_piece(self.gate, "one score per token", h.shape[:-1], score, step)
+        score = ask(self.gate, Here(tokens, step), h, previous, step)
+        check_result(self.gate, "one score per token", h.shape[:-1], score, step)
         rows = tokens.rows(score)
-        if not self.training and not torch.compiler.is_compiling() and bool(rows.isnan().any()):
-            raise ValueError(
-                f"{type(self.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the gate's "
-                "parameters, or in the block's output: without a gate, looped(x, states=True).states holds every "
-                "iteration's."
-            )
+        if not self.training and not torch.compiler.is_compiling() and rows.numel():
+            check_scores(self, rows, step)
         return rows
 
     def _stays(self, history: Tensor, remaining: Tensor, tokens: TokenSet, bounds: Bounds, step: int) -> Tensor:
         stays = remaining
         if self.rule is not None and not bounds.forced(step):
             stays = self.rule(history, remaining, tokens.positions)
-            check_piece(self.rule, "what stays of each token", remaining.shape, stays, step)
+            check_result(self.rule, "what stays of each token", remaining.shape, stays, step)
         return bounds.clamp(stays, remaining, step)
 
     def _next(self, x: Tensor, h: Tensor, start: Tensor, record: Recorder, tokens: TokenSet, step: int) -> Tensor:
@@ -192,6 +244,6 @@ class RecurrentWrapper(nn.Module):
             scores = record.one.expand(*x.shape[:-1], step + 1)
         else:
             scores = tokens.take(record.history).to(x.dtype)
-        new: Tensor = self.update(x, h, start, scores, step)
-        check_piece(self.update, "the next input", x.shape, new, step)
+        new: Tensor = ask(self.update, Here(tokens, step), x, h, start, scores, step)
+        check_result(self.update, "the next input", x.shape, new, step)
         return new if new.dtype == x.dtype else new.to(x.dtype)

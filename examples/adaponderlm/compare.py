@@ -52,12 +52,12 @@ def best_mixture(points: Sequence[Point], flops: float) -> Point | None:
 class Difference(NamedTuple):
     """How much more one loses than another, and the standard error: over seeds, with one seed over windows.
 
-    `count`: of how many.
+    `number`: of how many.
     """
 
     mean: float
     error: float
-    count: int
+    number: int
 
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.error:.4f}"
@@ -65,7 +65,7 @@ class Difference(NamedTuple):
     @property
     def word(self) -> str:
         """Better or worse where a t-test says so, at 5 %: with three seeds, from 4.3 standard errors on."""
-        if self.count < 2 or abs(self.mean) <= stats.t.ppf(0.975, self.count - 1) * self.error:
+        if self.number < 2 or abs(self.mean) <= stats.t.ppf(0.975, self.number - 1) * self.error:
             return "equal to, within error,"
         return "better than" if self.mean < 0 else "worse than"
 

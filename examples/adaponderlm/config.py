@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -190,11 +191,7 @@ def read(files: Sequence[str], overrides: Sequence[str] = ()) -> Config:
     merged = OmegaConf.structured(Config)
     for name in files:
         merged = _with_file(merged, name)
-    for text in overrides:
-        if "=" not in text:
-            raise BadInput(f"expected key=value after the configuration, got {text!r}")
-        merged = _merge(merged, lambda text=text: OmegaConf.from_dotlist([text]), text)
-    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    config: Config = OmegaConf.to_object(_with_values(merged, overrides))  # type: ignore[assignment]
     check(config)
     return config
 
@@ -316,6 +313,18 @@ def _with_file(config: Any, name: str) -> Any:
         kept = OmegaConf.structured(Config)
         merged.stages = _merge(kept, lambda: OmegaConf.create({"stages": own.stages}), name).stages
     return merged
+
+
+def _with_values(config: Any, values: Sequence[str]) -> Any:
+    for text in values:
+        if "=" not in text:
+            raise BadInput(f"expected key=value after the configuration, got {text!r}")
+    try:
+        return OmegaConf.merge(config, OmegaConf.from_dotlist([*values]))
+    except (OmegaConfBaseException, yaml.YAMLError):  # one after the other, to name the one at fault
+        for text in values:
+            config = _merge(config, partial(OmegaConf.from_dotlist, [text]), text)
+    return config
 
 
 def _merge(config: Any, more: Callable[[], Any], source: str) -> Any:

@@ -11,7 +11,8 @@ they did not keep. Checkpointed iterations run the layers once more.
 bfloat16). Each layer, in each iteration, keeps `(4 + 17w)·d`: its input in float32, and in `w` both norms' outputs,
 queries, keys and values (3), rotated queries and keys (2), attention's answer (2), the MLP before and after its
 nonlinearity (8). The end of an iteration keeps `8d`, the final norm's input and output, and `w·d` of a copy for the
-head or gate where `w < 4`; between iterations `4d` of what the update adds and `2w` for each hidden unit of the gate.
+head or gate where `w < 4`; between iterations `4d` of what the update adds and `2w` for each hidden unit of the gate,
+and where `w < 4` another 4, for its last map is made in float32; those of the last gate are gone at the worst moment.
 The loss takes 12 for each logit. With checkpointed iterations, layers keep what one iteration does, and with exits
 `(4 + 3w)·d` of keys and values in each layer and iteration but the last. All this at full depth: gates start open.
 """
@@ -22,11 +23,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import NamedTuple, cast, final
 
 import torch
 
 import adadepth as ad
+from adadepth.hf.stack import Stack
 
 from .config import BadInput, Config, read
 from .model import build, flops_of
@@ -135,7 +137,8 @@ def activations(config: Config, checkpointing: bool) -> float:
     d, w = shape.hidden_size, 2 if config.train.precision == "bf16" else 4
     units = 4 * d if gate.hidden is None else gate.hidden
     layers = (4 + 17 * w) * d * shape.num_hidden_layers
-    ends = steps * (8 + (w if w < 4 else 0)) * d + (steps - 1) * (4 * d + 2 * w * units)
+    copied = 4 * (steps - 2) if w < 4 else 0
+    ends = steps * (8 + (w if w < 4 else 0)) * d + (steps - 1) * (4 * d + 2 * w * units) + copied * units
     logits = 12 * shape.vocab_size
     if not checkpointing:
         return ends + steps * layers + logits
@@ -164,7 +167,7 @@ def count(config: Config) -> Counted:
     with torch.device("meta"):
         model = build(config.model)
         flops = flops_of(model, config.model.layers)
-    layers = sum(p.numel() for layer in model.loop.block.layers for p in layer.parameters())
+    layers = sum(p.numel() for layer in cast(Stack, model.loop.block).layers for p in layer.parameters())
     total, base = (sum(p.numel() for p in module.parameters()) for module in (model, model.base))
     return Counted(base, total - base, layers, flops)
 

@@ -87,7 +87,7 @@ class Evaluation:
     def forced(self) -> tuple[list[Row], Row]:
         """Everybody at depth 1, 2, …, and the best of these for each token, chosen by its label."""
         depths = range(1, self.steps + 1)
-        asked = [self.ask(f"forced to {d}", score_at(self.run, lambda ids, d=d: d)) for d in depths]
+        asked = [self.ask(f"forced to {d}", score_at(self.run, _held(d))) for d in depths]
         best, better = oracle([measured for _, measured in asked])
         return [row for row, _ in asked], self.row("oracle", best, better=better)
 
@@ -163,6 +163,11 @@ class Evaluation:
 
 
 @torch.no_grad()
+def _held(depth: int) -> Depths:
+    """All tokens at one depth."""
+    return lambda ids: depth
+
+
 def time_together(runs: Sequence[Trained], test: Tensor, repeats: int) -> Row:
     """Seconds per token of what each run predicts by itself, of all tokens at all iterations and of live ones alone.
 

@@ -112,7 +112,9 @@ def update_of(model: Model, base: PreTrainedModel) -> ad.Update:
     if model.update == "ponder":
         update = ad.Ponder(base.get_input_embeddings(), base.get_output_embeddings())
     else:
-        update = {"interpolate": ad.Interpolate, "residual": ad.Residual, "replace": ad.Replace}[model.update]()
+        plain: dict[str, Callable[[], ad.Update]]
+        plain = {"interpolate": ad.Interpolate, "residual": ad.Residual, "replace": ad.Replace}
+        update = plain[model.update]()
     if model.gate.kind in CRITERIA or not model.gate.scales:
         update = ad.Ungated(update)
     elif model.gate.reads == "survival":

@@ -63,13 +63,13 @@ class Objective(nn.Module):
     def _run(self, ids: Tensor, **options: Any) -> AdaptiveOutput:
         return self.model(ids, **options)
 
-    def _depths(self, ids: Tensor, turn: Turn, first: int) -> dict[str, int | Tensor]:
+    def _depths(self, ids: Tensor, turn: Turn, first: int) -> dict[str, Any]:
         """`min_depth` and `max_depth`, where no gate decides."""
         if not turn.exits:
             return self._at(ids, self.plan.depth(turn, first, len(ids)))
         return {} if self.router is None else self._at(ids, self.router(ids))
 
-    def _at(self, ids: Tensor, depth: int | Tensor) -> dict[str, int | Tensor]:
+    def _at(self, ids: Tensor, depth: int | Tensor) -> dict[str, Any]:
         """The arguments with which all go so deep; what tokens are told stands in place of `min_depth`."""
         told = None if self.router is None or self.told is None else self.router.kind(ids)
         return {"min_depth": depth if told is None else told, "max_depth": depth}
@@ -93,8 +93,8 @@ class Objective(nn.Module):
         total = loss + turn.stage.penalty.weight * penalty + turn.stage.guidance * guidance
         seen = out.trace.live[..., :-1]
         scores = out.trace.scores.sum((0, 1)) / seen.sum((0, 1)).clamp_min(1)
-        parts = (part.detach() for part in (nats, penalty, guidance, scores))
-        return Figures(ad.ranks.anchor(total, self), *parts, out.trace.live)
+        nats, penalty, guidance, scores = (part.detach() for part in (nats, penalty, guidance, scores))
+        return Figures(ad.ranks.anchor(total, self), nats, penalty, guidance, scores, out.trace.live)
 
     def _weighted(self, every: Tensor, turn: Turn) -> Tensor:
         stage = turn.stage

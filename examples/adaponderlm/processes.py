@@ -66,9 +66,11 @@ def run_all(jobs: Sequence[Job], processes: int, console: Console) -> dict[str, 
             time.sleep(SECONDS if running else 0)
             for job in running:
                 bars.show(job)
-            for job in [job for job in running if job.process is not None and job.process.poll() is not None]:
+            for job in list(running):
+                if job.process is None or (code := job.process.poll()) is None:
+                    continue
                 running.remove(job)
-                if job.process.returncode or not job.finished():
+                if code or not job.finished():
                     failed[job.name] = _last_words(job)
                 bars.end(job, failed.get(job.name))
     return failed

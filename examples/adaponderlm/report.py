@@ -137,17 +137,22 @@ def _budget(table: Table, against: str, depth: float) -> dict[str, Any]:
     groups |= {"gates": table.gates, "routers": table.routers}
     seeds = sorted(table.results[against])
     found = {name: {seed: best_mixture(points(seed), flops) for seed in seeds} for name, points in groups.items()}
-    whole = {name: each for name, each in found.items() if each and all(each.values())}
-    means = {name: sum(point.nats for point in each.values()) / len(each) for name, each in whole.items() if each}
-    order = sorted(means, key=lambda name: sum(point.choice for point in whole[name].values() if point))
+    whole = {name: points for name, each in found.items() if (points := _whole(each))}
+    means = {name: sum(point.nats for point in each.values()) / len(each) for name, each in whole.items()}
+    order = sorted(means, key=lambda name: sum(point.choice for point in whole[name].values()))
     lead = _lead(whole, order) if len(order) > 1 else None
     return {"depth": depth, "relative_flops": flops, "loss": {name: means[name] for name in order}, "lead": lead}
 
 
-def _lead(found: dict[str, dict[int, Point | None]], order: list[str]) -> Difference:
+def _whole(found: dict[int, Point | None]) -> dict[int, Point]:
+    """The points of all seeds, or nothing."""
+    points = {seed: point for seed, point in found.items() if point is not None}
+    return points if len(points) == len(found) else {}
+
+
+def _lead(found: dict[str, dict[int, Point]], order: list[str]) -> Difference:
     first, second = found[order[0]], found[order[1]]
-    pairs = [(a, b) for seed, a in first.items() if a is not None and (b := second[seed]) is not None]
-    return difference(pairs)
+    return difference([(point, second[seed]) for seed, point in first.items()])
 
 
 def _winners(budgets: list[dict[str, Any]]) -> Iterator[str]:
@@ -182,20 +187,20 @@ def _verdicts(entries: list[Entry], table: Table) -> Iterator[str]:
 
 def _free(entries: list[Entry]) -> Iterator[str]:
     """What saves a quarter of the FLOPs for nothing; a shallower fixed depth that does says that depth does not pay."""
-    against = [entry for entry in entries if entry.judged and entry.fixed is not None and entry.saved is not None]
+    against = [(e, e.fixed, e.saved) for e in entries if e.judged and e.fixed is not None and e.saved is not None]
     if not against:
         yield "No fixed depth to hold the others against was trained."
         return
-    free = [e for e in against if e.saved >= 0.25 and e.fixed.mean <= e.fixed.error]
-    fixed, exits = [e for e in free if e.decides == "fixed"], [e for e in free if e.decides != "fixed"]
-    if fixed:
-        names = ", ".join(f"{e.title} ({e.fixed})" for e in fixed)
+    free = [(e, fixed, saved) for e, fixed, saved in against if saved >= 0.25 and fixed.mean <= fixed.error]
+    exits = [each for each in free if each[0].decides != "fixed"]
+    if len(free) > len(exits):
+        names = ", ".join(f"{e.title} ({fixed})" for e, fixed, _ in free if e.decides == "fixed")
         yield f"Depth does not pay here, and a saving says little: within error of the deepest or better are {names}."
     if not exits:
         yield "No exits save a quarter of the FLOPs of fixed depth at a loss within one standard error of it."
-    for e in exits:
-        word = "no worse" if e.fixed.mean <= 0 else "the same, within one standard error,"
-        yield f"{e.title} ({e.policy}) saves {e.saved:.0%} of the FLOPs at {word} loss: {e.fixed}."
+    for e, fixed, saved in exits:
+        word = "no worse" if fixed.mean <= 0 else "the same, within one standard error,"
+        yield f"{e.title} ({e.policy}) saves {saved:.0%} of the FLOPs at {word} loss: {fixed}."
 
 
 def _recommended(entries: list[Entry]) -> str:

@@ -126,7 +126,7 @@ class Window(Router):
     def learn(self, ids: Tensor, losses: Tensor) -> None:
         """Regress each iteration's loss less the last one's: what a token is worth at all is not asked."""
         generator = torch.Generator(ids.device).manual_seed(0)
-        wanted = (losses - losses[..., -1:]).to(self.mlp[0].weight)
+        wanted = (losses - losses[..., -1:]).to(next(self.mlp.parameters()))
         trained = nn.ParameterList(self.parameters()).requires_grad_(True)
         optimiser = torch.optim.AdamW(trained, RATE)
         rows = max(1, BATCH // ids.shape[1])

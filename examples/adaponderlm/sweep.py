@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +150,8 @@ def evaluations(sweep: Sweep, out: Path, seeds: Sequence[int], flags: Sequence[s
             name=f"evaluation of {title}",
             command=python("evaluate.py", str(folder), *words),
             folder=folder,
-            finished=lambda folder=folder: _is_evaluated(folder, options),
-            now=lambda folder=folder: _verdict(folder),
+            finished=partial(_is_evaluated, folder, options),
+            now=partial(_verdict, folder),
         )
         for title, folder in folders.items()
         if (folder / "model").is_dir()

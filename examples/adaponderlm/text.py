@@ -170,6 +170,9 @@ class Stored(Windows):
 class Streamed(Windows):
     """Windows of a stream. Its state is that before the newest block, so that the block can be read again."""
 
+    _blocks: "_Blocks"
+    _at: int
+
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerFast, rank: int, world: int) -> None:
         self.data, self.tokenizer, self.rank, self.world = data, tokenizer, rank, world
         self._go_to({"blocks": None, "rest": [], "at": 0})
@@ -263,7 +266,7 @@ class _Source(NamedTuple):
         if self.loader == "text":
             return IterableDataset.from_generator(_read_files, gen_kwargs={"paths": files, "field": self.field})
         path, _, name = self.name.partition(":")
-        loads = {"path": path, "name": name or None, "split": self.split}
+        loads: dict[str, Any] = {"path": path, "name": name or None, "split": self.split}
         if files:
             loads = {"path": self.loader, "data_files": files, "split": "train"}
         try:

@@ -23,6 +23,7 @@ from .config import BadInput, Config
 from .model import build, flops_of
 from .objective import Figures, Objective
 from .plan import Plan, Turn, schedule
+from .routers import Router
 from .text import check_vocabulary, tokenizer_of, windows
 
 METRICS = "metrics.jsonl"
@@ -72,8 +73,8 @@ class Trainer:
         began = time.perf_counter()
         while self.step < self.last:
             turn = self.plan.turn(self.step)
-            if turn.since == 0 and turn.stage.fit:
-                self._fit()
+            if turn.since == 0 and turn.stage.fit and self.whole.router is not None:
+                self._fit(self.whole.router)
             seen.append(self._update(turn))
             self.step += 1
             saves = self.step % self.config.train.save == 0 or self.step == self.last
@@ -166,7 +167,7 @@ class Trainer:
         tries = "a lower train.rate, gate_rate or penalty, a longer train.warmup, or train.precision=fp32"
         return f"{kept}. Try {tries}"
 
-    def _fit(self) -> None:
+    def _fit(self, router: Router) -> None:
         """Let the model say what its iterations are worth, and the router learn it, the same on every rank."""
         probe = windows(self.config.data, self.tokenizer, self.config.seed + 1)
         rows = probe.batch(self.config.model.router.probed).to(self.accelerator.device)
@@ -175,7 +176,6 @@ class Trainer:
         with torch.no_grad():
             parts = [self.objective(ids, None) for ids in mine.split(self.micro)]
         losses = self.accelerator.gather(torch.cat(parts).float())
-        router = self.whole.router
         router.fit(rows[:, :-1], losses, self.config.model.router.mean)
         broadcast(list(router.state_dict().values()))  # one device may add up in another order than the next
 
@@ -257,7 +257,8 @@ class Trainer:
 
     def _export(self) -> None:
         """The model as transformers reads it, with its tokenizer, and the router."""
-        main, weights = self.accelerator.is_main_process, {}
+        main = self.accelerator.is_main_process
+        weights: dict[str, Tensor] = {}
         for name, weight in self.whole.state_dict().items():
             whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # by all ranks
             weights |= {name: whole.cpu()} if main else {}

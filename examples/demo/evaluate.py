@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import adadepth as ad
-from adadepth.diagnostics import Measured, forced, measure, mixture, oracle
-from adadepth.hf import calibrate
+from adadepth.diagnostics import Measured, Score, forced, measure, mixture, oracle
 
 from .jobs import BATCH, EXITS, Trained, fixed_name, score_with
 from .model import AdaptiveLM
+
+Draw = Callable[..., Tensor]  # of a shape, a number of steps, a mean depth and a generator
 
 NOT_BEFORE = 2  # what leaves after one iteration shows others the keys of a bare embedding
 
@@ -70,7 +71,7 @@ def evaluate(trained: Mapping[str, Trained], windows: Tensor, fitted: Tensor, se
     depth = min(max(exits.measured.mean_depth, NOT_BEFORE), model.shape.steps)
     timed = time_both(model, windows[: 2 * BATCH], repeats)
     fixed = [trained[name] for i in range(model.shape.steps) if (name := fixed_name(i + 1)) in trained]
-    complete = [each for each in fixed if each.measured is not None]
+    complete = [(each.model, each.measured) for each in fixed if each.measured is not None]
     with without_exits(model):
         curve = forced(score_with(model), batches, model.shape.steps)
         best, better = oracle(curve)
@@ -79,10 +80,10 @@ def evaluate(trained: Mapping[str, Trained], windows: Tensor, fitted: Tensor, se
         equal = equal_depth(exits.flops, rows)
         criteria = [_criterion(name, model, batches, fitted, depth) for name in CRITERIA]
         random = list(_random(model, batches, equal, seed))
-    ladder = [_row(f"trained at {i}", each.model, each.measured) for i, each in enumerate(complete, 1)]
+    ladder = [_row(f"trained at {i}", *each) for i, each in enumerate(complete, 1)]
     elsewhere, line = [], None
     if len(complete) == model.shape.steps:
-        deepest = complete[-1].model
+        deepest, _ = complete[-1]
         line = _row(f"line at {equal:.2f}", deepest, mixture([row.measured for row in ladder], equal))
         with without_exits(deepest):
             row = _criterion(KL, deepest, batches, fitted, depth)
@@ -108,7 +109,7 @@ def _criterion(name: str, model: AdaptiveLM, batches: tuple[Tensor, ...], fitted
     looped.gate = CRITERIA[name](nn.Sequential(model.norm, model.head))
     with torch.no_grad():
         rows = [{"x": model.embedding(part[:, :-1])} for part in fitted.split(BATCH // 4)]
-    looped.rule = calibrate(looped, rows, depth, lambda tau: ad.NotBefore(NOT_BEFORE, ad.Threshold(tau))).rule
+    looped.rule = ad.calibrate(looped, rows, depth, lambda tau: ad.NotBefore(NOT_BEFORE, ad.Threshold(tau))).rule
     row = _row(name, model, measure(score_with(model), batches))
     looped.gate = looped.rule = None
     return row
@@ -116,11 +117,13 @@ def _criterion(name: str, model: AdaptiveLM, batches: tuple[Tensor, ...], fitted
 
 def _random(model: AdaptiveLM, batches: tuple[Tensor, ...], depth: float, seed: int) -> Iterator[Row]:
     """Exits by chance at the given mean depth, and like the others not before iteration 2."""
-    draws: dict[str, Callable[..., Tensor]] = {"uniform": ad.uniform_depths, "geometric": ad.geometric_depths}
+    draws: dict[str, Draw] = {"uniform": ad.uniform_depths, "geometric": ad.geometric_depths}
     for name, draw in draws.items():
         generator, score = torch.Generator().manual_seed(seed), score_with(model)
 
-        def drawn(windows: Tensor, score=score, draw=draw, generator=generator) -> tuple[Tensor, Tensor]:
+        def drawn(
+            windows: Tensor, score: Score = score, draw: Draw = draw, generator: torch.Generator = generator
+        ) -> tuple[Tensor, Tensor]:
             shape = windows[:, 1:].shape
             depths = NOT_BEFORE - 1 + draw(shape, model.shape.steps - 1, depth - NOT_BEFORE + 1, generator)
             return score(windows, min_depth=depths, max_depth=depths)

@@ -115,10 +115,10 @@ class WordRouter(nn.Module):
         gains = torch.zeros(LONG + 1, dtype=torch.float64)
         shares = torch.zeros_like(gains)
         for place, share, gain in ad.diagnostics.group_means(losses[..., 1] - losses[..., -1], letters_seen(ids)):
-            gains[place], shares[place] = gain, share
+            gains[int(place)], shares[int(place)] = gain, share
         order = gains.cummax(0).values.argsort(stable=True)
         middle = torch.empty_like(shares).index_copy_(0, order, shares[order].cumsum(0) - shares[order] / 2)
-        return cls(2 + sum(middle > cut for cut in CUTS))
+        return cls(2 + torch.stack([middle > cut for cut in CUTS]).sum(0))
 
     def forward(self, ids: Tensor) -> Tensor:
         """`ids (batch, seq)` to depths of the same shape."""

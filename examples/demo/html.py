@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from html import escape
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from .evaluate import Evaluation
 from .exits import LONG, letters_seen
 from .jobs import EXITS, TRUNK, Trained
 from .report import COLUMNS, cells_of, sections, verdicts
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 8  # windows in the heat map
 EVERY = 10  # steps between two points of a curve
@@ -62,7 +66,7 @@ def _text(trained: Mapping[str, Trained], result: Evaluation, windows: Tensor) -
     return f"<p>Held-out text; a byte’s depth is that at which it predicts the next byte.</p>{picture}"
 
 
-def _curves(trained: Mapping[str, Trained]):
+def _curves(trained: Mapping[str, Trained]) -> "Figure":
     panels: dict[str, dict[str, tuple[list[int], list[float]]]] = {"loss, nats per byte": {}, "mean depth": {}}
     for name, (_, history, _) in trained.items():
         if name != TRUNK:

@@ -119,7 +119,7 @@ class AdaptiveLM(nn.Module):
         if self.router is not None and max_depth is None:
             min_depth = max_depth = self.router(ids)
         out = self.looped(self.embedding(ids), min_depth=min_depth, max_depth=max_depth, states=every)
-        return Prediction(self.answer(out.states if every else out.hidden), out.trace)
+        return Prediction(self.answer(out.hidden if out.states is None else out.states), out.trace)
 
     def _start(self, shape: Shape) -> None:
         """Small weights, smaller where layers × steps of them write into one stream; embeddings that weigh in it."""

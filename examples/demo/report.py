@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from adadepth.diagnostics import by_exit
@@ -21,7 +21,7 @@ class Bars:
         text = "{task.completed}/{task.total} loss {task.fields[loss]:.2f} depth {task.fields[depth]:.2f}"
         columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn(text), TimeElapsedColumn()
         self.progress, self.steps = Progress(*columns, console=console), steps
-        self.tasks: dict[str, tuple[int, float]] = {}
+        self.tasks: dict[str, tuple[TaskID, float]] = {}
 
     def show(self, name: str, now: train.Progress) -> None:
         """Move the bar of `name`."""

@@ -113,7 +113,7 @@ def train(model: Interpreter, data: Tensor, plan: Plan, seed: int) -> Iterator[P
     """Both stages, one step for each item that is asked for."""
     first, second = stream(seed, 0), stream(seed, 1)
     yield from optimise(model, plan.steps_1, RATES[1], lambda step: on_both(at_exits, model, data, first, step))
-    GUIDED.attach(model, GUIDED.training.tau)
+    GUIDED.attach(model, GUIDED.tau)
     objective = objective_of(GUIDED, plan.steps_2)
     yield from optimise(model, plan.steps_2, RATES[2], lambda step: on_both(objective, model, data, second, step))
 

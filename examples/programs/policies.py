@@ -43,6 +43,13 @@ class Policy(NamedTuple):
     reads: str = "gates"
     training: Training | Guided | None = None
 
+    @property
+    def tau(self) -> float:
+        """The threshold of its training."""
+        if self.training is None:
+            raise ValueError(f"{self.name} is not trained.")
+        return self.training.tau
+
     def attach(self, model: Interpreter, tau: float) -> None:
         """Give the model this policy, with new gates."""
         model.looped.gate, model.looped.update = self.gate(model), self.update()
@@ -68,7 +75,7 @@ class Gains(ad.Gate):
             nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1)) for _ in range(steps - 1)
         )
         for mlp in self.mlps:
-            nn.init.constant_(mlp[-1].bias, math.log(MODULUS))  # all that a guess has to gain
+            nn.init.constant_(mlp.get_parameter("2.bias"), math.log(MODULUS))  # all that a guess has to gain
 
     def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
         """What the MLP of iteration `step` expects."""

@@ -86,7 +86,7 @@ def study(seed: int, plan: Plan) -> Iterator[Now | Row]:
         trained = deepcopy(model)
         yield from _progress(policy.name, done, stage_2(trained, policy, plan.steps_2, stream(seed, 1)))
         done += plan.steps_2
-        row = judge(trained.eval(), policy, policy.training.tau, programs, others, stream(seed, 4))
+        row = judge(trained.eval(), policy, policy.tau, programs, others, stream(seed, 4))
         mean = row.mean_depth if policy is SURVIVAL else mean
         yield row
     model.eval()

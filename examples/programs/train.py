@@ -6,7 +6,7 @@ weights, with the cross-entropy of the state at which each token leaves, and wha
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ import adadepth as ad
 
 from .model import STEPS, Interpreter, Prediction
 from .policies import Guided, Policy
-from .task import Programs, draw
+from .task import draw
 
 BATCH = 64
 RATES = {1: 2e-3, 2: 1e-3}  # by stage; gates that move faster close too early
@@ -40,7 +40,17 @@ class Losses(NamedTuple):
     trace: ad.Trace
 
 
-Objective = Callable[[Interpreter, Programs, int], Losses]
+class Lines(Protocol):
+    """What a model reads and what it is to say, each `(rows, length)` int64."""
+
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
+    def _replace(self, *, ids: Tensor, values: Tensor) -> Self: ...
+
+
+Objective = Callable[[Interpreter, Lines, int], Losses]
 
 
 def stage_1(model: Interpreter, steps: int, generator: torch.Generator) -> Iterator[Progress]:
@@ -50,7 +60,7 @@ def stage_1(model: Interpreter, steps: int, generator: torch.Generator) -> Itera
 
 def stage_2(model: Interpreter, policy: Policy, steps: int, generator: torch.Generator) -> Iterator[Progress]:
     """Attach a policy and train with its exits, one step for each item that is asked for."""
-    policy.attach(model, policy.training.tau)
+    policy.attach(model, policy.tau)
     objective = objective_of(policy, steps)
     return optimise(model, steps, RATES[2], lambda step: objective(model, draw(BATCH, generator), step))
 
@@ -73,10 +83,11 @@ def objective_of(policy: Policy, steps: int) -> Objective:
     """What `steps` of stage 2 minimise."""
     if isinstance(policy.training, Guided):
         return guided(policy.training)
-    return penalised(policy, steps) if policy.training.weight else at_exits
+    weight = 0.0 if policy.training is None else policy.training.weight
+    return penalised(policy, weight, steps) if weight else at_exits
 
 
-def at_exits(model: Interpreter, programs: Programs, step: int) -> Losses:
+def at_exits(model: Interpreter, programs: Lines, step: int) -> Losses:
     """The cross-entropy of the state at which each token leaves."""
     del step
     out = model(programs.ids)
@@ -84,15 +95,15 @@ def at_exits(model: Interpreter, programs: Programs, step: int) -> Losses:
     return Losses(loss, loss, out.trace)
 
 
-def penalised(policy: Policy, steps: int) -> Objective:
+def penalised(policy: Policy, weight: float, steps: int) -> Objective:
     """The same and a penalty, of which k grows, on what the policy's rule reads."""
     first, last = (int(share * steps) for share in K_WARM)
     bottom_k = ad.BottomKPenalty(K_MAX, warmup=(first, last))
 
-    def objective(model: Interpreter, programs: Programs, step: int) -> Losses:
+    def objective(model: Interpreter, programs: Lines, step: int) -> Losses:
         loss, _, trace = at_exits(model, programs, step)
         penalty = bottom_k(getattr(trace, policy.reads), trace.live, step)
-        return Losses(loss + policy.training.weight * penalty, loss, trace)
+        return Losses(loss + weight * penalty, loss, trace)
 
     return objective
 
@@ -100,7 +111,7 @@ def penalised(policy: Policy, steps: int) -> Objective:
 def guided(training: Guided) -> Objective:
     """Half of the batch leaves; in the other nobody does, every iteration answers, and gates learn what is to come."""
 
-    def objective(model: Interpreter, programs: Programs, step: int) -> Losses:
+    def objective(model: Interpreter, programs: Lines, step: int) -> Losses:
         (stay, leave), (answers, others) = programs.ids.chunk(2), programs.values.chunk(2)
         out = model(stay, depth=STEPS, every=True)
         each = F.cross_entropy(out.logits.flatten(0, -2), answers.repeat_interleave(STEPS), reduction="none")

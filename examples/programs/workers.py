@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 from collections.abc import Generator, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 
 import torch
 
@@ -17,7 +18,8 @@ class Failed(RuntimeError):
 def run(seeds: Sequence[int], plan: Plan, processes: int) -> Generator[tuple[int, Now | Row]]:
     """All seeds, at most so many at a time. Ends its processes when it is closed."""
     context = multiprocessing.get_context("spawn")
-    waiting, running = list(seeds), {}
+    waiting = list(seeds)
+    running: dict[Connection, tuple[int, SpawnProcess]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < processes:
@@ -26,7 +28,8 @@ def run(seeds: Sequence[int], plan: Plan, processes: int) -> Generator[tuple[int
                 process.start()
                 there.close()  # the worker's alone, so that its end is seen
                 running[here] = waiting.pop(0), process
-            for connection in wait(list(running)):
+            ready = wait(list(running))
+            for connection in [each for each in running if each in ready]:
                 seed, process = running[connection]
                 try:
                     yield seed, connection.recv()

@@ -57,6 +57,11 @@ def mor_loss(model: MixtureOfRecursions, ids: Tensor, out: ad.Output, labels: Te
     return toy.losses(model.logits(ids, out), labels).mean() + balance * p.shape[-1] * (share * p.mean(0)).sum()
 
 
+def test_gate_and_rule_keep_their_contracts() -> None:
+    ad.testing.check_rule(Chosen(), steps=3)
+    ad.testing.check_gate(Router(3), toy.DIM, 3, update=ad.Replace())
+
+
 def test_what_runs_is_the_depth_that_was_chosen() -> None:
     model, ids = MixtureOfRecursions(steps=3), toy.batch(0)[0]
     out = model(ids)

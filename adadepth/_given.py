@@ -1,0 +1,30 @@
+"""What an argument turned out to be, in the words of an error."""
+
+import inspect
+from types import NoneType
+
+from torch import Tensor
+
+
+def named(given: object) -> str:
+    """What came: a number or a string itself, a class as one, a tensor by its shape, anything else by its type."""
+    if isinstance(given, type):
+        return f"the class {given.__name__}"
+    if isinstance(given, Tensor):
+        return f"a tensor of shape {tuple(given.shape)} {given.dtype}"
+    return repr(given) if type(given) in (NoneType, bool, int, float, str) else type(given).__name__
+
+
+def unfit(expected: str, given: object, advice: str) -> ValueError:
+    """The error of an argument of another kind; where a class came it says to call that, and else the `advice`."""
+    if isinstance(given, type):
+        advice = f"Call it: {given.__name__}({'...' if _wants_arguments(given) else ''})."
+    return ValueError(f"{expected}, got {named(given)}. {advice}")
+
+
+def _wants_arguments(kind: type) -> bool:
+    try:
+        parameters = inspect.signature(kind).parameters.values()
+    except ValueError:  # of a class that is written in C
+        return False
+    return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

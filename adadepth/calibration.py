@@ -1,0 +1,254 @@
+"""`calibrate`: the threshold of any gate or exit criterion for a wanted mean depth, from data.
+
+A threshold is in the unit of the scores, and no two gates share one; the mean depth is what counts, so
+the search is over depths. One pass without early exits gives every score. A rule applied to these scores
+predicts the depth at any threshold, except for one thing: attention reads older keys and values of tokens
+that have exited, which moves the scores of the others. A few real runs correct for that.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from ._modes import evaluating
+from .attention.tokens import places
+from .loop.trace import Output, Trace
+from .loop.wrapper import RecurrentWrapper
+from .rules import Rule, Threshold
+
+_RUNS = 8  # at most; three are usual
+_NEAR = 0.002  # of the wanted depth: near enough to stop
+_ROUNDING = 1e-9
+
+
+@final
+class OutOfReach(ValueError):
+    """No threshold gives what `calibrate` was asked for. The text says what it could be asked for."""
+
+
+@final
+class Calibration(NamedTuple):
+    """What `calibrate` found.
+
+    `rule` holds the threshold `tau`: assign it to the loop's `rule`. `depth` is the mean over the tokens that
+    were fitted, `unseen_depth` over those that were not.
+    """
+
+    rule: Rule
+    tau: float
+    depth: float
+    unseen_depth: float
+
+
+@final
+class Goal(NamedTuple):
+    """What the caller asked for: an argument's name and value, the mean depth it means, and the way back."""
+
+    name: str
+    asked: float
+    depth: float
+    of: Callable[[float], float]
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Tensor | Mapping[str, Any]],
+    mean_depth: float = 2.5,
+    rule: Callable[[float], Rule] = Threshold,
+) -> Calibration:
+    """The threshold at which a token runs `mean_depth` iterations on average, for any gate or exit criterion.
+
+    The model is left as it was: assign the rule that was found. A mean depth says nothing about quality.
+
+    Arguments:
+        model: a `RecurrentWrapper`, or a module that holds exactly one.
+        data: two batches or more, every second of which is kept unseen. A tensor is the model's first
+            argument, a mapping holds its arguments by name. Tensors are moved to the model's device, those in
+            nested mappings too.
+        mean_depth: the wanted mean number of iterations over real tokens.
+        rule: makes a rule of a threshold: `Threshold`, `SurvivalThreshold` or a function. The threshold
+            is looked for among the scores that were seen and their running products.
+
+    Raises: `ValueError` if the model does not hold one loop with a gate, if there are fewer than two batches
+        or one of the two parts holds no real token; `OutOfReach`, which is one, if no threshold gives `mean_depth`.
+    """
+    loops = [part for part in model.modules() if isinstance(part, RecurrentWrapper)]
+    if len(loops) != 1:
+        raise ValueError(
+            f"calibrate expected a RecurrentWrapper or a module that holds exactly one, got {type(model).__name__} "
+            f"with {len(loops)}. Pass the wrapper itself, with data that are its arguments."
+        )
+    batches = [arguments(batch, model) for batch in data]
+    return fit(model, loops[0], batches, rule, Goal("mean_depth", mean_depth, mean_depth, lambda depth: depth))
+
+
+def fit(
+    model: nn.Module,
+    looped: RecurrentWrapper,
+    batches: list[tuple[tuple[Tensor, ...], dict[str, Any]]],
+    rule: Callable[[float], Rule],
+    goal: Goal,
+) -> Calibration:
+    """What `calibrate` does once it knows the loop in the model, the arguments of each batch and the goal."""
+    if looped.gate is None:
+        raise ValueError(
+            "calibrate needs a gate: without one every score is 1 and no threshold can choose. Give the loop a gate or "
+            "an exit criterion."
+        )
+    if len(batches) < 2:
+        raise ValueError(
+            f"calibrate expected at least 2 batches, since every second one is kept unseen, got {len(batches)}. Cut "
+            "the data into more batches."
+        )
+    with _measuring(model, looped) as traces:
+        full = traces(None, batches[::2])
+        taus = _thresholds(full)
+        wanted = _within(goal, sorted(_predict(rule(float(tau)), full) for tau in (taus[0], taus[-1])))
+        tau, depth = search(
+            wanted,
+            taus,
+            predict=lambda tau: _predict(rule(tau), full),
+            measure=lambda tau: _mean(trace.depth for trace in traces(rule(tau), batches[::2])),
+        )
+        unseen = _mean(trace.depth for trace in traces(rule(tau), batches[1::2]))
+    return Calibration(rule(tau), tau, depth, unseen)
+
+
+def _within(goal: Goal, ends: list[float]) -> float:
+    low, high = ends
+    if not low - _ROUNDING <= goal.depth <= high + _ROUNDING:
+        raise OutOfReach(
+            f"calibrate expected {goal.name} from {goal.of(low):.4g}, where all tokens exit as early as the rule lets "
+            f"them, to {goal.of(high):.4g}, where all exit as late, got {goal.asked}."
+        )
+    return min(max(goal.depth, low), high)
+
+
+def search(
+    wanted: float, taus: Tensor, predict: Callable[[float], float], measure: Callable[[float], float]
+) -> tuple[float, float]:
+    """The threshold whose measured mean depth is nearest to `wanted`, and that depth.
+
+    Arguments: `taus (n,)`, in the order of their depths; `predict`, the cheap and nearly right depth at a
+    threshold, monotone over `taus` and right at both ends, between which `wanted` lies; `measure`, the
+    costly and true one.
+    """
+    ends = [float(taus[0]), float(taus[-1])]
+    # By predicted depth, which is nearly the measured one: a line between two of them then finds a third that is near.
+    known = {predict(tau): (tau, predict(tau)) for tau in ends}
+    for _ in range(_RUNS):
+        near = _neighbours(taus, predict, _interpolate(known, wanted))
+        new = [(predicted, tau) for predicted, tau in near if predicted not in known]
+        if not new:
+            break  # no threshold lies between those that were tried
+        predicted, tau = new[0]
+        known[predicted] = tau, measure(tau)
+        if abs(known[predicted][1] - wanted) <= _NEAR * wanted:
+            break
+    tau, depth = min(known.values(), key=lambda pair: abs(pair[1] - wanted))
+    return tau, measure(tau) if tau in ends else depth
+
+
+def _interpolate(known: dict[float, tuple[float, float]], wanted: float) -> float:
+    """The predicted depth at which the measured one would be `wanted`, on a line between two that are known."""
+    points = sorted((predicted, depth) for predicted, (_, depth) in known.items())
+    for (x, y), (next_x, next_y) in pairwise(points):
+        if min(y, next_y) <= wanted <= max(y, next_y) and y != next_y:
+            return x + (next_x - x) * (wanted - y) / (next_y - y)
+    return wanted
+
+
+def _neighbours(taus: Tensor, predict: Callable[[float], float], depth: float) -> list[tuple[float, float]]:
+    """The predictions on both sides of `depth`, the nearer one first, each with its threshold."""
+    low, high = 0, len(taus) - 1
+    rises = predict(float(taus[0])) < predict(float(taus[-1]))
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if (predict(float(taus[middle])) < depth) == rises else (low, middle)
+    pairs = [(predict(tau), tau) for tau in (float(taus[low]), float(taus[high]))]
+    return sorted(pairs, key=lambda pair: abs(pair[0] - depth))
+
+
+def _thresholds(full: list[Trace]) -> Tensor:
+    """All that differ in what they let leave, ascending: between neighbouring scores or products, and beyond them."""
+    seen = [torch.zeros(1)]
+    for trace in full:
+        live = trace.live[..., :-1]
+        seen += [trace.scores[live].cpu(), trace.scores.cumprod(-1)[live].cpu()]
+    values = torch.cat(seen).double()
+    values = values[values.isfinite()].unique()
+    return torch.cat([values[:1] - 1, (values[1:] + values[:-1]) / 2, values[-1:] + 1])
+
+
+def _predict(rule: Rule, full: list[Trace]) -> float:
+    """The mean depth by `rule` if no score depended on who has left."""
+    return _mean(_apply(rule, trace) for trace in full)
+
+
+def _apply(rule: Rule, full: Trace) -> Tensor:
+    mask = full.live[..., 0]
+    positions = places(mask)
+    remaining, depth = mask.to(full.scores.dtype), mask.long()
+    for seen in range(1, full.scores.shape[-1] + 1):
+        remaining = torch.minimum(rule(full.scores[..., :seen], remaining, positions), remaining)
+        depth = depth + (remaining > 0)
+    return depth
+
+
+def _mean(depths: Iterable[Tensor]) -> float:
+    """Over real tokens."""
+    counts = [(int(depth.sum()), int((depth > 0).sum())) for depth in depths]
+    total, real = (sum(column) for column in zip(*counts, strict=True))
+    if not real:
+        raise ValueError(
+            "calibrate found nothing but padding in every second batch, from the first or the second on. Leave such "
+            "batches out."
+        )
+    return total / real
+
+
+def arguments(batch: Any, model: nn.Module) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What the model is called with for one batch, by place and by name, on the device of the model."""
+    if not isinstance(batch, Tensor | Mapping):
+        raise ValueError(
+            f"calibrate expected data to be batches, each a tensor or a mapping of the model's arguments, got a "
+            f"{type(batch).__name__}. One batch alone goes into a list; split it for a part that is kept unseen."
+        )
+    device = next((p.device for p in model.parameters()), None)
+    moved = _moved(batch, device)
+    return ((moved,), {}) if isinstance(batch, Tensor) else ((), moved)
+
+
+def _moved(value: Any, device: torch.device | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {name: _moved(part, device) for name, part in value.items()} if isinstance(value, Mapping) else value
+
+
+@contextmanager
+def _measuring(model: nn.Module, looped: RecurrentWrapper) -> Iterator[Callable[[Rule | None, list[Any]], list[Trace]]]:
+    """Yields what runs batches by a rule and returns the loop's traces; all is as before at the end."""
+    before, seen = looped.rule, []
+
+    def note(module: nn.Module, given: Any, out: Output) -> None:
+        del module, given
+        seen.append(out.trace)
+
+    def traces(rule: Rule | None, batches: list[Any]) -> list[Trace]:
+        looped.rule = rule
+        seen.clear()
+        for by_place, by_name in batches:
+            model(*by_place, **by_name)
+        return [*seen]
+
+    hook = looped.register_forward_hook(note)
+    try:
+        with evaluating(model):
+            yield traces
+    finally:
+        hook.remove()
+        looped.rule = before

@@ -1,0 +1,202 @@
+"""Whether a loop gives for packed tokens what it gives for tokens in rows.
+
+A block may mix tokens where no attention call shows it, count positions by the length of its input, or let packed
+rows share their noise. Packed and dense execution then differ. Both are run on given tokens at given depths, and
+everything is left as it was.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from ..attention.context import Window, active
+from ..cache.kv_reuse import KVReuseCache
+from ..updates import Replace
+from .draws import Draw, drawn, labelled, shared
+from .trace import Output
+
+# What rounding may come to, relative to the largest state. Many blocks have norms in float32, whatever they run in.
+EXACT = {torch.float64: 1e-6, torch.float32: 5e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_HALF = 0.95  # of the tokens: in half precision rounding may send the others to another expert
+
+
+@final
+class Case(NamedTuple):
+    """What a loop is checked on: rows `x (batch, seq, dim)`, their `mask`, the `depth` of each token, what else the
+    loop is given, and the window of a larger batch that they are, if they are one.
+    """
+
+    x: Tensor
+    mask: Tensor
+    depth: Tensor
+    more: Mapping[str, Any]
+    window: Window | None = None
+
+    def run(self, looped: nn.Module, cache: KVReuseCache | None = None, **changes: Any) -> Output:
+        """The loop on this, with some attributes of it changed, and without exits of its own."""
+        changes = {"rule": None, "checkpoint": False, "agree": bool, "self_check": False, **changes}
+        before, active.window = active.window, self.window
+        try:
+            depth = self.depth.clamp_max(changes.get("steps", looped.steps))
+            return altered(looped, **changes).forward(
+                self.x, mask=self.mask, min_depth=depth, max_depth=depth, cache=cache, **self.more
+            )
+        finally:
+            active.window = before
+
+
+def altered(looped: nn.Module, **changes: Any) -> Any:
+    """The same loop with other attributes; the one that others may be running is not touched."""
+    looped = copy.copy(looped)
+    looped.__dict__.update(changes)  # goes before pieces that are modules
+    return looped
+
+
+def check(looped: Any, case: Case) -> bool:
+    """Whether it could be told that packed and dense execution agree: not where results are random, or dense fails.
+
+    Raises: `ValueError` if they differ, and what the loop raises for packed tokens.
+    """
+    try:
+        dense, again = case.run(looped, skip=False), case.run(looped, skip=False)
+    except ValueError:
+        raise
+    except Exception:  # a block that runs on packed tokens alone has nothing to be compared with
+        return False
+    random = _check_noise(looped, case)
+    packed = case.run(looped, skip=True)
+    if random or off(again.hidden, dense.hidden, case.mask, torch.float64) > 0:
+        return False
+    dtype = coarsest(looped, case.x)
+    if (far := off(packed.hidden, dense.hidden, case.mask, dtype)) > EXACT[dtype]:
+        raise ValueError(_sentence(looped, case, far, dtype))
+    return True
+
+
+def coarsest(looped: nn.Module, x: Tensor) -> torch.dtype:
+    """The least exact dtype in use."""
+    kind = x.device.type
+    used = {x.dtype, *(p.dtype for p in looped.parameters())}
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        used.add(torch.get_autocast_dtype(kind))
+    if kind == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        used.add(torch.float16)  # TF32 has its mantissa
+    return max(used & EXACT.keys(), key=EXACT.__getitem__)
+
+
+def off(got: Tensor, expected: Tensor, mask: Tensor, dtype: torch.dtype) -> float:
+    """How far real tokens are off, relative to the largest state: all of them, or most in half precision."""
+    got, expected = got[mask].double(), expected[mask].double()
+    if not expected.numel():
+        return 0.0
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    each_token = torch.where(same, 0, (got - expected).abs()).amax(-1)
+    worst = each_token.quantile(_HALF) if dtype in (torch.float16, torch.bfloat16) else each_token.max()
+    scale = expected.abs().nan_to_num(0, 0, 0).max().clamp_min(1e-30)
+    return float((worst / scale).nan_to_num(torch.inf))
+
+
+def _check_noise(looped: Any, case: Case) -> bool:
+    """Whether anything is drawn: two runs may be equal by chance where it is.
+
+    Raises: `ValueError` if packed tokens would share what is drawn.
+    """
+
+    def drawn_by(skip: bool) -> list[Draw]:
+        return drawn(looped, lambda: case.run(looped, skip=skip, steps=1))
+
+    dense, packed = drawn_by(False), drawn_by(True)
+    if (draw := shared(dense, packed, case.mask.numel(), int(case.mask.sum()))) is not None:
+        raise ValueError(
+            f"{type(looped.block).__name__} draws noise that is neither of each token nor of the whole batch, in "
+            f"{draw.where}: packed tokens of different rows stand in one sequence and would share it. Draw it for each "
+            "token, or one per row of the batch and read it as noise[adadepth.rows()]."
+        )
+    return bool(dense)
+
+
+def _sentence(looped: Any, case: Case, far: float, dtype: torch.dtype) -> str:
+    mode, block = "training" if looped.training else "evaluation", type(looped.block).__name__
+    alone: dict[str, Any] = {"gate": None, "update": Replace()}
+    dense, packed = (case.run(looped, skip=skip, **alone).hidden for skip in (False, True))
+    if off(packed, dense, case.mask, dtype) <= EXACT[dtype]:
+        pieces = " or ".join(type(p).__name__ for p in (looped.gate, looped.update) if p is not None)
+        return (
+            f"{pieces} gives packed tokens another result than tokens in rows: in {mode} mode packed and dense "
+            f"execution differ by {far:.1e} relative. Gates and updates must treat each token on its own; "
+            "adadepth.testing has suites for them."
+        )
+    return (
+        f"{block} mixes tokens outside its attention calls: in {mode} mode packed and dense execution differ by "
+        f"{far:.1e} relative, first in {_first_difference(looped, case, dtype)}. A looped block may mix tokens in "
+        "attention only, and must read positions from adadepth.positions() or view.positions."
+    )
+
+
+def _first_difference(looped: Any, case: Case, dtype: torch.dtype) -> str:
+    """The first module to finish whose output differs token by token in a single iteration."""
+    dense, packed = (_outputs(looped, case, skip) for skip in (False, True))
+    for (where, rows), (_, sequence) in zip(dense, packed, strict=False):
+        if not _alike(sequence, rows, case.mask, dtype):
+            return where
+    return "its own forward, at a later iteration"
+
+
+def _outputs(looped: Any, case: Case, skip: bool) -> list[tuple[str, Any]]:
+    """What each module of the block gives in one iteration, in the order in which they finish."""
+    found: list[tuple[str, Any]] = []
+    names = {part: labelled(name, part) for name, part in looped.block.named_modules()}
+    handles = [part.register_forward_hook(lambda part, _args, out: found.append((names[part], out))) for part in names]
+    try:
+        case.run(looped, skip=skip, steps=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _alike(packed: Any, dense: Any, mask: Tensor, dtype: torch.dtype) -> bool:
+    """Whether one module's outputs agree token by token, whichever axis the tokens are on."""
+    if not (isinstance(packed, Tensor) and isinstance(dense, Tensor)):
+        return True
+    for axis in range(1, dense.dim()):
+        in_rows = (dense.shape[0], dense.shape[axis]) == mask.shape
+        if in_rows and (packed.shape[0], packed.shape[axis]) == (1, int(mask.sum())):
+            rows = dense.movedim(axis, 1)
+            back = torch.zeros_like(rows)
+            back[mask] = packed.movedim(axis, 1)[0]
+            return off(back.flatten(2), rows.flatten(2), mask, dtype) <= EXACT[dtype]
+    return True  # no axis holds the tokens
+
+
+@contextmanager
+def untouched(looped: nn.Module, device: torch.device) -> Iterator[None]:
+    """No gradient, no dropout; and at the end all attributes, buffers and random states as they were."""
+    parts = [(part, dict(part.__dict__), dict(part._buffers)) for part in looped.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in looped.buffers()]
+    devices = [] if device.type == "cpu" else [device]
+    with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        try:
+            for part in looped.modules():
+                _still(part)
+            yield
+        finally:
+            for part, attributes, own in parts:
+                part.__dict__.clear()
+                part.__dict__.update(attributes)
+                part._buffers.update(own)
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _still(part: nn.Module) -> None:
+    """Dropout draws for each token, in any execution, and hides everything else."""
+    if isinstance(part, nn.modules.dropout._DropoutNd):
+        part.p = 0.0
+    if isinstance(part, nn.MultiheadAttention):
+        part.dropout = 0.0

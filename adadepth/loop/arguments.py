@@ -1,0 +1,162 @@
+"""The arguments of a looped block: of the expected names, shapes and types, or an error that teaches."""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from ..cache.kv_reuse import KVReuseCache
+from ..rules import TrainingOnly
+from .bounds import Bounds
+from .trace import Output
+
+S = TypeVar("S")
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NAMES = ("mask", "start", "min_depth", "max_depth", "block_kwargs", "states", "cache")
+_KNOWN = frozenset(NAMES)
+_MEANT = {
+    "attention_mask": "Real tokens are mask=, (batch, seq) bool.",
+    "padding_mask": "Real tokens are mask=, (batch, seq) bool.",
+    "key_padding_mask": "Real tokens are mask=, (batch, seq) bool, True for real tokens.",
+    "past_key_values": "A cache is cache=adadepth.KVReuseCache().",
+    "position_ids": "The loop counts positions, from real tokens: read adadepth.positions() inside the block.",
+    "output_hidden_states": "Every iteration's state is states=True.",
+    "steps": "A call that is shorter than the loop is max_depth=.",
+}
+
+
+def named(forward: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """`forward`, which says of an argument that it does not take which one is meant."""
+
+    @functools.wraps(forward)
+    def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
+        if len(args) != 1 or not kwargs.keys() <= _KNOWN:
+            _refuse(args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    return cast(Callable[Concatenate[S, P], R], call)
+
+
+def _refuse(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if len(args) > 1:
+        raise ValueError(
+            f"RecurrentWrapper takes x alone by position, got {len(args)} arguments. Name the others: "
+            f"{', '.join(f'{name}=' for name in NAMES)}."
+        )
+    for name in kwargs.keys() - {"x", *NAMES}:
+        meant = _MEANT.get(
+            name, f"If it is for the block, pass block_kwargs={{'{name}': ...}}: a tensor in it is packed as x is."
+        )
+        raise ValueError(f"RecurrentWrapper does not take {name}. {meant} It takes x, {', '.join(NAMES)}.")
+    if not args and "x" not in kwargs:
+        raise ValueError("RecurrentWrapper expected x of shape (batch, seq, dim), got no input.")
+
+
+def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
+    """The arguments of a looped block that come in rows."""
+    if isinstance(x, Output):
+        raise ValueError(
+            "RecurrentWrapper expected x of shape (batch, seq, dim), got the Output of another looped block. Pass its "
+            "state: looped(x).hidden."
+        )
+    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {got}.")
+    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        raise ValueError(
+            f"mask expected shape (batch, seq) = {tuple(x.shape[:2])} and dtype torch.bool, True for real tokens, got "
+            f"{tuple(mask.shape)} {mask.dtype}."
+        )
+    if start is not None and (start.shape != x.shape or start.dtype != x.dtype):
+        raise ValueError(
+            f"start expected the shape and dtype of x, {tuple(x.shape)} {x.dtype}, got {tuple(start.shape)} "
+            f"{start.dtype}."
+        )
+
+
+def check_can_look(looped: Any, x: Tensor, mask: Tensor | None, bounds: Bounds) -> None:
+    """That a pass whose shapes depend on the data has data to look at.
+
+    Raises: `ValueError` on the meta device and under `torch.vmap`.
+    """
+    mapped = torch._C._functorch.is_batchedtensor(x)
+    if not (x.is_meta or mapped):
+        return
+    looks = looped.skip and (
+        mask is not None or any(bounds.can_exit(i, looped.rule is not None) for i in range(looped.steps))
+    )
+    if x.is_meta and looks:
+        raise ValueError(
+            "RecurrentWrapper with skip=True looks at the data to skip tokens, and x is on the meta device, which has "
+            "none. Build it with skip=False for shapes alone, or give x a real device."
+        )
+    if mapped and (looks or not looped.training):
+        raise ValueError(
+            "RecurrentWrapper looks at the data, and torch.vmap does not let it. Put what is mapped over into the "
+            "batch: x.flatten(0, 1)."
+        )
+
+
+def check_given(given: Mapping[str, Any] | None, shape: tuple[int, int]) -> Mapping[str, Any]:
+    """What the block is given beside its input: tensors in it broadcast to the rows `shape (batch, seq)`."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"block_kwargs expected a mapping of the block's arguments by name, got {type(given).__name__}."
+        )
+    for name, value in given.items():
+        _check_broadcasts(f"block_kwargs['{name}']", value, shape)
+    return given
+
+
+def _check_broadcasts(name: str, value: Any, shape: tuple[int, int]) -> None:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, tuple | list):
+        for part in value:
+            _check_broadcasts(name, part, shape)
+    if not isinstance(value, Tensor) or not value.dim():
+        return
+    fits = value.dim() > 1 and all(size in (1, whole) for size, whole in zip(value.shape, shape, strict=False))
+    if not fits:
+        batch, seq = shape
+        raise ValueError(
+            f"{name} expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), one per "
+            f"row, or (1, seq, ...), the same for all rows, with (batch, seq) = ({batch}, {seq}), got "
+            f"{tuple(value.shape)}. Give one per row its second axis: c.unsqueeze(1). What is no token's belongs into "
+            "the block itself."
+        )
+
+
+def check_cache(cache: object, looped: nn.Module) -> None:
+    """That a cache is one, and that the wrapper is one to decode with.
+
+    Raises: `ValueError`. Warns, in training mode, of dropout: no two passes are then of one model.
+    """
+    if not isinstance(cache, KVReuseCache):
+        got = f"the class {cache.__name__}" if isinstance(cache, type) else type(cache).__name__
+        raise ValueError(
+            f"cache expected an adadepth.KVReuseCache, got {got}. Begin with cache=adadepth.KVReuseCache()."
+        )
+    if isinstance(looped.rule, TrainingOnly):
+        raise ValueError(
+            f"The rule {_name(looped.rule.rule)} is for training only: with a cache it sees the new tokens alone and "
+            "would decide otherwise. Decode with a rule that treats each token on its own, such as "
+            "adadepth.Threshold(tau)."
+        )
+    if looped.training and any(isinstance(p, _DropoutNd) and p.p for p in looped.modules()):
+        warnings.warn(
+            "A cache is used in training mode, with dropout: what it holds is random. Call looped.eval() first.",
+            stacklevel=4,
+        )
+
+
+def _name(rule: object) -> str:
+    return getattr(rule, "__name__", type(rule).__name__)

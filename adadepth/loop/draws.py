@@ -1,0 +1,81 @@
+"""Random numbers that a block draws: whether each token, or each row, has its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..attention.context import active
+
+
+@final
+class Draw(NamedTuple):
+    """How many numbers were drawn in the module `where`."""
+
+    where: str
+    numbers: int
+
+
+@final
+class Draws(TorchDispatchMode):
+    """What is drawn while it is entered, by the innermost of the modules that are watched."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.module, self.found, self._inside = module, list[Draw](), list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it, and note what it drew."""
+        out = func(*args, **(kwargs or {}))
+        # Attention is the view's own, in one operator or many: it may fill up rows that ask together.
+        if torch.Tag.nondeterministic_seeded in func.tags and not active.attends:
+            drawn = out if isinstance(out, Tensor) else out[0]
+            self.found.append(Draw(self._inside[-1] if self._inside else "its own forward", drawn.numel()))
+        return out
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what is drawn, and where."""
+        handles = []
+        for name, part in self.module.named_modules():
+            label = labelled(name, part)
+            handles.append(part.register_forward_pre_hook(lambda *_, label=label: self._inside.append(label)))
+            handles.append(part.register_forward_hook(lambda *_: self._leave(), always_call=True))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _leave(self) -> None:
+        self._inside.pop()
+
+
+def labelled(name: str, part: nn.Module) -> str:
+    """How a module is called in messages."""
+    name = name.removeprefix("block.")
+    return f"{'the block itself' if name in ('', 'block') else name} ({type(part).__name__})"
+
+
+def shared(dense: Sequence[Draw], packed: Sequence[Draw], tokens: int, ran: int) -> Draw | None:
+    """The first draw in which tokens of different rows have one number, though not all have.
+
+    The same block drew `dense` for `tokens` in rows and `packed` for those `ran`, packed into one sequence. Numbers
+    of each token are as many as there are tokens; numbers of the whole call are equally many in both.
+    """
+    for rows, sequence in zip(dense, packed, strict=False):
+        if rows.numbers != sequence.numbers and rows.numbers * ran != sequence.numbers * tokens:
+            return sequence
+    return None
+
+
+def drawn(module: nn.Module, run: Callable[[], object]) -> list[Draw]:
+    """What `run` draws in the parts of `module`."""
+    draws = Draws(module)
+    with draws.watching():
+        run()
+    return draws.found

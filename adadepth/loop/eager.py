@@ -1,0 +1,27 @@
+"""What Dynamo does not trace: a loop whose shapes depend on the data runs as it is, between graphs of the rest."""
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import torch
+
+_WHY = (
+    "RecurrentWrapper runs in eager with skip=True (the default), with a cache or with checkpoint=True: what it runs "
+    "depends on the data. For one graph (fullgraph=True) build it with skip=False and checkpoint=False, and without a "
+    "cache."
+)
+_disabled: list[Callable[..., Any]] = []  # made at the first call: it imports Dynamo
+
+
+def uncompiled(looped: Any, x: Any, **options: Any) -> Any:
+    """`looped(x, **options)`, called in a graph, outside of it."""
+    if not _disabled:
+        torch._dynamo.graph_break(msg=_WHY)
+        more = {"reason": _WHY} if "reason" in signature(torch.compiler.disable).parameters else {}
+        _disabled.append(torch.compiler.disable(_forward, **more))
+    return _disabled[0](looped, x, **options)
+
+
+def _forward(looped: Any, x: Any, **options: Any) -> Any:
+    return looped.forward(x, **options)

@@ -1,0 +1,89 @@
+"""A wrapper's check of itself, the first time that its block is not given the rows as they are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._modes import evaluating
+from ..attention.context import Window
+from ..attention.tokens import TokenSet, WholeTokens
+from .agreement import Case, check, untouched
+from .blocks import each
+
+ROWS, TOKENS = 4, 64  # of the input, at most
+
+
+def due(looped: Any, tokens: TokenSet, x: Tensor) -> bool:
+    """Whether a wrapper has not yet checked itself on such an input: in this mode, and for one row or several.
+
+    Never in a graph, nor on ranks, of which the others would not take part.
+    """
+    if not looped.self_check or isinstance(tokens, WholeTokens) or (looped.training, len(x) > 1) in looped._checked:
+        return False
+    return not (
+        torch.compiler.is_compiling()
+        or tokens.empty
+        or x.is_meta
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    )
+
+
+def check_itself(looped: Any, x: Tensor, mask: Tensor | None, more: Mapping[str, Any]) -> None:
+    """Check the wrapper on a few tokens of its input, packed against dense.
+
+    Raises: `ValueError` if they differ, and what the loop raises for packed tokens.
+    """
+    case = few(looped.steps, x, mask, more)
+    if not bool(case.mask.any()):
+        return
+    try:
+        with untouched(looped, x.device):
+            if not check(looped, case) and looped.training:
+                with evaluating(looped):
+                    check(looped, case)
+    except ValueError as error:
+        error.add_note(
+            "RecurrentWrapper found this when it checked itself, once, on a few tokens before it first skipped some. "
+            "looped.self_check = False leaves that out."
+        )
+        raise
+    looped._checked |= {(looped.training, False), (looped.training, len(x) > 1)}
+
+
+def few(steps: int, x: Tensor, mask: Tensor | None, more: Mapping[str, Any]) -> Case:
+    """A window of the input in which most tokens are real, its rows cut to different lengths and its depths mixed."""
+    batch, seq = x.shape[:2]
+    rows = min(batch, ROWS)
+    first = _fullest(mask, rows, seq)
+    window = Window((batch, seq), rows, first, min(seq, first + TOKENS))
+    part = window.cut(x)
+    real = part.new_ones(part.shape[:2], dtype=torch.bool) if mask is None else window.cut(mask)
+    given = each({"block_kwargs": {}, **more}, lambda tensor: window.cut(tensor))
+    return Case(part, shortened(real), mixed(part, steps), given, window)
+
+
+def shortened(mask: Tensor) -> Tensor:
+    """Row i without its last i tokens, as long as it has some: no two rows end alike."""
+    rows, width = mask.shape
+    column, row = torch.arange(width, device=mask.device), torch.arange(rows, device=mask.device).unsqueeze(1)
+    cut = mask & (column < width - (row if width > rows else (row == rows - 1).long()))
+    return torch.where(cut.any(), cut, mask)
+
+
+def mixed(x: Tensor, steps: int) -> Tensor:
+    """Depths `(batch, seq)` from 1 to steps, neighbours at different ones."""
+    rows, width = x.shape[:2]
+    column, row = torch.arange(width, device=x.device), torch.arange(rows, device=x.device).unsqueeze(1)
+    return 1 + (column + row) % steps
+
+
+def _fullest(mask: Tensor | None, rows: int, seq: int) -> int:
+    """Where the window of so many columns begins that holds the most real tokens."""
+    if mask is None or seq <= TOKENS:
+        return 0
+    upto = torch.nn.functional.pad(mask[:rows].sum(0).cumsum(0), (1, 0))
+    return int((upto[TOKENS:] - upto[:-TOKENS]).argmax())

@@ -1,0 +1,296 @@
+"""What people do by mistake with a wrapper, and the message that says what was meant, whole."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from blocks_zoo import DIM, PreNorm
+from torch import Tensor, nn
+
+import adadepth as ad
+
+pytestmark = [pytest.mark.plain, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+
+X = torch.randn(4, 4, DIM, generator=torch.Generator().manual_seed(0))
+ORDER = "The order is block, steps, gate, rule, update."
+
+
+def block() -> nn.Module:
+    return PreNorm(DIM, True)
+
+
+def loop(*pieces: Any, **options: Any) -> ad.RecurrentWrapper:
+    return ad.RecurrentWrapper(block(), 3, *pieces, **options)
+
+
+class Says(ad.Gate):
+    """Scores as told."""
+
+    def __init__(self, score: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Any:
+        return self.score(h)
+
+
+class NoAxis(ad.Update):
+    def forward(self, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> Tensor:
+        return x + h * scores[..., -1]
+
+
+def forgets(scores: Tensor, remaining: Tensor, positions: Tensor) -> None:
+    torch.where(scores[..., -1] > 0.5, remaining, 0)
+
+
+def best(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    return torch.where(scores[..., -1] >= scores[..., -1].median(-1, keepdim=True).values, remaining, 0)
+
+
+def assigned(name: str, piece: object) -> Callable[[], None]:
+    return lambda: setattr(loop(), name, piece)
+
+
+def with_cache(looped: ad.RecurrentWrapper, cache: object) -> None:
+    with torch.no_grad():
+        looped(X, cache=cache)  # type: ignore[arg-type]
+
+
+def with_the_cache_of_another() -> None:
+    cache = ad.KVReuseCache()
+    for looped in (loop(), loop()):
+        with_cache(looped, cache)
+
+
+class AddsBatch(PreNorm):
+    """Adds what has the batch's shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + X[:, :1])
+
+
+class Flex(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q = x.unflatten(-1, (1, -1)).transpose(1, 2)
+        return x + flex_attention(q, q, q).transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+
+
+HALTS = loop(ad.LinearGate(DIM), ad.Threshold(0.5)).eval()
+ERRORS: dict[str, tuple[Callable[[], object], str]] = {
+    "steps first": (
+        lambda: ad.RecurrentWrapper(4, block()),  # type: ignore[arg-type]
+        f"RecurrentWrapper expected block to be an nn.Module, got int. {ORDER}",
+    ),
+    "steps as text": (
+        lambda: ad.RecurrentWrapper(block(), "4"),  # type: ignore[arg-type]
+        f"RecurrentWrapper expected steps to be an int, got '4'. {ORDER}",
+    ),
+    "steps as a float": (
+        lambda: ad.RecurrentWrapper(block(), 4.0),  # type: ignore[arg-type]
+        f"RecurrentWrapper expected steps to be an int, got 4.0. {ORDER}",
+    ),
+    "steps as a bool": (
+        lambda: ad.RecurrentWrapper(block(), True),
+        f"RecurrentWrapper expected steps to be an int, got True. {ORDER}",
+    ),
+    "assigned rule": (
+        assigned("rule", "x"),
+        f"RecurrentWrapper expected rule to be a function or an object that is called like one, got str. {ORDER}",
+    ),
+    "assigned class": (
+        assigned("rule", ad.Survival),
+        "RecurrentWrapper expected rule to be a function or an object that is called like one, got the class Survival; "
+        f"call it. {ORDER}",
+    ),
+    "assigned gate": (
+        assigned("gate", ad.Replace()),
+        f"RecurrentWrapper expected gate to be an adadepth.Gate, got Replace. {ORDER}",
+    ),
+    "assigned update": (
+        assigned("update", ad.Interpolate),
+        f"RecurrentWrapper expected update to be an adadepth.Update, got the class Interpolate; call it. {ORDER}",
+    ),
+    "assigned block": (
+        assigned("block", block),
+        f"RecurrentWrapper expected block to be an nn.Module, got function. {ORDER}",
+    ),
+    "gate returns a tuple": (
+        lambda: loop(Says(lambda h: (h, h)), ad.Threshold(0.5))(X),
+        "Says expected to return one score per token, shape (4, 4), got a tuple at iteration 0.",
+    ),
+    "rule returns nothing": (
+        lambda: loop(ad.LinearGate(DIM), forgets)(X),
+        "forgets expected to return what stays of each token, shape (4, 4), got a NoneType at iteration 0. Does it end "
+        "without a return?",
+    ),
+    "update loses an axis": (
+        lambda: loop(ad.LinearGate(DIM), ad.Threshold(0.5), NoAxis())(X),
+        "NoAxis failed on x and h of shape (4, 4, 8): The size of tensor a (8) must match the size of tensor b (4) at "
+        "non-singleton dimension 2. To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1].",
+    ),
+    "block of another dtype": (
+        lambda: loop().double()(X),
+        "PreNorm expected a state of its parameters' dtype and device, torch.float64 on cpu, but the loop runs in "
+        "torch.float32 on cpu. Move it with the loop: looped.to(device, dtype).",
+    ),
+    "criterion that scales": (
+        lambda: loop(ad.ConvergenceGate(), ad.Threshold(0.5), ad.Interpolate())(X),
+        "ConvergenceGate is an exit criterion: its score measures a token and is no scale, but Interpolate multiplies by "
+        "it. Give the loop update=adadepth.Replace() or adadepth.Ungated(Interpolate(...)).",
+    ),
+    "a depth per row with one axis": (
+        lambda: loop()(X, max_depth=torch.tensor([1, 2, 3, 1])),
+        "max_depth expected an int or a tensor that broadcasts to (batch, seq) = (4, 4), got shape (4,). One depth per "
+        "row has shape (batch, 1).",
+    ),
+    "cache as a dict": (
+        lambda: with_cache(loop(), {}),
+        "cache expected an adadepth.KVReuseCache, got dict. Begin with cache=adadepth.KVReuseCache().",
+    ),
+    "cache as a class": (
+        lambda: with_cache(loop(), ad.KVReuseCache),
+        "cache expected an adadepth.KVReuseCache, got the class KVReuseCache. Begin with cache=adadepth.KVReuseCache().",
+    ),
+    "cache of another wrapper": (
+        with_the_cache_of_another,
+        "The cache holds keys and values of another RecurrentWrapper. Each needs a cache of its own: begin with a new "
+        "one, or call cache.reset().",
+    ),
+    "a rule for training with a cache": (
+        lambda: with_cache(loop(ad.LinearGate(DIM), ad.TrainingOnly(best)), ad.KVReuseCache()),
+        "The rule best is for training only: with a cache it sees the new tokens alone and would decide otherwise. "
+        "Decode with a rule that treats each token on its own, such as adadepth.Threshold(tau).",
+    ),
+    "attention_mask": (
+        lambda: loop()(X, attention_mask=torch.ones(4, 4)),  # type: ignore[call-arg]
+        "RecurrentWrapper does not take attention_mask. Real tokens are mask=, (batch, seq) bool. It takes x, mask, "
+        "start, min_depth, max_depth, block_kwargs, states, cache.",
+    ),
+    "past_key_values": (
+        lambda: loop()(X, past_key_values=None),  # type: ignore[call-arg]
+        "RecurrentWrapper does not take past_key_values. A cache is cache=adadepth.KVReuseCache(). It takes x, mask, "
+        "start, min_depth, max_depth, block_kwargs, states, cache.",
+    ),
+    "an argument of the block": (
+        lambda: loop()(X, cos=X),  # type: ignore[call-arg]
+        "RecurrentWrapper does not take cos. If it is for the block, pass block_kwargs={'cos': ...}: a tensor in it is "
+        "packed as x is. It takes x, mask, start, min_depth, max_depth, block_kwargs, states, cache.",
+    ),
+    "mask by position": (
+        lambda: loop()(X, torch.ones(4, 4).bool()),  # type: ignore[misc]
+        "RecurrentWrapper takes x alone by position, got 2 arguments. Name the others: mask=, start=, min_depth=, "
+        "max_depth=, block_kwargs=, states=, cache=.",
+    ),
+    "two loops in a row": (
+        lambda: nn.Sequential(loop(), loop())(X),
+        "RecurrentWrapper expected x of shape (batch, seq, dim), got the Output of another looped block. Pass its state: "
+        "looped(x).hidden.",
+    ),
+    "a layer on an output": (
+        lambda: nn.Linear(DIM, DIM)(loop()(X)),
+        "linear expected a tensor, got the Output of a looped block. Pass its state: looped(x).hidden.",
+    ),
+    "a tensor of the batch's shape": (
+        lambda: ad.RecurrentWrapper(AddsBatch(DIM, True), 3)(X, max_depth=torch.tensor([[1], [2], [3], [1]])),
+        "Attention expected q of shape (1, heads, 8, head_dim), got (4, 2, 8, 4): queries, keys and values must be those "
+        "of the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a memory "
+        "can, behind adadepth.RowPerToken); batch and heads must be separate axes. A tensor of the batch's shape that the block adds to its input is passed as "
+        "block_kwargs, which are packed.",
+    ),
+    "meta": (
+        lambda: loop(ad.LinearGate(DIM), ad.Threshold(0.5)).to("meta")(X.to("meta")),
+        "RecurrentWrapper with skip=True looks at the data to skip tokens, and x is on the meta device, which has none. "
+        "Build it with skip=False for shapes alone, or give x a real device.",
+    ),
+    "vmap": (
+        lambda: torch.vmap(HALTS)(X[None]),
+        "RecurrentWrapper looks at the data, and torch.vmap does not let it. Put what is mapped over into the batch: "
+        "x.flatten(0, 1).",
+    ),
+    "weights of the bare block": (
+        lambda: loop().load_state_dict(block().state_dict()),
+        "RecurrentWrapper.load_state_dict expected names that begin with 'block.', 'gate.' or 'update.', got those of the "
+        "bare block. Load them into it: looped.block.load_state_dict(state).",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_the_message(name: str) -> None:
+    call, message = ERRORS[name]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call()
+
+
+def test_a_gate_of_another_dtype() -> None:
+    looped = loop(ad.SharedMLPGate(DIM), ad.Threshold(0.5))
+    looped.gate = ad.SharedMLPGate(DIM).double()
+    with pytest.raises(
+        ValueError, match=r"^SharedMLPGate expected a state of its parameters' dtype and device, torch.float64"
+    ):
+        looped(X)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_flex_attention_is_refused_in_a_sentence(compiled: bool) -> None:
+    torch._dynamo.reset()
+    flex: nn.Module = Flex()
+    if compiled:
+        flex = nn.Sequential(torch.compile(flex, backend="eager"))
+    with pytest.raises(
+        ValueError, match=r"calls flex_attention, which a loop cannot reach: only F.scaled_dot_product_"
+    ):
+        ad.RecurrentWrapper(flex, 2)(torch.randn(2, 16, 16))
+
+
+WARNINGS: dict[str, tuple[Callable[[], object], str]] = {
+    "rule without a gate": (
+        lambda: loop(None, ad.Threshold(0.5)),
+        "RecurrentWrapper has Threshold as its rule, which reads scores, but no gate: every score is 1. Give it a gate, "
+        "or no rule.",
+    ),
+    "gate without a rule": (
+        lambda: loop(ad.LinearGate(DIM)),
+        "RecurrentWrapper has a gate, but no rule, and Replace does not use the score: the gate has no effect but on "
+        "trace.scores. Give it a rule, such as adadepth.Threshold(0.5).",
+    ),
+    "gate of more steps": (
+        lambda: loop(ad.PerIterationMLPGate(DIM, 5), ad.Threshold(0.5)),
+        "PerIterationMLPGate was made for 5 steps, but the loop has 3: what it has for later iterations is not used.",
+    ),
+    "logits that scale": (
+        lambda: loop(Says(lambda h: h.sum(-1).abs() + 1.5), ad.Threshold(0.5), ad.Interpolate()).eval()(X * 0),
+        "Says scored 1.67 at iteration 0, and Interpolate multiplies by it. Learned gates end in a sigmoid; a score that "
+        "is no scale takes adadepth.Replace() or adadepth.Ungated(...).",
+    ),
+    "dropout with a cache": (
+        lambda: with_cache(ad.RecurrentWrapper(nn.Sequential(block(), nn.Dropout(0.1)), 2), ad.KVReuseCache()),
+        "A cache is used in training mode, with dropout: what it holds is random. Call looped.eval() first.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WARNINGS)
+def test_what_may_be_meant_is_warned_of(name: str) -> None:
+    call, message = WARNINGS[name]
+    with pytest.warns() as caught:
+        call()
+    texts = [str(warning.message) for warning in caught]
+    if name == "logits that scale":
+        message = re.sub(r"scored \S+ at", "scored 1.5 at", message)
+        texts = [re.sub(r"scored \S+ at", "scored 1.5 at", text) for text in texts]
+    assert texts == [message]
+    assert name in ("logits that scale", "dropout with a cache") or caught[0].filename == __file__
+
+
+def test_what_wraps_a_piece_may_be_assigned_in_its_place() -> None:
+    looped = loop(ad.LinearGate(DIM), ad.Threshold(0.5))
+    looped.gate = torch.compile(ad.LinearGate(DIM), backend="eager")  # type: ignore[assignment]
+    looped.gate, looped.rule, looped.update = None, None, None  # type: ignore[assignment]
+    assert isinstance(looped.update, ad.Replace)
+    assert looped(X).trace.depth.eq(3).all()

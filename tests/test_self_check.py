@@ -1,0 +1,346 @@
+"""A wrapper checks itself once, on a few tokens of its own input; `check_looped` does so on all of them."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from blocks_zoo import BLOCKS, DIM, PreNorm, looped
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import adadepth as ad
+
+STEPS = 3
+NOTE = (
+    "RecurrentWrapper found this when it checked itself, once, on a few tokens before it first skipped some. "
+    "looped.self_check = False leaves that out."
+)
+
+
+@pytest.fixture(autouse=True)
+def checking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ad.RecurrentWrapper, "self_check", True)
+
+
+class Counts(PreNorm):
+    """Learned positions, counted by the length of the input."""
+
+    def __init__(self) -> None:
+        super().__init__(DIM, True)
+        self.place = nn.Embedding(512, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.place.weight[: x.shape[1]])
+
+
+class Capacity(PreNorm):
+    """Only the first 32 tokens of all get more than attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = (torch.arange(x.shape[0] * x.shape[1]) < 32).unsqueeze(-1)
+        return super().forward(x) + torch.where(kept, x.flatten(0, 1), 0).view_as(x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, as it is usually written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(0.5) * 2 if self.training else x
+
+
+class Stochastic(PreNorm):
+    def __init__(self) -> None:
+        super().__init__(DIM, True)
+        self.drop = DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(super().forward(x) - x)
+
+
+class BatchNorm(PreNorm):
+    def __init__(self) -> None:
+        super().__init__(DIM, True)
+        self.norm = nn.BatchNorm1d(DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+
+class Memory(nn.Module):
+    """Cross-attention to a memory of the sequence's own length."""
+
+    def __init__(self, memory: Tensor) -> None:
+        super().__init__()
+        self.memory = memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (x, self.memory, self.memory))
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def mixes(block: str, mode: str, where: str) -> str:
+    return (
+        rf"{block} mixes tokens outside its attention calls: in {mode} mode packed and dense execution differ by "
+        rf"\S+ relative, first in {where}. A looped block may mix tokens in attention only, and must read "
+        r"positions from adadepth.positions\(\) or view.positions."
+    )
+
+
+WRONG: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
+    "positions": (Counts, False, mixes("Counts", "evaluation", r"norm1 \(LayerNorm\)")),
+    "capacity": (
+        lambda: Capacity(DIM, True),
+        False,
+        mixes("Capacity", "evaluation", r"(the block itself \(Capacity\)|its own forward, at a later iteration)"),
+    ),
+    "batch norm": (BatchNorm, True, mixes("BatchNorm", "training", r"norm \(BatchNorm1d\)")),
+    "drop path": (
+        Stochastic,
+        True,
+        r"Stochastic draws noise that is neither of each token nor of the whole batch, in drop \(DropPath\): packed "
+        r"tokens of different rows stand in one sequence and would share it. Draw it for each token, or one per row of "
+        r"the batch and read it as noise\[adadepth.rows\(\)\].",
+    ),
+}
+
+
+def mixed_depths(x: Tensor, steps: int = STEPS) -> Tensor:
+    return 1 + torch.arange(x.shape[0] * x.shape[1]).view(x.shape[:2]) % steps
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_block_is_refused_where_it_first_skips(name: str, skip: bool, padded: bool) -> None:
+    make, training, message = WRONG[name]
+    loop = ad.RecurrentWrapper(make(), STEPS, skip=skip).train(training)
+    x = torch.randn(6, 40, DIM)
+    loop(x)  # nothing is skipped yet
+    call = {"mask": torch.rand(6, 40) < 0.8} if padded else {"max_depth": mixed_depths(x)}
+    for _ in range(2):  # and again, as long as it is wrong
+        with pytest.raises(ValueError, match=f"^{message}") as error:
+            loop(x, **call)
+        assert error.value.__notes__ == [NOTE]
+    loop.self_check = False
+    loop(x, **call)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_check_looped_refuses_it_too(name: str) -> None:
+    make, training, message = WRONG[name]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ad.check_looped(ad.RecurrentWrapper(make(), STEPS).train(training), torch.randn(6, 40, DIM))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_memory_as_long_as_the_sequence_is_refused(skip: bool) -> None:
+    loop = ad.RecurrentWrapper(Memory(torch.randn(2, 5, DIM)), 1, causal=False, skip=skip)
+    with pytest.raises(ValueError, match="Cross-attention and keys of another length cannot be looped"):
+        loop(torch.randn(2, 5, DIM), mask=torch.tensor([[1, 1, 1, 0, 0], [1] * 5]).bool())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_every_good_block_passes(kind: str, skip: bool, training: bool) -> None:
+    loop = looped(kind, skip=skip).train(training)
+    mask = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.7
+    x = torch.randn(3, 9, DIM).double()
+    loop(x, mask=mask)
+    ad.check_looped(loop, x, mask)
+    if not training:
+        with torch.no_grad():
+            loop(x[:, :1], cache=ad.KVReuseCache())
+        ad.check_looped(loop, torch.randn(1, 1, DIM).double())
+
+
+class Wrong(ad.Gate):
+    """The mean over whatever tokens come."""
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return h.mean((0, 1), keepdim=True).mean(-1).sigmoid().expand(h.shape[:-1])
+
+
+def test_a_gate_that_mixes_tokens_is_named() -> None:
+    loop = ad.RecurrentWrapper(PreNorm(DIM, True), STEPS, Wrong(), ad.Threshold(0.1), ad.Interpolate())
+    x = torch.randn(3, 9, DIM)
+    with pytest.raises(
+        ValueError, match=r"^Wrong or Interpolate gives packed tokens another result than tokens in rows"
+    ):
+        loop(x, max_depth=mixed_depths(x))
+
+
+class Remembers(PreNorm):
+    """Leaves traces of every kind: a buffer, an attribute, a list, a random number."""
+
+    def __init__(self) -> None:
+        super().__init__(DIM, True)
+        self.drop = nn.Dropout(0.3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.last = x
+        return self.drop(super().forward(x))
+
+
+def state_of(loop: nn.Module) -> Iterator[object]:
+    for module in loop.modules():
+        yield {name: value for name, value in module.__dict__.items() if name != "_checked"}
+        yield [len(getattr(module, name)) for name in dir(module) if name.endswith("_hooks")]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_left_changed_and_no_number_is_other(training: bool) -> None:
+    x, outs = torch.randn(3, 9, DIM), []
+    block = Remembers()
+    for check in (True, False):
+        loop = ad.RecurrentWrapper(copy.deepcopy(block), STEPS).train(training)
+        loop.self_check = check
+        torch.manual_seed(3)
+        out = loop(x.requires_grad_(), max_depth=mixed_depths(x))
+        outs.append((out.hidden, torch.rand(3), loop.block.calls.clone(), loop.block.last))
+        assert all(p.grad is None for p in loop.parameters())
+        assert loop.block.drop.p == 0.3 and all(m.training is training for m in loop.modules())
+        assert all(not hooks for part in loop.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks))
+        (grad,) = torch.autograd.grad(out.hidden.sum(), x)
+        outs[-1] += (grad,)
+    for checked, not_checked in zip(*outs, strict=True):
+        assert torch.equal(checked, not_checked)
+
+
+class Counting(PreNorm):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).calls += 1
+        return super().forward(x)
+
+
+def calls(run: Callable[[], object]) -> int:
+    before = Counting.calls
+    run()
+    return Counting.calls - before
+
+
+def test_it_happens_once_for_one_row_and_once_for_several_and_again_for_another_block() -> None:
+    loop = ad.RecurrentWrapper(Counting(DIM, True), STEPS).eval()
+    x = torch.randn(3, 9, DIM)
+    depth = mixed_depths(x)
+    assert calls(lambda: loop(x)) == STEPS  # nothing skipped, nothing checked
+    assert calls(lambda: loop(x[:1], max_depth=depth[:1])) > STEPS
+    assert calls(lambda: loop(x[:1], max_depth=depth[:1])) == STEPS
+    assert calls(lambda: loop(x, max_depth=depth)) > STEPS
+    for _ in range(2):
+        assert calls(lambda: loop(x, max_depth=depth)) == STEPS
+    assert calls(lambda: loop(x[:1], max_depth=depth[:1])) == STEPS
+    loop.block = Counting(DIM, True)
+    assert calls(lambda: loop(x, max_depth=depth)) > STEPS
+    loop.train()
+    assert calls(lambda: loop(x, max_depth=depth)) > STEPS  # what is wrong in training alone
+    loop.block, loop.self_check = Counting(DIM, True), False
+    assert calls(lambda: loop(x, max_depth=depth)) == STEPS
+
+
+def test_it_looks_at_a_bounded_number_of_tokens() -> None:
+    class Sizes(PreNorm):
+        seen: list[int] = []  # noqa: RUF012
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x.shape[0] * x.shape[1])
+            return super().forward(x)
+
+    loop = ad.RecurrentWrapper(Sizes(DIM, True), STEPS).eval()
+    x = torch.randn(9, 300, DIM)
+    loop(x, max_depth=mixed_depths(x))
+    assert sorted(Sizes.seen)[-STEPS:] == sorted([9 * 300, *(9 * 300 * i // STEPS for i in range(1, STEPS))])
+    assert all(size <= 4 * 64 for size in sorted(Sizes.seen)[:-STEPS])
+
+
+def test_a_window_of_left_padded_rows_holds_real_tokens() -> None:
+    """Row 0 alone is real in the first 64 columns."""
+
+    class Sees(PreNorm):
+        rows: set[int] = set()  # noqa: RUF012
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.rows.update(ad.rows().unique().tolist())
+            return super().forward(x + ad.take(extra) * per_row[ad.rows()])
+
+    extra, per_row = torch.randn(5, 200, DIM), torch.randn(5, DIM)
+    mask = torch.arange(200) >= torch.tensor([0, 150, 150, 150, 150]).unsqueeze(1)
+    loop = ad.RecurrentWrapper(Sees(DIM, True), 1).eval()
+    loop(torch.randn(5, 200, DIM), mask=mask, block_kwargs=None)
+    assert Sees.rows == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_of_half_precision_is_no_fault(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 9, DIM).to(dtype)
+    loop = ad.RecurrentWrapper(PreNorm(DIM, True).to(dtype), STEPS)
+    loop(x, max_depth=mixed_depths(x))
+    ad.check_looped(loop, x)
+    with pytest.raises(ValueError, match="mixes tokens outside its attention calls"):
+        ad.check_looped(ad.RecurrentWrapper(Counts().to(dtype), STEPS), x)
+
+
+@pytest.mark.parametrize("surroundings", ["inference", "autocast", "checkpoint", "no_grad", "seeded"])
+def test_it_keeps_to_itself_wherever_it_runs(surroundings: str) -> None:
+    loop = ad.RecurrentWrapper(PreNorm(DIM, True), STEPS, checkpoint=surroundings == "checkpoint")
+    x = torch.randn(3, 9, DIM)
+
+    def run() -> Tensor:
+        return loop(x, max_depth=mixed_depths(x)).hidden
+
+    if surroundings == "inference":
+        with torch.inference_mode():
+            run()
+    elif surroundings == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            run().sum().backward()
+    elif surroundings == "checkpoint":
+        checkpoint(run, use_reentrant=False).sum().backward()
+    elif surroundings == "no_grad":
+        with torch.no_grad():
+            run()
+    else:
+        run().sum().backward()
+    assert loop._checked
+
+
+@pytest.mark.plain
+def test_a_compiled_loop_does_not_check_itself() -> None:
+    loop = ad.RecurrentWrapper(Counting(DIM, True), STEPS, skip=False)
+    x = torch.randn(3, 9, DIM)
+    compiled = torch.compile(loop, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(x, max_depth=mixed_depths(x)).hidden, loop(x, max_depth=mixed_depths(x)).hidden)
+
+
+def test_check_looped_finds_what_a_cache_does_otherwise() -> None:
+    class Grows(PreNorm):
+        """Is another block in every pass."""
+
+        passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.passes += 1
+            return super().forward(x + 0.1 * self.passes)
+
+    loop = ad.RecurrentWrapper(Grows(DIM, True), 1)
+    with pytest.raises(ValueError, match=r"^Grows gives with a cache another result than without: a prompt and then"):
+        ad.check_looped(loop, torch.randn(2, 7, DIM))
+    assert loop.block.passes == 0
+    ad.check_looped(ad.RecurrentWrapper(Grows(DIM, False), 1, causal=False), torch.randn(2, 7, DIM))
+
+
+def test_check_looped_takes_the_call_as_it_will_be() -> None:
+    loop = looped("attention")
+    x = torch.randn(3, 9, DIM).double()
+    before = {name: value.clone() for name, value in loop.state_dict().items()}
+    ad.check_looped(loop, x, torch.rand(3, 9) < 0.8, start=torch.randn_like(x), max_depth=torch.tensor([[4], [2], [1]]))
+    assert all(torch.equal(value, before[name]) for name, value in loop.state_dict().items())
+    with pytest.raises(ValueError, match="does not take attention_mask"):
+        ad.check_looped(loop, x, attention_mask=None)
