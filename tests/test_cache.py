@@ -191,7 +191,7 @@ def test_the_loop_s_steps_are_kept_where_a_first_pass_is_shorter(layout: str) ->
     loop(x[:, :3], cache=cache, max_depth=1)
     assert (cache.steps, cache.layers) == (4, 2)
     got = loop(x[:, 3:], cache=cache)
-    want = loop(x, max_depth=torch.tensor([1, 1, 1, 4, 4, 4]))
+    want = loop(x, max_depth=torch.tensor([[1, 1, 1, 4, 4, 4]]))
     assert mixed(got.trace.live)
     torch.testing.assert_close(got.hidden, want.hidden[:, 3:], rtol=1e-10, atol=1e-12)
 
