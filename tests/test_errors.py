@@ -181,8 +181,9 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "cross-attention": (
         lambda: loop(Block(cross), causal=False)(X),
         "Attention expected k of shape (2, heads, 5, head_dim), got (2, 2, 3, 4): queries, keys and values must be those of "
-        "the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads "
-        "must be separate axes.",
+        "the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a memory can, "
+        "behind adadepth.RowPerToken); batch and heads must be separate axes. A tensor of the batch's shape that the block "
+        "adds to its input is passed as block_kwargs, which are packed.",
     ),
     "heads merged": (
         lambda: loop(Block(merged))(X),
