@@ -49,9 +49,11 @@ def test_casting_and_moving_take_everything_along() -> None:
 def test_tables_are_resized_and_replaced_also_where_pieces_refer_to_them(tmp_path: Path) -> None:
     base = original("llama", torch.float32)
     gate = ad.MaxProbGate(nn.Sequential(base.base_model.norm, base.get_output_embeddings()))
-    model = adapt(base, STEPS, gate, update=ad.Ponder(base.get_input_embeddings(), base.get_output_embeddings()))
+    model = adapt(
+        base, STEPS, gate, update=ad.Ungated(ad.Ponder(base.get_input_embeddings(), base.get_output_embeddings()))
+    )
     model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
-    ponder, head, embedding = model.loop.update, model.get_output_embeddings(), model.get_input_embeddings()
+    ponder, head, embedding = model.loop.update.update, model.get_output_embeddings(), model.get_input_embeddings()
     assert ponder.embedding is embedding and ponder.head is head and model.loop.gate.head[1] is head
     assert model(IDS + 5).logits.shape[-1] == VOCAB + 5 == model.config.get_text_config().vocab_size
     model.save_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from ..cache.kv_reuse import KVReuseCache
 from ..rules import TrainingOnly
-from .bounds import Bounds
+from .bounds import Bounds, Depth
 from .trace import Output
 
 S = TypeVar("S")
@@ -78,6 +78,14 @@ def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
             f"start expected the shape and dtype of x, {tuple(x.shape)} {x.dtype}, got {tuple(start.shape)} "
             f"{start.dtype}."
         )
+
+
+def looks(looped: Any, mask: Tensor | None, min_depth: Depth, max_depth: Depth) -> bool:
+    """Whether a pass may skip tokens, and so looks at the data; without exits and padding it does not."""
+    if not looped.skip or mask is not None or isinstance(max_depth, Tensor):
+        return bool(looped.skip)
+    forced = isinstance(min_depth, int) and min_depth >= looped.steps
+    return looped.rule is not None and not forced
 
 
 def check_can_look(looped: Any, x: Tensor, mask: Tensor | None, bounds: Bounds) -> None:

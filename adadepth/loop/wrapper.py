@@ -22,7 +22,7 @@ from ..cache.kv_reuse import KVReuseCache
 from ..gates import Gate
 from ..rules import Rule
 from ..updates import Update
-from .arguments import check_cache, check_can_look, check_given, check_rows, named
+from .arguments import check_cache, check_can_look, check_given, check_rows, looks, named
 from .blocks import ask, run, view_of
 from .bounds import Bounds
 from .checks import (
@@ -145,9 +145,11 @@ class RecurrentWrapper(Called, nn.Module):
             score, stay or state of another shape, a cache that does not fit, pieces that do not go together, and,
             in eager evaluation, a score that is NaN.
         """
-        options = {"min_depth": min_depth, "max_depth": max_depth, "states": states, "cache": cache}
-        if torch.compiler.is_compiling() and (self.skip or self.checkpoint or cache is not None):
-            return uncompiled(self, x, mask=mask, start=start, block_kwargs=block_kwargs, **options)
+        depths = {"min_depth": min_depth, "max_depth": max_depth}
+        if torch.compiler.is_compiling() and (self.checkpoint or cache is not None or looks(self, mask, **depths)):
+            return uncompiled(
+                self, x, mask=mask, start=start, block_kwargs=block_kwargs, states=states, cache=cache, **depths
+            )
         check_rows(x, mask, start)
         check_together(self.gate, self.update)
         shape = (x.shape[0], x.shape[1])

@@ -6,6 +6,7 @@ about three minutes on one thread; `--quick` trains hardly at all, to see that e
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -24,6 +25,8 @@ from torch import Tensor
 
 import adadepth as ad
 
+# Some gates learn from a loss on their scores alone.
+warnings.filterwarnings("ignore", "RecurrentWrapper has a gate, but no rule")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests" / "compositions"))
 toy: Any = import_module("toy")
