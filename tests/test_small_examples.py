@@ -19,7 +19,7 @@ all computed and selected: the same
 decoded with a cache: the same
 refused:
   Convolved mixes tokens outside its attention calls: in evaluation mode packed and dense execution
-  differ by 6.6e-01 relative, first in conv (Conv1d). A looped block may mix tokens in attention only,
+  differ by 4.6e-01 relative, first in conv (Conv1d). A looped block may mix tokens in attention only,
   and must read positions from adadepth.positions() or view.positions.
 """
 
