@@ -20,8 +20,8 @@ class Recorder:
 
     def __init__(self, x: HiddenRows, tokens: TokenSet, steps: int, *, scored: bool, states: bool) -> None:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
-        self.one = x.new_ones(())
         self._x, self._steps, self._has_scores = x, steps, scored
+        self._one = x.new_ones(())
         self._live: list[Tensor] = []
         self._scores: list[Tensor] = []
         self._exits: list[Tensor | None] = []
@@ -53,6 +53,12 @@ class Recorder:
     def history(self) -> ScoreHistoryRows:
         """All scores so far, `(batch, seq, iterations)`, newest last; 0 where not live."""
         return torch.stack(self._scores if self._has_scores else [live.to(self.dtype) for live in self._live], -1)
+
+    def scores(self, tokens: TokenSet, x: Tensor) -> Tensor:
+        """The scores so far of the tokens `x (rows, length, dim)`, `(rows, length, iterations)`; 1 without a gate."""
+        if self._has_scores:
+            return tokens.take(self.history).to(x.dtype)
+        return self._one.expand(*x.shape[:2], len(self._live))
 
     def output(self) -> Output:
         """The result; iterations that nobody ran are filled in."""

@@ -242,10 +242,6 @@ class RecurrentWrapper(Called, nn.Module):
         return bounds.clamp(stays, remaining, step)
 
     def _next(self, x: Tensor, h: Tensor, start: Tensor, record: Recorder, tokens: TokenSet, step: int) -> Tensor:
-        if self.gate is None:
-            scores = record.one.expand(*x.shape[:-1], step + 1)
-        else:
-            scores = tokens.take(record.history).to(x.dtype)
-        new: Tensor = ask(self.update, Here(tokens, step), x, h, start, scores, step)
+        new: Tensor = ask(self.update, Here(tokens, step), x, h, start, record.scores(tokens, x), step)
         check_result(self.update, "the next input", x.shape, new, step)
         return new if new.dtype == x.dtype else new.to(x.dtype)
