@@ -169,6 +169,33 @@ def rotary(block: Rotary, x: Tensor, tokens: Tokens) -> Tensor:
     return x + block.out(tokens.attend(q, k, split(block.v(y), 2), **block.options).flatten(1))
 
 
+class Capped(nn.Module):
+    """Scores that are bounded, a sink of each head, a window, and keys and values that heads share."""
+
+    takes_view = True
+
+    def __init__(self, dim: int, causal: bool) -> None:
+        super().__init__()
+        self.norm, self.q, self.kv = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim // 2)
+        self.out, self.sinks = nn.Linear(dim, dim), nn.Parameter(torch.randn(4))
+        self.options: dict[str, Any] = {"softcap": 0.6, "window": 4 if causal else None, "scale": 2.0}
+
+    def forward(self, x: Tensor, view: ad.TokenView) -> Tensor:
+        y = self.norm(x)
+        k, v = self.kv(y).chunk(2, -1)
+        out = view.attend(
+            heads_of(self.q(y), 4), heads_of(k, 1), heads_of(v, 1), enable_gqa=True, sinks=self.sinks, **self.options
+        )
+        return x + self.out(merged(out))
+
+
+def capped(block: Capped, x: Tensor, tokens: Tokens) -> Tensor:
+    y = block.norm(x)
+    k, v = block.kv(y).chunk(2, -1)
+    out = tokens.attend(split(block.q(y), 4), split(k, 1), split(v, 1), sinks=block.sinks, **block.options)
+    return x + block.out(out.flatten(1))
+
+
 class Stepped(PreNorm):
     """Knows its iteration and its tokens' positions, through functions that need no view."""
 
@@ -218,6 +245,7 @@ BLOCKS = {
     "pointwise": Kind(pointwise, lambda block, x, tokens: block.block(x)),
     "view": Kind(Rotary, rotary),
     "window": deep(Kind(lambda dim, causal: Rotary(dim, causal, window=3), rotary), Kind(Rotary, rotary)),
+    "softcap and sinks": Kind(Capped, capped),
     "iteration and positions": Kind(Stepped, stepped),
 }
 # Each with several layers.

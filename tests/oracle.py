@@ -121,7 +121,15 @@ class Tokens(NamedTuple):
     part: tuple[int, ...] = ()
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, call: int = 0, scale: float | None = None, window: int | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: int = 0,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Softmax attention, (m, heads, head_dim): of those that run, over all tokens that they may see."""
         keys, values = self._show(("k", *self.part, call), k), self._show(("v", *self.part, call), v)
@@ -133,7 +141,13 @@ class Tokens(NamedTuple):
         if window is not None:
             sees = sees & (behind < window)
         logits = torch.einsum("qhd,khd->hqk", q, keys) * (q.shape[2] ** -0.5 if scale is None else scale)
-        weights = logits.masked_fill(~sees, -torch.inf).softmax(-1)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        weights = logits.masked_fill(~sees, -torch.inf)
+        if sinks is None:
+            weights = weights.softmax(-1)
+        else:  # one more key for each head, whose value is 0
+            weights = weights.exp() / (weights.exp().sum(-1, keepdim=True) + sinks.exp().view(-1, 1, 1))
         return torch.einsum("hqk,khd->qhd", weights, values)
 
     def _show(self, name: Name, new: Tensor) -> Tensor:

@@ -234,6 +234,18 @@ def test_gradients_reach_what_is_passed() -> None:
         close(other, grads[0])
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_padding_in_what_is_passed_is_not_read(skip: bool) -> None:
+    """What is not a number there would spread through the gradient of a weight, though no state shows it."""
+    block = AdaLN()
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    c = torch.randn(2, 3, DIM).masked_fill(~mask.unsqueeze(-1), float("nan"))
+    ad.RecurrentWrapper(block, 2, skip=skip)(
+        torch.randn(2, 3, DIM), mask=mask, block_kwargs={"c": c}
+    ).hidden.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in block.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("shape", [(2, 0), (2, 3)])
 def test_a_pass_in_which_nothing_runs_is_given_something(shape: tuple[int, int]) -> None:
     block, x = Inside(), torch.randn(*shape, DIM)

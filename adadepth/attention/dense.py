@@ -5,8 +5,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from .how import How
 from .tokens import DenseTokens, WholeTokens
-from .view import KV, How, TokenView, seen
+from .view import KV, TokenView, seen
 
 
 @final

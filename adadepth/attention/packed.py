@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .groups import Group
+from .how import How
 from .tokens import PackedTokens
-from .view import KV, How, TokenView, seen
+from .view import KV, TokenView, seen
 
 
 @final

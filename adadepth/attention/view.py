@@ -9,43 +9,20 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .._types import Attended, Keys, Queries, Values
-from .context import Here, active
-from .dispatch import uncaught
+from .context import Here
+from .how import How
 from .tokens import TokenSet, WholeTokens
 
 KV = tuple[Tensor, Tensor]
 LOOP = "adadepth.loop.blocks"  # the module whose frames run blocks
-
-
-class How(NamedTuple):
-    """What a block asks of attention beside queries, keys and values."""
-
-    dropout_p: float
-    scale: float | None
-    enable_gqa: bool
-    window: int | None
-
-    def ask(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
-        """PyTorch's attention, with `allowed` in place of `causal` where it is given; this call is not caught."""
-        causal = causal and allowed is None
-        more: Any = {"scale": self.scale, "enable_gqa": self.enable_gqa}
-        if torch.compiler.is_compiling():  # a function mode sees the one, and not the other
-            return torch.ops.aten.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
-        active.attends = True
-        try:
-            with uncaught():
-                return F.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
-        finally:
-            active.attends = False
 
 
 def seen(own: Tensor, slots: Tensor, window: int | None) -> Tensor:
@@ -120,6 +97,8 @@ class TokenView(ABC):
         scale: float | None = None,
         enable_gqa: bool = False,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float[Tensor, "heads"] | None = None,
     ) -> Attended:
         """Attention of the tokens that run over all tokens of their rows.
 
@@ -127,12 +106,16 @@ class TokenView(ABC):
         fewer heads; `rows` and `length` are those of the block's input. The result is shaped like
         `q`, with the head dimension of `v`. A token that left shows the keys and values of its last
         iteration; padding is not seen; whether later tokens are is the wrapper's `causal`. With
-        `window`, a token sees itself and the `window - 1` before it in its row.
+        `window`, a token sees itself and the `window - 1` before it in its row. `softcap` bounds the
+        scores, `softcap · tanh(score / softcap)`; `sinks (heads,)` are scores of a key of each head that
+        all see and whose value is 0. PyTorch's kernels know neither: with them the scores are held.
 
         Raises: `ValueError` if the shapes are not those of the block's input, if the block attends
         more often than in the iteration before, or for a window below 1 or without causality.
+        Source: softcap: Gemma 2, arXiv 2408.00118, section 2; learned sinks: Xiao et al. 2023,
+        arXiv 2309.17453, section 3.3, as gpt-oss has them.
         """
-        how = How(dropout_p, scale, enable_gqa, window)
+        how = How(dropout_p, scale, enable_gqa, window, softcap, sinks)
         if window is not None:
             self._check_window(window)
         if self.bare:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from .._lazy import lazy
+from ..attention.how import How
 from ..attention.packed import bias
-from ..attention.view import KV, How, TokenView, seen
+from ..attention.view import KV, TokenView, seen
 from .runs import Run
 from .tokens import CachedTokens
 

@@ -1,0 +1,61 @@
+"""What a block asks of attention beside queries, keys and values, and what answers it."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .context import active
+from .dispatch import uncaught
+
+
+class How(NamedTuple):
+    """The options of one call of `view.attend`."""
+
+    dropout_p: float
+    scale: float | None
+    enable_gqa: bool
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    def ask(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
+        """The answers `(rows, heads, queries, head_dim)`, with `allowed` in place of `causal` where it is given.
+
+        PyTorch's attention, in a call that is not caught; or, for what it does not know, a softmax written out.
+        """
+        causal = causal and allowed is None
+        if self.softcap is not None or self.sinks is not None:
+            return self._written_out(q, k, v, _tril(q, k) if causal else allowed)
+        more: Any = {"scale": self.scale, "enable_gqa": self.enable_gqa}
+        if torch.compiler.is_compiling():  # a function mode sees the one, and not the other
+            return torch.ops.aten.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
+        active.attends = True
+        try:
+            with uncaught():
+                return F.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
+        finally:
+            active.attends = False
+
+    def _written_out(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        """The scores are held, `(rows, heads, queries, keys)`; the softmax is float32 or wider."""
+        dtype, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[1]
+        k, v = k.unsqueeze(2), v.unsqueeze(2)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = (q.unflatten(1, (kv_heads, -1)) @ k.mT * scale).to(dtype)
+        if self.softcap is not None:
+            scores = (scores / self.softcap).tanh() * self.softcap
+        if allowed is not None:
+            allowed = allowed.unsqueeze(-3)  # the same for all heads
+            scores = scores.masked_fill(~allowed, -torch.inf) if allowed.dtype == torch.bool else scores + allowed
+        if self.sinks is not None:
+            sinks = self.sinks.to(dtype).view(kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat((scores, sinks), -1)
+        weights = scores.softmax(-1)[..., : k.shape[-2]]
+        return (F.dropout(weights.to(v.dtype), self.dropout_p) @ v).flatten(1, 2)
+
+
+def _tril(q: Tensor, k: Tensor) -> Tensor:
+    """`(1, 1, queries, keys)` bool: the j-th query sees the first j keys."""
+    return torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
