@@ -4,7 +4,7 @@ A block's formula is given the tokens `x (m, dim)` that run and reads the block'
 it knows only `oracle.Tokens`. `BLOCKS` is the table. Dropout is 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +60,7 @@ def pre_norm(block: PreNorm, x: Tensor, tokens: Tokens, call: int = 0) -> Tensor
     return x + block.mlp(block.norm2(x))
 
 
-def stack(block: nn.Sequential, x: Tensor, tokens: Tokens) -> Tensor:
+def stack(block: Iterable[PreNorm], x: Tensor, tokens: Tokens) -> Tensor:
     for call, layer in enumerate(block):
         x = pre_norm(layer, x, tokens, call)
     return x
@@ -113,9 +113,9 @@ def multihead(block: Multihead, x: Tensor, tokens: Tokens) -> Tensor:
 
 def encoder(dim: int, causal: bool, norm_first: bool = False, layers: int = 0) -> nn.Module:
     """An `nn.TransformerEncoderLayer`, or a stack of `layers` of them."""
-    block: nn.Module = nn.TransformerEncoderLayer(dim, 2, 2 * dim, 0.0, batch_first=True, norm_first=norm_first)
+    layer = nn.TransformerEncoderLayer(dim, 2, 2 * dim, 0.0, batch_first=True, norm_first=norm_first)
+    block = nn.TransformerEncoder(layer, layers) if layers else layer
     if layers:
-        block = nn.TransformerEncoder(block, layers)
         for p in block.parameters():  # else all layers are copies
             p.data.add_(torch.randn_like(p), alpha=0.1)
     return ad.CausalEncoder(block) if causal else block

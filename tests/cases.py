@@ -9,6 +9,7 @@ import torch
 from blocks_zoo import DIM, Kind, spread
 from hypothesis import seed, settings
 from hypothesis import strategies as st
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -139,7 +140,7 @@ class Setting(NamedTuple):
 
     def run(self, loop: ad.RecurrentWrapper, **options: Any) -> oracle.Result:
         out = loop(self.x, states=True, **self.arguments, **options)
-        return oracle.Result(out.hidden, out.states, *out.trace)
+        return oracle.Result(out.hidden, the(Tensor, out.states), *out.trace)
 
 
 def of_its_own(kind: str, examples: int) -> Callable[[Any], Any]:

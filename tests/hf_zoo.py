@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from narrow import the
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -92,7 +93,7 @@ def spread(name: str, layers: slice | None, dtype: torch.dtype = torch.float64) 
     for weight in gate.parameters():
         nn.init.normal_(weight)
     model = adapt(original(name, dtype), STEPS, gate, layers=layers)
-    nn.init.constant_(model.loop.update.alpha, 0.4)
+    nn.init.constant_(the(ad.ReZero, model.loop.update).alpha, 0.4)
     with torch.no_grad():
         scores = model(IDS, attention_mask=MASK).trace.scores[MASK.bool()]
     model.loop.rule = Above(scores.quantile(0.4, 0).tolist())

@@ -13,21 +13,24 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from narrow import the
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from examples.adaponderlm import checkpoints, train, trainer
 
 torch.set_num_threads(1)
 # Where a process ends, at the n-th call, and what it then leaves half done.
 PLACES = [
-    (checkpoints.dcp, "save", 2, "step-00000002.part"),
+    (dcp, "save", 2, "step-00000002.part"),
     (checkpoints, "_sync", 3, "step-00000001.part"),
-    (checkpoints.os, "replace", 3, "step-00000002.part"),
-    (checkpoints.shutil, "rmtree", 5, "step-00000001.gone.part"),
+    (os, "replace", 3, "step-00000002.part"),
+    (shutil, "rmtree", 5, "step-00000001.gone.part"),
     (trainer, "replace", 2, "model.part"),
 ]
 
@@ -63,14 +66,20 @@ def left(out: Path) -> dict[str, Any]:
     return {
         "steps": [int(path.name[5:]) for path in folders],
         "parts": [path.name for path in out.rglob("*.part")],
-        "whole": ended(start(lambda: [read(path) for path in folders].clear())) == 0,
+        "whole": ended(start(lambda: all_read(folders))) == 0,
     }
+
+
+def all_read(folders: list[Path]) -> None:
+    for path in folders:
+        read(path)
 
 
 def read(path: Path) -> None:
     there = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     with checkpoints._alone():
-        dcp.load({name: torch.empty(about.size) for name, about in there.items()}, checkpoint_id=path)
+        tensors = {name: the(TensorStorageMetadata, about) for name, about in there.items()}
+        dcp.load({name: torch.empty(about.size) for name, about in tensors.items()}, checkpoint_id=path)
     json.loads((path / checkpoints.MORE).read_text())
     torch.load(path / "random-0.pt")
 
@@ -88,6 +97,11 @@ def die_at(holder: Any, name: str, count: int) -> None:
     setattr(holder, name, called)
 
 
+def dies(holder: Any, name: str, count: int, work: Callable[[], None]) -> None:
+    die_at(holder, name, count)
+    work()
+
+
 def main(folder: Path, kills: int, seed: int, values: list[str]) -> None:
     def trains(out: str) -> Callable[[], None]:
         return lambda: train.main(["--config", "tiny.yaml", *values, f"out={folder / out}"])
@@ -96,7 +110,8 @@ def main(folder: Path, kills: int, seed: int, values: list[str]) -> None:
     began = time.perf_counter()
     assert ended(start(trains("whole"))) == 0
     seconds, moments = time.perf_counter() - began, random.Random(seed)
-    curves, out, found = {}, folder / "random", []
+    curves, out = {}, folder / "random"
+    found: list[dict[str, Any]] = []
     while len(found) < kills:
         pid = start(trains("random"))
         time.sleep(moments.uniform(0, seconds))
@@ -109,9 +124,9 @@ def main(folder: Path, kills: int, seed: int, values: list[str]) -> None:
             shutil.rmtree(out)
     assert ended(start(trains("random"))) == 0
     curves["random"] = curve(out)
-    for *place, part in PLACES:
-        name = f"{place[1]}, {part}"
-        assert ended(start(lambda place=place, name=name: (die_at(*place), trains(name)())[0])) == -signal.SIGKILL
+    for holder, function, count, part in PLACES:
+        name = f"{function}, {part}"
+        assert ended(start(partial(dies, holder, function, count, trains(name)))) == -signal.SIGKILL
         found.append(left(folder / name))
         assert found[-1]["parts"] == [part], found[-1]
         assert ended(start(trains(name))) == 0

@@ -21,7 +21,7 @@ FITTING = 20  # steps: a router is asked to be the same everywhere, not to be go
 FSDP = "ACCELERATE_USE_FSDP"
 
 
-class Sharded(Accelerator):
+class Sharded(Accelerator):  # type: ignore[misc]
     """FSDP2 on CPUs: accelerate takes it on accelerators alone."""
 
     def __init__(self, **options: Any) -> None:
@@ -36,7 +36,7 @@ class Sharded(Accelerator):
         """Stay in the group of ranks, for what comes next."""
 
 
-class Copied(Accelerator):
+class Copied(Accelerator):  # type: ignore[misc]
     """DDP."""
 
     def __init__(self, **options: Any) -> None:
@@ -65,7 +65,7 @@ def main(path: str) -> None:
     depths = Objective._depths
     for training in json.loads(Path(path).read_text()):
         AcceleratorState._reset_state(reset_partial_state=False)
-        train.Accelerator = Sharded if training["sharded"] else Copied  # type: ignore[misc]
+        train.Accelerator = Sharded if training["sharded"] else Copied  # type: ignore[attr-defined]
         halts = training["halts"]
         Objective._depths = depths if halts is None else halting(depths, halts)  # type: ignore[method-assign]
         train.main(training["arguments"])

@@ -8,7 +8,7 @@ each token, those of the last iteration in which the token ran.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Result(NamedTuple):
 
 
 Name = tuple[str | int, ...]  # of an attention call's keys or values
-Layers = Callable[[nn.Module, Tensor, "Tokens"], Tensor]  # the block's formula: (m, dim) to (m, dim)
+Layers = Callable[[Any, Tensor, "Tokens"], Tensor]  # of a kind of block, the formula: (m, dim) to (m, dim)
 Gate = Callable[[Tensor, Tensor, int], Tensor]  # h, previous (m, dim), step: scores (m,)
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]  # scores (n, step + 1), remaining, place (n,): what stays (n,)
 Update = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # x, h, start (m, dim), scores (m, step + 1): (m, dim)
@@ -54,7 +54,8 @@ def loop(
     row, _ = mask.nonzero(as_tuple=True)
     place = (mask.cumsum(1) - 1)[mask] + past.count(row)
     inputs, start, least, most = x[mask], start[mask], least[mask], most[mask]
-    state, remaining, shown = inputs, inputs.new_ones(len(inputs)), {}
+    state, remaining = inputs, inputs.new_ones(len(inputs))
+    shown: dict[Name, Tensor] = {}
     lives, states, scores, exits = [], [], [], []
     for step in range(steps):
         runs, previous = remaining > 0, state
@@ -75,10 +76,10 @@ def loop(
         inputs = put(inputs, goes, update(inputs[goes], state[goes], start[goes], history[goes]))
     past.add(row, place, shown)
     weights = torch.stack(exits, 1)
-    states = torch.stack(states, 1)
-    hidden = (weights.unsqueeze(-1) * states).sum(1)
-    scores = torch.stack(scores, 1) if scores else weights[:, :0]
-    return Result(*(in_rows(t, mask) for t in (hidden, states, torch.stack(lives, 1), scores, weights)))
+    each = torch.stack(states, 1)
+    hidden = (weights.unsqueeze(-1) * each).sum(1)
+    gated = torch.stack(scores, 1) if scores else weights[:, :0]
+    return Result(*(in_rows(t, mask) for t in (hidden, each, torch.stack(lives, 1), gated, weights)))
 
 
 class Past:
@@ -239,26 +240,26 @@ def ungated(update: Update) -> Update:
     return lambda x, h, start, scores: update(x, h, start, torch.ones_like(scores))
 
 
-# Gates, of a module's parameters.
+# Gates, of a module's parameters: any that has them.
 
 
 def no_gate(module: None) -> Gate:
     return lambda h, previous, step: h.new_ones(len(h))
 
 
-def linear_gate(module: nn.Module) -> Gate:
+def linear_gate(module: Any) -> Gate:
     return lambda h, previous, step: 1 / (1 + (-(h @ module.proj.weight[0] + module.proj.bias)).exp())
 
 
-def shared_gate(module: nn.Module) -> Gate:
+def shared_gate(module: Any) -> Gate:
     return lambda h, previous, step: _mlp_score(module.mlp, h)
 
 
-def per_iteration_gate(module: nn.Module) -> Gate:
+def per_iteration_gate(module: Any) -> Gate:
     return lambda h, previous, step: _mlp_score(module.mlps[step], h)
 
 
-def _mlp_score(mlp: nn.Sequential, h: Tensor) -> Tensor:
+def _mlp_score(mlp: Any, h: Tensor) -> Tensor:
     first, last = mlp[0], mlp[2]
     between = torch.nn.functional.gelu(h @ first.weight.T + first.bias)
     return 1 / (1 + (-(between @ last.weight[0] + last.bias)).exp())

@@ -48,7 +48,7 @@ class Plain(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        return list(self.loop.block)
+        return list(self.loop.block.children())
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Any = None, **depths: Any) -> Said:
         out = self.loop(self.embed(input_ids), mask=attention_mask, cache=cache, **depths)
@@ -198,10 +198,9 @@ def results(rank: int) -> Iterator[tuple[Any, Any]]:
         made = agreed(objective(name, how))
         whole = nn.parallel.DistributedDataParallel(made) if "ddp" in how else shard(made, made.model, how)
         yield case, trained(whole, *mine(data, rank))
-    for case in DECODED:
-        name, data = case
+    for name, data in DECODED:
         model = agreed(objective(name).model)
-        yield case, decoded(shard(model, model, "layers"), empty_cache(name), *mine(data, rank))
+        yield (name, data), decoded(shard(model, model, "layers"), empty_cache(name), *mine(data, rank))
 
 
 def main(folder: str, rank: int) -> None:
