@@ -28,7 +28,7 @@ import adadepth as ad
 # Some gates learn from a loss on their scores alone.
 warnings.filterwarnings("ignore", "RecurrentWrapper has a gate, but no rule")
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parents[1] / "tests" / "compositions"))
+sys.path[:0] = [str(HERE.parents[1] / "tests" / "compositions"), str(HERE.parents[1] / "tests")]
 toy: Any = import_module("toy")
 
 SEEDS = range(3)

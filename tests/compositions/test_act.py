@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import toy
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -42,7 +43,7 @@ def act_loss(model: UniversalTransformer, out: ad.Output, labels: Tensor, time_p
 @pytest.fixture
 def model() -> UniversalTransformer:
     model = UniversalTransformer(steps=4)
-    toy.spread(model.looped.gate)
+    toy.spread(the(nn.Module, model.looped.gate))
     return model
 
 
@@ -61,7 +62,7 @@ def test_ponder_cost_and_its_gradient_are_those_of_the_definition(model: Univers
     halting = (1 - trace.scores).flatten(0, 1)
     got, want = ad.ponder_cost(trace), torch.stack([cost_by_definition(token, steps=4) for token in halting]).mean()
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
-    weight = next(model.looped.gate.parameters())
+    weight = next(the(nn.Module, model.looped.gate).parameters())
     got, want = (torch.autograd.grad(cost, weight, retain_graph=True)[0] for cost in (got, want))
     assert got.any()
     torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
@@ -73,7 +74,11 @@ def test_a_higher_time_penalty_lowers_the_ponder_cost() -> None:
     for penalty in (0.0, 0.03, 0.3):
         torch.manual_seed(0)
         model = UniversalTransformer(steps=4)
-        toy.train(lambda i, y, m=model, p=penalty: act_loss(m, m(i), y, p), [model], steps=60)
+
+        def loss(i: Tensor, y: Tensor, model: UniversalTransformer = model, penalty: float = penalty) -> Tensor:
+            return act_loss(model, model(i), y, penalty)
+
+        toy.train(loss, [model], steps=60)
         with torch.no_grad():
             out = model(ids)
         costs.append(ad.ponder_cost(out.trace).item())

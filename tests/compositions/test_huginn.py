@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import toy
+from narrow import the
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -39,8 +40,8 @@ class Huginn(nn.Module):
 
     def forward(self, ids: Tensor, noise: Tensor, depth: int, **call: Any) -> ad.Output:
         embedded, adapter = self.embed(ids), self.looped.update
-        adapter.cut = depth - self.keep
-        first = adapter.mix(torch.cat([noise, embedded], -1))
+        adapter.cut = depth - self.keep  # type: ignore[assignment]
+        first = adapter.mix(torch.cat([noise, embedded], -1))  # type: ignore[operator]
         return self.looped(first, start=embedded, max_depth=depth, **call)
 
     def exit_when_settled(self, nats: float) -> None:
@@ -63,10 +64,10 @@ def answer_loss(model: Huginn, out: ad.Output, labels: Tensor) -> Tensor:
 
 def truncated_by_hand(model: Huginn, ids: Tensor, noise: Tensor, depth: int) -> Tensor:
     """The state after `depth` iterations, the first of them without a graph."""
-    h, embedded = noise, model.embed(ids)
+    h, embedded, adapter = noise, model.embed(ids), the(Adapter, model.looped.update)
     for i in range(depth):
         with torch.set_grad_enabled(i >= depth - model.keep):
-            h = model.looped.block(model.looped.update.mix(torch.cat([h, embedded], -1)))
+            h = model.looped.block(adapter.mix(torch.cat([h, embedded], -1)))
     return h
 
 

@@ -46,7 +46,11 @@ def test_the_same_parameters_answer_more_with_more_iterations() -> None:
     for steps in (1, 2):
         torch.manual_seed(0)
         model = LoopTransformer(steps)
-        toy.train(lambda i, y, m=model: answer_loss(m, m(i), y), [model], steps=100)
+
+        def loss(ids: Tensor, labels: Tensor, model: LoopTransformer = model) -> Tensor:
+            return answer_loss(model, model(ids), labels)
+
+        toy.train(loss, [model], steps=100)
         answered.append((model.head(model(ids).hidden).argmax(-1) == labels).double().mean().item())
         sizes.add(sum(p.numel() for p in model.parameters()))
     assert len(sizes) == 1

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import toy
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -52,7 +53,7 @@ class MixtureOfRecursions(nn.Module):
 
 def mor_loss(model: MixtureOfRecursions, ids: Tensor, out: ad.Output, labels: Tensor, balance: float) -> Tensor:
     """And the balancing loss of Switch Transformers: steps · Σ share chosen · mean probability."""
-    p = model.looped.gate.probabilities(model.embed(ids))[labels >= 0]
+    p = model.looped.gate.probabilities(model.embed(ids))[labels >= 0]  # type: ignore[union-attr, operator]
     share = nn.functional.one_hot(out.trace.depth[labels >= 0] - 1, p.shape[-1]).to(p).mean(0)
     return toy.losses(model.logits(ids, out), labels).mean() + balance * p.shape[-1] * (share * p.mean(0)).sum()
 
@@ -65,7 +66,7 @@ def test_gate_and_rule_keep_their_contracts() -> None:
 def test_what_runs_is_the_depth_that_was_chosen() -> None:
     model, ids = MixtureOfRecursions(steps=3), toy.batch(0)[0]
     out = model(ids)
-    chosen = model.looped.gate.probabilities(model.embed(ids)).argmax(-1) + 1
+    chosen = the(Router, model.looped.gate).probabilities(model.embed(ids)).argmax(-1) + 1
     assert chosen.unique().tolist() == [1, 2, 3]
     assert torch.equal(out.trace.depth, chosen)
     model.looped.gate = model.looped.rule = None
@@ -87,7 +88,8 @@ def test_later_tokens_change_nothing_before_them() -> None:
 
 def test_the_router_learns_from_the_loss_through_the_probability_of_its_choice() -> None:
     model, (ids, labels) = MixtureOfRecursions(steps=3), toy.batch(0)
-    gradients = torch.autograd.grad(mor_loss(model, ids, model(ids), labels, 0.0), list(model.looped.gate.parameters()))
+    weights = list(the(Router, model.looped.gate).parameters())
+    gradients = torch.autograd.grad(mor_loss(model, ids, model(ids), labels, 0.0), weights)
     assert all(gradient.any() for gradient in gradients)
 
 
@@ -96,8 +98,12 @@ def test_the_balancing_loss_spreads_the_depths() -> None:
     for balance in (0.0, 0.5):
         torch.manual_seed(1)
         model = MixtureOfRecursions(steps=3)
-        nn.init.constant_(model.looped.gate.proj.bias[:1], 2.0)
-        toy.train(lambda i, y, m=model, b=balance: mor_loss(m, i, m(i), y, b), [model], steps=80)
+        nn.init.constant_(the(Router, model.looped.gate).proj.bias[:1], 2.0)
+
+        def loss(i: Tensor, y: Tensor, model: MixtureOfRecursions = model, balance: float = balance) -> Tensor:
+            return mor_loss(model, i, model(i), y, balance)
+
+        toy.train(loss, [model], steps=80)
         with torch.no_grad():
             out = model(ids)
         shares.append(out.trace.depth.flatten().bincount(minlength=4)[1:] / ids.numel())

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import toy
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -43,7 +44,11 @@ def trained() -> dict[float, Ouro]:
     for beta in (0.0, 0.05, 0.3):
         torch.manual_seed(0)
         model = models[beta] = Ouro(steps=4)
-        toy.train(lambda i, y, m=model, b=beta: ouro_loss(m, m(i), y, b), [model], steps=80)
+
+        def loss(ids: Tensor, labels: Tensor, model: Ouro = model, beta: float = beta) -> Tensor:
+            return ouro_loss(model, model(ids), labels, beta)
+
+        toy.train(loss, [model], steps=80)
         model.requires_grad_(False)
     return models
 
@@ -60,7 +65,7 @@ def test_the_entropy_keeps_the_exits_from_all_moving_to_the_last_iteration(train
 @pytest.mark.parametrize("cumulative", [0.1, 0.5, 0.9])
 def test_a_token_leaves_where_its_cumulative_exit_probability_is_reached(cumulative: float) -> None:
     model, ids = Ouro(steps=4), toy.batch(0, rows=64)[0]
-    toy.spread(model.looped.gate)
+    toy.spread(the(nn.Module, model.looped.gate))
     model.exit_at(cumulative)
     trace = model(ids).trace
     reached = 1 - trace.scores.cumprod(-1) > cumulative
@@ -87,7 +92,7 @@ def test_packed_equals_dense(exits: bool) -> None:
     ids, labels = toy.batch(0)
     mask, labels = toy.ragged(labels)
     model = Ouro(steps=4)
-    toy.spread(model.looped.gate)
+    toy.spread(the(nn.Module, model.looped.gate))
     if exits:
         model.exit_at(0.8)
 

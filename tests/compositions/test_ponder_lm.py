@@ -47,7 +47,11 @@ def test_pondering_adds_answers_and_no_parameters() -> None:
     for steps in (1, 2):
         torch.manual_seed(0)
         model = PonderLM(steps)
-        toy.train(lambda i, y, m=model: answer_loss(m, m(i), y), [model], steps=100)
+
+        def loss(ids: Tensor, labels: Tensor, model: PonderLM = model) -> Tensor:
+            return answer_loss(model, model(ids), labels)
+
+        toy.train(loss, [model], steps=100)
         answered.append(answer_loss(model, model(ids), labels).item())
         names.append([name for name, _ in model.named_parameters()])
     assert names[0] == names[1]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import toy
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -33,7 +34,7 @@ def ponder_loss(model: PonderNet, out: ad.Output, labels: Tensor, prior: Tensor,
 @pytest.fixture
 def model() -> PonderNet:
     model = PonderNet(steps=4)
-    toy.spread(model.looped.gate)
+    toy.spread(the(nn.Module, model.looped.gate))
     return model
 
 
@@ -55,7 +56,8 @@ def test_exits_move_to_the_prior_when_the_loss_is_flat(model: PonderNet, rate: f
             return (model(ids).trace.exit_probs - prior).abs().sum(-1).mean().item() / 2
 
     at_first = distance()
-    toy.train(lambda i, y: ponder_loss(model, model(i), y, prior, 0.1), [model.looped.gate], steps=100, lr=2e-2)
+    gate = the(nn.Module, model.looped.gate)
+    toy.train(lambda i, y: ponder_loss(model, model(i), y, prior, 0.1), [gate], steps=100, lr=2e-2)
     assert at_first > 0.15
     assert distance() < 0.06
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import toy
+from narrow import the
 
 import adadepth as ad
 
@@ -42,7 +43,7 @@ def composition(source: str) -> list[str]:
         if isinstance(node, ast.FunctionDef) and (node.name.startswith("test_") or node.decorator_list):
             break
         if not isinstance(node, ast.Import | ast.ImportFrom | ast.Expr):
-            lines |= set(range(node.lineno, node.end_lineno + 1)) - docstrings(node)
+            lines |= lines_of(node) - docstrings(node)
     stripped = [line.strip() for i, line in enumerate(source.splitlines(), 1) if i in lines]
     return [line for line in stripped if line and not line.startswith("#")]
 
@@ -51,8 +52,12 @@ def docstrings(tree: ast.AST) -> set[int]:
     found: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            found |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+            found |= lines_of(node.body[0])
     return found
+
+
+def lines_of(node: ast.stmt) -> set[int]:
+    return set(range(node.lineno, the(int, node.end_lineno) + 1))
 
 
 @pytest.mark.parametrize("path", [*FILES, Path(toy.__file__)], ids=lambda path: path.stem)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import toy
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -34,8 +35,8 @@ class ThinkAtHard(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head, block = toy.Embed(), toy.make_head(), toy.Block()
-        block.qkv, block.out = LoRA(block.qkv), LoRA(block.out)
-        block.mlp[0], block.mlp[2] = LoRA(block.mlp[0]), LoRA(block.mlp[2])
+        block.qkv, block.out = LoRA(block.qkv), LoRA(block.out)  # type: ignore[assignment]
+        block.mlp[0], block.mlp[2] = LoRA(block.mlp[0]), LoRA(block.mlp[2])  # type: ignore[arg-type]
         self.looped = ad.RecurrentWrapper(block, 2, gate=ad.SharedMLPGate(toy.DIM, bias=0.0))
 
     def forward(self, ids: Tensor, **call: Any) -> ad.Output:
@@ -70,7 +71,8 @@ def trained() -> ThinkAtHard:
         low_rank(model),
         steps=120,
     )
-    toy.train(lambda i, y: decider_loss(model(i), model.find_hard(i, y)), [model.looped.gate], steps=100)
+    decider = the(nn.Module, model.looped.gate)
+    toy.train(lambda i, y: decider_loss(model(i), model.find_hard(i, y)), [decider], steps=100)
     return model.eval().requires_grad_(False)
 
 
@@ -79,7 +81,7 @@ def test_lora_changes_only_later_iterations() -> None:
     hard = torch.rand(ids.shape) < 0.3
     before = model(ids, max_depth=1 + hard.long(), states=True).states
     for part in low_rank(model):
-        nn.init.normal_(part.weight, std=0.1)
+        nn.init.normal_(the(nn.Linear, part).weight, std=0.1)
     after = model(ids, max_depth=1 + hard.long(), states=True).states
     assert torch.equal(after[:, :, 0], before[:, :, 0])
     assert torch.equal((after != before)[:, :, 1].any(-1), hard)
@@ -107,7 +109,7 @@ def test_packed_equals_dense(decides: bool) -> None:
     ids, labels = toy.batch(0)
     mask, labels = toy.ragged(labels)
     model = ThinkAtHard().double()
-    for module in (model.looped.gate, *low_rank(model)):
+    for module in (the(nn.Module, model.looped.gate), *low_rank(model)):
         toy.spread(module)
     hard = model.find_hard(ids, labels, mask=mask)
     most = None if decides else torch.randint(1, 3, ids.shape)

@@ -117,7 +117,7 @@ def measured(model: Any, run: Callable[[], tuple[ad.Output, Tensor]], skip: bool
     if out.states is not None:
         results["states"] = out.states
     generator = torch.Generator().manual_seed(0)
-    total = sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in results.values())
+    parts = [(t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in results.values()]
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    gradients = torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+    gradients = torch.autograd.grad(sum(parts[1:], parts[0]), parameters, allow_unused=True, materialize_grads=True)
     return results | {"live": out.trace.live.double()} | dict(zip(names, gradients, strict=True))
