@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -97,7 +98,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor]:
 def executions(block: nn.Module, x: Tensor, mask: Tensor, depth: Tensor, **given: Any) -> list[Tensor]:
     """Packed, dense, and a prompt with one token after the other behind it."""
     made = [ad.RecurrentWrapper(block, STEPS, skip=skip).eval() for skip in (True, False)]
-    call = {"min_depth": depth, "max_depth": depth, "block_kwargs": given}
+    call: dict[str, Any] = {"min_depth": depth, "max_depth": depth, "block_kwargs": given}
     whole = [looped(x, mask=mask, **call).hidden for looped in made]
     cache, seq, parts = ad.KVReuseCache(), x.shape[1], []
     cuts = [0, seq // 2, *range(seq // 2 + 1, seq + 1)]
@@ -157,7 +158,7 @@ def test_what_a_block_reads_inside_is_what_it_could_be_passed(case: tuple[Tensor
     inside.load_state_dict(passed.state_dict())
     inside.c, inside.per_token = torch.randn(len(x), DIM).double(), torch.randn_like(x)
     depth = torch.randint(1, STEPS + 1, depth.shape)  # any: both are looped
-    call = {"mask": mask, "min_depth": depth, "max_depth": depth}
+    call: dict[str, Any] = {"mask": mask, "min_depth": depth, "max_depth": depth}
     want = ad.RecurrentWrapper(passed, STEPS, skip=False)(
         x, **call, block_kwargs={"c": inside.c.unsqueeze(1), "extra": inside.per_token}
     )
@@ -195,7 +196,7 @@ def test_gates_and_updates_know_where_a_token_stands(padded: bool) -> None:
     gate.bias = update.bias = bias
     place = torch.where(mask, mask.cumsum(1) - 1, 0).double()
     row = torch.arange(3).unsqueeze(1).double()
-    outs = []
+    outs: list[tuple[nn.Module, ad.Output]] = []
     for skip in (True, False):
         looped = ad.RecurrentWrapper(AdaLN().double(), STEPS, gate, ad.Threshold(0.5), update, skip=skip)
         if outs:
@@ -229,7 +230,7 @@ def test_gradients_reach_what_is_passed() -> None:
         c = torch.ones(3, 1, DIM, dtype=torch.float64, requires_grad=True)
         looped = ad.RecurrentWrapper(block, STEPS, skip=skip, checkpoint=checkpoint)
         looped(x, min_depth=depth, max_depth=depth, block_kwargs={"c": c}).hidden.square().sum().backward()
-        grads.append(c.grad)
+        grads.append(the(Tensor, c.grad))
     for other in grads[1:]:
         close(other, grads[0])
 

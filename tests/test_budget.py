@@ -10,7 +10,11 @@ from torch import Tensor, nn
 import adadepth as ad
 
 DIM, STEPS = 8, 4
-RULES = {"soft": ad.Survival(), "hard": ad.Threshold(0.5), "hard survival": ad.SurvivalThreshold(0.3)}
+RULES: dict[str, ad.Rule] = {
+    "soft": ad.Survival(),
+    "hard": ad.Threshold(0.5),
+    "hard survival": ad.SurvivalThreshold(0.3),
+}
 
 
 def make_loop(rule: ad.Rule | None, bias: float, gate: ad.Gate | None = None) -> ad.RecurrentWrapper:

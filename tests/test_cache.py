@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import adadepth as ad
+from adadepth.cache.kv_reuse import LayoutName
 
 every = pytest.mark.parametrize("kind", DEEP)
 
@@ -33,7 +34,7 @@ class Cut(NamedTuple):
     """How the columns come: a piece ends at each of `ends`, and what is left is the last."""
 
     ends: list[int]
-    layout: str
+    layout: LayoutName
     fits: bool  # whether the cache is told how much will come
     skip: bool
 
@@ -129,7 +130,7 @@ def test_single_is_exact_where_every_token_runs_once(kind: str, steps: int) -> N
 
 @layouts
 @every
-def test_a_row_alone_is_the_row_in_any_batch(kind: str, layout: str) -> None:
+def test_a_row_alone_is_the_row_in_any_batch(kind: str, layout: LayoutName) -> None:
     loop, x, mask = looped(kind, zoo=DEEP), 2 * rows(4, 9), torch.rand(4, 9) > 0.3
     mask[3] = False
     parts = [slice(0, 4), slice(4, 5), slice(5, 7), slice(7, 8), slice(8, 9)]
@@ -149,7 +150,7 @@ def test_a_row_alone_is_the_row_in_any_batch(kind: str, layout: str) -> None:
 
 @layouts
 @every
-def test_future_tokens_change_nothing(kind: str, layout: str) -> None:
+def test_future_tokens_change_nothing(kind: str, layout: LayoutName) -> None:
     loop, x, y = looped(kind, zoo=DEEP), rows(3, 8), rows(3, 8)
     y[:, :5] = x[:, :5]
     caches = ad.KVReuseCache(layout=layout), ad.KVReuseCache(layout=layout)
@@ -159,14 +160,15 @@ def test_future_tokens_change_nothing(kind: str, layout: str) -> None:
     assert torch.equal(got.trace.live[:, :2], want.trace.live[:, :2])
     torch.testing.assert_close(got.hidden[:, :2], want.hidden[:, :2], rtol=1e-10, atol=1e-12)
     assert not torch.allclose(got.hidden[:, 2:], want.hidden[:, 2:])
-    caches[0].crop(5), caches[1].crop(5)
+    for cache in caches:
+        cache.crop(5)
     new = rows(3, 1)
     assert_equal_outputs(loop(new, cache=caches[0]), loop(new, cache=caches[1]))
 
 
 @layouts
 @pytest.mark.parametrize(("kind", "skip"), [*((kind, True) for kind in DEEP), ("attention", False)])
-def test_the_block_is_given_the_tokens_that_run_and_no_others(kind: str, layout: str, skip: bool) -> None:
+def test_the_block_is_given_the_tokens_that_run_and_no_others(kind: str, layout: LayoutName, skip: bool) -> None:
     loop, cache = looped(kind, zoo=DEEP, skip=skip), ad.KVReuseCache(layout=layout)
     seen: list[tuple[list[int], list[int]]] = []
     loop.block.register_forward_pre_hook(
@@ -186,7 +188,7 @@ def test_the_block_is_given_the_tokens_that_run_and_no_others(kind: str, layout:
 
 
 @exact
-def test_the_loop_s_steps_are_kept_where_a_first_pass_is_shorter(layout: str) -> None:
+def test_the_loop_s_steps_are_kept_where_a_first_pass_is_shorter(layout: LayoutName) -> None:
     loop, cache, x = looped("attention", zoo=DEEP), ad.KVReuseCache(layout=layout), rows(2, 6)
     loop(x[:, :3], cache=cache, max_depth=1)
     assert (cache.steps, cache.layers) == (4, 2)
@@ -197,7 +199,7 @@ def test_the_loop_s_steps_are_kept_where_a_first_pass_is_shorter(layout: str) ->
 
 
 @layouts
-def test_a_new_cache_holds_nothing(layout: str) -> None:
+def test_a_new_cache_holds_nothing(layout: LayoutName) -> None:
     cache = ad.KVReuseCache(layout=layout)
     assert cache.lengths.shape == (0,) and cache.lengths.dtype == torch.int64
     assert (cache.steps, cache.layers) == (None, 0)
@@ -216,7 +218,7 @@ class Counting(torch.nn.Module):
 
 
 @layouts
-def test_a_pass_in_which_nothing_runs_costs_nothing(layout: str) -> None:
+def test_a_pass_in_which_nothing_runs_costs_nothing(layout: LayoutName) -> None:
     loop, x = ad.RecurrentWrapper(Counting(), 2), rows(2, 6)
     mask = torch.tensor([[False, False, True, True, False, True]] * 2)
     cache = ad.KVReuseCache(layout=layout)
@@ -249,7 +251,7 @@ def test_a_cache_keeps_nothing_in_the_loop_beside_itself() -> None:
 
 
 @layouts
-def test_two_caches_of_one_loop_are_two(layout: str) -> None:
+def test_two_caches_of_one_loop_are_two(layout: LayoutName) -> None:
     loop, x = looped("attention", zoo=DEEP), [rows(2, 6), rows(2, 6)]
     apart = []
     for t in x:
@@ -263,7 +265,7 @@ def test_two_caches_of_one_loop_are_two(layout: str) -> None:
 
 @layouts
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_a_frozen_loop_needs_no_mode(layout: str, mode: Callable[[], Any]) -> None:
+def test_a_frozen_loop_needs_no_mode(layout: LayoutName, mode: Callable[[], Any]) -> None:
     loop, x = looped("encoder", zoo=DEEP).requires_grad_(False), rows(2, 6)
     results = []
     for context in (torch.no_grad, mode):
@@ -275,7 +277,7 @@ def test_a_frozen_loop_needs_no_mode(layout: str, mode: Callable[[], Any]) -> No
 
 
 @layouts
-def test_keys_of_a_lower_precision_than_the_state_are_kept_as_they_are(layout: str) -> None:
+def test_keys_of_a_lower_precision_than_the_state_are_kept_as_they_are(layout: LayoutName) -> None:
     loop, x = looped("attention", zoo=DEEP).float(), rows(2, 6).float()
     loop.rule = None
     cache = ad.KVReuseCache(layout=layout)

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from blocks_zoo import DIM, PreNorm, heads_of, looped, merged
 from cached import layouts, rows
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
+from adadepth.cache.kv_reuse import LayoutName
 
 LENGTHS = [3, 4, 2]  # what the rows of `filled_cache` hold
 
@@ -38,7 +40,7 @@ def deep_loop(layers: int = 2, **options: Any) -> ad.RecurrentWrapper:
 LOOP = deep_loop()
 
 
-def filled_cache(layout: str, capacity: int | None = 6) -> ad.KVReuseCache:
+def filled_cache(layout: LayoutName, capacity: int | None = 6) -> ad.KVReuseCache:
     cache = ad.KVReuseCache(layout=layout, capacity=capacity)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [1, 0, 1, 0]]).bool()
     LOOP(torch.linspace(-1, 1, 3 * 4 * DIM, dtype=torch.float64).sin().view(3, 4, DIM), mask=mask, cache=cache)
@@ -178,7 +180,7 @@ ERRORS: dict[str, tuple[Callable[[ad.KVReuseCache], object], str]] = {
 @pytest.mark.plain
 @layouts
 @pytest.mark.parametrize("name", ERRORS)
-def test_a_refusal_teaches_and_leaves_the_cache_as_it_was(name: str, layout: str) -> None:
+def test_a_refusal_teaches_and_leaves_the_cache_as_it_was(name: str, layout: LayoutName) -> None:
     call, message = ERRORS[name]
     cache, twin = filled_cache(layout), filled_cache(layout)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -196,7 +198,7 @@ def pointwise_cache() -> ad.KVReuseCache:
 # What is refused by a cache that holds nothing yet, or no keys
 NEW: dict[str, tuple[Callable[[], object], str]] = {
     "layout": (
-        lambda: ad.KVReuseCache(layout="dense"),
+        lambda: ad.KVReuseCache(layout="dense"),  # type: ignore[arg-type]
         "KVReuseCache expected layout to be one of ('filled', 'compact', 'single'), got 'dense'.",
     ),
     "capacity": (
@@ -253,21 +255,23 @@ def stop(result: object, error: type[BaseException] = Stop) -> None:
 
 def layer(n: int, fault: Callable[[Any], Any]) -> Callable[[ad.RecurrentWrapper, int], None]:
     def break_(loop: ad.RecurrentWrapper, at: int) -> None:
-        loop.block[n] = Faulty(loop.block[n], at, fault)
+        block = the(nn.Sequential, loop.block)
+        block[n] = Faulty(block[n], at, fault)
 
     return break_
 
 
 def gate(loop: ad.RecurrentWrapper, at: int) -> None:
-    loop.gate = Faulty(loop.gate, at, lambda score: score * torch.nan)
+    loop.gate = Faulty(the(nn.Module, loop.gate), at, lambda score: score * torch.nan)  # type: ignore[assignment]
 
 
 def update(loop: ad.RecurrentWrapper, at: int) -> None:
-    loop.update = Faulty(loop.update, at, lambda x: x[..., :3])
+    loop.update = Faulty(loop.update, at, lambda x: x[..., :3])  # type: ignore[assignment]
 
 
 def rule(loop: ad.RecurrentWrapper, at: int) -> None:
     inner = loop.rule
+    assert inner is not None
     loop.rule = lambda scores, *rest: inner(scores, *rest)[:, : -1 if scores.shape[-1] == at + 1 else None]
 
 
@@ -286,7 +290,7 @@ FAULTS: dict[str, tuple[Callable[[ad.RecurrentWrapper, int], None], type[BaseExc
 @layouts
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_pass_that_ends_in_the_middle_did_not_happen(name: str, at: int, layout: str) -> None:
+def test_a_pass_that_ends_in_the_middle_did_not_happen(name: str, at: int, layout: LayoutName) -> None:
     loop, (break_, error) = deep_loop(), FAULTS[name]
     break_(loop, at)
     for capacity in (6, None):
@@ -307,7 +311,7 @@ def test_a_pass_that_ends_in_the_middle_did_not_happen(name: str, at: int, layou
 @layouts
 @pytest.mark.parametrize("capacity", [None, 9])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(bad: float, capacity: int | None, layout: str) -> None:
+def test_what_is_not_finite_stays_in_its_row(bad: float, capacity: int | None, layout: LayoutName) -> None:
     loop = deep_loop().train()  # where a NaN score does not raise
     first, second, third = rows(3, 2), rows(3, 4), rows(3, 1)
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
@@ -334,7 +338,7 @@ def test_what_is_not_finite_stays_in_its_row(bad: float, capacity: int | None, l
 
 
 @layouts
-def test_a_slot_that_was_never_filled_is_finite(layout: str) -> None:
+def test_a_slot_that_was_never_filled_is_finite(layout: LayoutName) -> None:
     """Also where every slot was filled, by a row that is not finite, when rows were dropped and before more came."""
     loop = deep_loop().train()
     prompt, later = rows(4, 2), torch.tensor([[0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]).bool()
@@ -356,7 +360,7 @@ def assert_rows_equal(
 
 
 @layouts
-def test_a_score_that_is_nan_leaves_the_cache_as_it_was(layout: str) -> None:
+def test_a_score_that_is_nan_leaves_the_cache_as_it_was(layout: LayoutName) -> None:
     cache, twin = filled_cache(layout), filled_cache(layout)
     x = rows(3, 2)
     x[0] = torch.nan

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import adadepth as ad
+from adadepth.cache.kv_reuse import LayoutName
 
 every = pytest.mark.parametrize("kind", DEEP)
 
@@ -147,7 +148,7 @@ def test_after_any_history_a_cache_answers_as_the_rows_it_holds(kind: str) -> No
         layout=st.sampled_from(EXACT),
         fits=st.booleans(),
     )
-    def check(case: Case, layout: str, fits: bool) -> None:
+    def check(case: Case, layout: LayoutName, fits: bool) -> None:
         history = History(DEEP[kind], case, ad.KVReuseCache(layout=layout, capacity=16 if fits else None))
         history.feed(2)
         for n in torch.randperm(len(MOVES))[:4].tolist():
@@ -162,7 +163,9 @@ def test_after_any_history_a_cache_answers_as_the_rows_it_holds(kind: str) -> No
 
 @layouts
 @pytest.mark.parametrize(("kind", "order"), [*((kind, [2, 0, 0, 3, 2]) for kind in DEEP), ("attention", [3, 1, 0, 2])])
-def test_reorder_and_crop_give_what_feeding_so_would_have_given(kind: str, layout: str, order: list[int]) -> None:
+def test_reorder_and_crop_give_what_feeding_so_would_have_given(
+    kind: str, layout: LayoutName, order: list[int]
+) -> None:
     loop, x = looped(kind, zoo=DEEP), rows(4, 8)
     mask = torch.rand(4, 8) > 0.25
     chosen, keep = torch.tensor(order), torch.tensor([3, 1, 4, 9, 0][: len(order)])
@@ -181,7 +184,7 @@ def test_reorder_and_crop_give_what_feeding_so_would_have_given(kind: str, layou
 
 @layouts
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_any_integers_choose_rows_and_lengths(layout: str, dtype: torch.dtype) -> None:
+def test_any_integers_choose_rows_and_lengths(layout: LayoutName, dtype: torch.dtype) -> None:
     loop, cache = looped("attention", zoo=DEEP), ad.KVReuseCache(layout=layout)
     loop(rows(3, 4), cache=cache)
     depth = cache.depth
@@ -195,7 +198,7 @@ def test_any_integers_choose_rows_and_lengths(layout: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("moved", [True, False])
 @pytest.mark.parametrize("modes", [(torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)])
 def test_modes_may_change_between_passes(
-    layout: str, moved: bool, modes: tuple[Callable[[], Any], Callable[[], Any]]
+    layout: LayoutName, moved: bool, modes: tuple[Callable[[], Any], Callable[[], Any]]
 ) -> None:
     loop, x = looped("attention", zoo=DEEP), rows(3, 6)
     results = []
@@ -229,7 +232,7 @@ class Wide(nn.Module):
 ENTRY = 2 * 2 * 64 * DIM * 4  # bytes, in float32
 
 
-def bytes_of(layout: str, capacity: int | None) -> tuple[ad.KVReuseCache, int]:
+def bytes_of(layout: LayoutName, capacity: int | None) -> tuple[ad.KVReuseCache, int]:
     """A cache of 3 rows after a prompt and some tokens of 4 iterations, and the sum of depths."""
     loop, cache = ad.RecurrentWrapper(Wide(), 4), ad.KVReuseCache(layout=layout, capacity=capacity)
     for columns in (200, *[1] * 30):
@@ -249,7 +252,7 @@ def test_compact_holds_the_sum_of_depths(capacity: int | None) -> None:
 
 
 @pytest.mark.parametrize(("layout", "iterations"), [("filled", 4), ("single", 1)])
-def test_grids_hold_what_there_is_room_for(layout: str, iterations: int) -> None:
+def test_grids_hold_what_there_is_room_for(layout: LayoutName, iterations: int) -> None:
     cache, _ = bytes_of(layout, 256)
     room = 3 * 256 * iterations * ENTRY
     assert room <= cache.nbytes <= 1.01 * room
@@ -259,7 +262,7 @@ def test_grids_hold_what_there_is_room_for(layout: str, iterations: int) -> None
 
 
 @layouts
-def test_moving_returns_the_cache(layout: str) -> None:
+def test_moving_returns_the_cache(layout: LayoutName) -> None:
     loop, cache = looped("attention", zoo=DEEP), ad.KVReuseCache(layout=layout)
     loop(rows(2, 50), cache=cache)
     size = cache.nbytes
@@ -273,7 +276,7 @@ def test_moving_returns_the_cache(layout: str) -> None:
 
 @layouts
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_cache_goes_where_its_loop_goes(layout: str) -> None:
+def test_a_cache_goes_where_its_loop_goes(layout: LayoutName) -> None:
     loop, cache, x = looped("encoder", zoo=DEEP), ad.KVReuseCache(layout=layout), rows(3, 6)
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]]).bool()
     loop(x[:, :4], mask=mask, cache=cache)

@@ -1,10 +1,12 @@
 """`calibrate`: from a wanted mean depth to a threshold, for any gate, and what it refuses."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from blocks_zoo import PreNorm
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -53,14 +55,14 @@ def make_loop(gate: ad.Gate | None, rule: ad.Rule | None = None) -> ad.Recurrent
     return ad.RecurrentWrapper(block, STEPS, gate, rule)
 
 
-def text(batches: int = 4) -> list[dict[str, Tensor]]:
+def text(batches: int = 4) -> list[dict[str, Any]]:
     """Rows with padding on the left."""
     shape = (8, 32)
     mask = torch.arange(shape[1]) >= torch.randint(0, 12, (shape[0], 1))
     return [{"x": torch.randn(*shape, DIM), "mask": mask} for _ in range(batches)]
 
 
-def mean_depth(loop: ad.RecurrentWrapper, rule: ad.Rule, batches: list[dict[str, Tensor]]) -> float:
+def mean_depth(loop: ad.RecurrentWrapper, rule: ad.Rule, batches: list[dict[str, Any]]) -> float:
     loop.eval()
     loop.rule = rule
     depths = torch.cat([loop(**batch).trace.depth[batch["mask"]] for batch in batches])
@@ -99,7 +101,7 @@ def test_few_runs_are_enough() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     rule, gate = ad.Threshold(0.3), Watching()
     loop = make_loop(gate, rule).train()
-    loop.block.norm1.eval()
+    the(PreNorm, loop.block).norm1.eval()
     modes = {name: module.training for name, module in loop.named_modules()}
     ad.calibrate(loop, text(), 2.0)
     with pytest.raises(ValueError, match="mean_depth"):
@@ -187,7 +189,7 @@ def test_nothing_but_padding(part: int) -> None:
 @pytest.mark.plain  # the hook would raise first
 def test_data_that_is_one_batch() -> None:
     with pytest.raises(ValueError, match="calibrate") as error:
-        ad.calibrate(make_loop(learned()), text()[0])
+        ad.calibrate(make_loop(learned()), text()[0])  # type: ignore[arg-type]
     assert str(error.value) == (
         "calibrate expected data to be batches, each a tensor or a mapping of the model's arguments, got a str. One "
         "batch alone goes into a list; split it for a part that is kept unseen."

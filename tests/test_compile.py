@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from narrow import the
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -104,9 +105,8 @@ def test_one_graph_equal_to_eager(name: str, grad: bool, training: bool) -> None
     agree(got, expected)
     assert counter.frame_count == 1
     if grad:
-        for a, b in zip(
-            *(torch.autograd.grad(o.hidden.sum(), module.block.parameters()) for o in (got, expected)), strict=True
-        ):
+        weights = list(module.block.parameters())
+        for a, b in zip(*(torch.autograd.grad(o.hidden.sum(), weights) for o in (got, expected)), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
@@ -191,7 +191,7 @@ def test_a_block_compiled_by_itself_is_refused() -> None:
     later.block.compile()
     x, _ = given()
     for block, name in (
-        (torch.compile(Attends()), "The block"),
+        (the(nn.Module, torch.compile(Attends())), "The block"),
         (nn.Sequential(in_place), "A submodule of Sequential"),
     ):
         with pytest.raises(ValueError, match="compiled by itself") as error:
@@ -210,7 +210,8 @@ def test_a_compiled_part_without_attention_is_served(backend: str) -> None:
     torch._dynamo.reset()
     slow = looped(Attends()).eval()
     fast = copy.deepcopy(slow)
-    fast.block.kv = torch.compile(fast.block.kv, backend=backend, dynamic=True)
+    kv = torch.compile(the(Attends, fast.block).kv, backend=backend, dynamic=True)
+    fast.block.register_module("kv", the(nn.Module, kv))
     x, mask = given()
     agree(fast(x, mask=mask), slow(x, mask=mask))
 
@@ -227,7 +228,7 @@ def test_around_a_default_loop_the_rest_is_compiled() -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = Model().double()
-    fast = torch.compile(model, backend="eager")
+    fast = the(nn.Module, torch.compile(model, backend="eager"))
     for length in (5, 6, 7):
         for mode in (True, False):
             x = torch.randn(3, length, 8).double()
@@ -255,7 +256,7 @@ def test_one_graph_of_a_loop_that_runs_in_eager_is_refused_in_a_sentence(option:
 def test_a_compiled_block_that_takes_the_view_is_served() -> None:
     torch._dynamo.reset()
     block = Views().double()
-    fast = looped(torch.compile(block, backend="aot_eager"), skip=True).eval()
+    fast = looped(the(nn.Module, torch.compile(block, backend="aot_eager")), skip=True).eval()
     slow = looped(block, gate=fast.gate, skip=True).eval()
     x, mask = given()
     agree(fast(x, mask=mask), slow(x, mask=mask))

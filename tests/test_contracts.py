@@ -140,7 +140,7 @@ def test_a_public_class_is_abstract_or_final(kind: type) -> None:
 def test_a_constructor_takes_at_most_five_arguments_and_no_switch(kind: type) -> None:
     if kind is ad.RecurrentWrapper or inspect.isabstract(kind):
         return  # the one written exemption, and interfaces
-    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]  # type: ignore[misc]
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     assert len(named) <= 5
     assert not [p.name for p in named if p.annotation is bool]
@@ -210,7 +210,7 @@ class _NoAxis(ad.Update):
 
 
 class _Pair(ad.Gate):
-    def forward(self, h: Tensor, previous: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return h[..., 0].sigmoid(), h
 
 
@@ -262,7 +262,7 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
         "A rule must say how much stays, got torch.bool. For a cut write torch.where(condition, remaining, 0).",
     ),
     "a forgotten return": (
-        lambda: RULE(lambda scores, remaining, positions: None),
+        lambda: RULE(lambda scores, remaining, positions: None),  # type: ignore[arg-type]
         "function must return one tensor, got None. Return it alone, and from every branch.",
     ),
     "a mean with padding": (

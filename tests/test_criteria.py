@@ -4,10 +4,12 @@ import copy
 import math
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import allocations
 import pytest
 import torch
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -129,9 +131,13 @@ def test_the_divergence_is_of_the_new_prediction_from_the_old() -> None:
     assert abs(divergence(now, before) - divergence(before, now)) > 0.1
 
 
+def with_head(kind: type[ad.Gate]) -> ad.Gate:
+    return kind(make_head())
+
+
 GATES: dict[str, Callable[[], ad.Gate]] = {
     "ConvergenceGate": ad.ConvergenceGate,
-    **{kind.__name__: lambda kind=kind: kind(make_head()) for kind in PREDICTIVE},
+    **{kind.__name__: partial(with_head, kind) for kind in PREDICTIVE},
 }
 every = pytest.mark.parametrize("name", GATES)
 
@@ -183,7 +189,8 @@ class Model(nn.Module):
 @predictive
 def test_the_head_is_not_its_own(kind: type[ad.Gate]) -> None:
     model = Model(kind)
-    assert not list(model.looped.gate.parameters()) and not list(model.looped.gate.children())
+    gate = the(kind, model.looped.gate)
+    assert not list(gate.parameters()) and not list(gate.children())
     assert {name.split(".")[0] for name in model.looped.state_dict()} == {"block"}
 
 
@@ -192,7 +199,7 @@ def test_the_head_is_not_its_own(kind: type[ad.Gate]) -> None:
 def test_a_copy_of_the_model_refers_to_its_own_head(kind: type[ad.Gate], twin: Callable[[Model], Model]) -> None:
     model = Model(kind)
     copied = twin(model)
-    assert copied.looped.gate.head is copied.head
+    assert the(kind, copied.looped.gate).head is copied.head
     assert copied.head is not model.head
 
 
@@ -210,7 +217,7 @@ def test_a_new_head_is_used_once_it_is_assigned(kind: type[ad.Gate]) -> None:
 def test_a_token_that_has_its_answer_leaves_and_one_that_has_none_goes_on(name: str) -> None:
     gate = ad.ConvergenceGate() if name == "ConvergenceGate" else getattr(ad, name)(nn.Linear(2, 2, bias=False))
     if name != "ConvergenceGate":
-        gate.head.weight.data = 100 * torch.eye(2)
+        the(nn.Linear, gate.head).weight.data = 100 * torch.eye(2)
     sure, unsure = [1.0, 0.0], [0.5, 0.501]
     x = torch.tensor([[sure, unsure]])
 

@@ -9,10 +9,12 @@ import sysconfig
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal, NoReturn
 
 import pytest
 import torch
-from torch import Tensor
+from narrow import last_maps, the
+from torch import Tensor, nn
 
 import adadepth as ad
 from adadepth.diagnostics import measure
@@ -33,9 +35,9 @@ def small_model(exits: Gated | None = None, shape: Shape = SMALL) -> AdaptiveLM:
     model = AdaptiveLM(shape)
     if exits is not None:
         exits.begin(model, lambda: NOTHING)
-        for mlp in model.looped.gate.mlps:  # spread the scores, so that depths are mixed
-            mlp[-1].weight.data.normal_(std=5.0)
-            mlp[-1].bias.data.zero_()
+        for last in last_maps(model.looped.gate):  # spread the scores, so that depths are mixed
+            last.weight.data.normal_(std=5.0)
+            last.bias.data.zero_()
     return model.eval()
 
 
@@ -49,7 +51,9 @@ def rows(output: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
-def test_a_quick_run_prints_every_figure_and_writes_the_report(capsys, tmp_path):
+def test_a_quick_run_prints_every_figure_and_writes_the_report(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     demo.main(["--quick", "--steps", "10", "--out", str(tmp_path)])
     output = capsys.readouterr().out
     table = rows(output)
@@ -86,7 +90,7 @@ def test_a_quick_run_prints_every_figure_and_writes_the_report(capsys, tmp_path)
 
 
 @pytest.mark.parametrize("wait", [1, 10], ids=["while processes start", "in training"])
-def test_an_interrupt_leaves_a_report_of_what_there_is(tmp_path, wait):
+def test_an_interrupt_leaves_a_report_of_what_there_is(tmp_path: Path, wait: int) -> None:
     command = [sys.executable, "-m", "examples.demo", "--quick", "--steps", "2000", "--out", str(tmp_path)]
     root = Path(demo.__file__).parents[2]
     run = subprocess.Popen(
@@ -115,8 +119,10 @@ def test_an_interrupt_leaves_a_report_of_what_there_is(tmp_path, wait):
     assert "<svg" in (tmp_path / "report.html").read_text()
 
 
-def test_an_interrupted_evaluation_leaves_the_curves(capsys, monkeypatch, tmp_path):
-    def interrupted(*args):
+def test_an_interrupted_evaluation_leaves_the_curves(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*args: object) -> NoReturn:
         raise KeyboardInterrupt
 
     history = [Progress(step, 5.0 - step / 100, 4.0) for step in range(1, 31)]
@@ -143,7 +149,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_bad_text_is_refused_in_one_line(case, tmp_path):
+def test_bad_text_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
     data, message = ERRORS[case]
     path = tmp_path / "text.txt"
     if data is not None:
@@ -153,26 +159,26 @@ def test_bad_text_is_refused_in_one_line(case, tmp_path):
     assert str(e.value) == message.format(path=path)
 
 
-def test_a_folder_is_refused(tmp_path):
+def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as e:
         demo.main(["--text", str(tmp_path), "--out", str(tmp_path / "out")])
     assert str(e.value) == f"error: cannot read {tmp_path}: Is a directory"
 
 
-def test_too_few_steps_are_refused(tmp_path):
+def test_too_few_steps_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as e:
         demo.main(["--steps", "2", "--out", str(tmp_path)])
     assert str(e.value) == "error: --steps expected at least 3, some for each stage, got 2"
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as e:
         demo.main(["--out", str(tmp_path / "file")])
     assert str(e.value) == f"error: cannot write to {tmp_path / 'file'}: File exists"
 
 
-def test_a_python_without_sources_is_refused(monkeypatch, tmp_path):
+def test_a_python_without_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(SystemExit) as e:
         demo.main(["--out", str(tmp_path / "out")])
@@ -181,13 +187,13 @@ def test_a_python_without_sources_is_refused(monkeypatch, tmp_path):
     )
 
 
-def test_the_shortest_text_that_fits_gives_one_window():
+def test_the_shortest_text_that_fits_gives_one_window() -> None:
     data = some_bytes(257)
     assert text.even_windows(data, 9, 256).equal(data.long().unsqueeze(0))
     assert text.random_windows(data, 3, 256, torch.Generator()).equal(data.long().expand(3, -1))
 
 
-def test_the_standard_library_is_split_by_files_and_always_alike():
+def test_the_standard_library_is_split_by_files_and_always_alike() -> None:
     training, held_out = text.stdlib_files()
     assert (training, held_out) == text.stdlib_files()
     assert not set(training) & set(held_out)
@@ -205,7 +211,7 @@ def test_the_standard_library_is_split_by_files_and_always_alike():
     assert whole.held_out.numpy().tobytes() == b"".join(path.read_bytes() for path in held_out)
 
 
-def test_the_last_tenth_of_files_is_held_out(tmp_path):
+def test_the_last_tenth_of_files_is_held_out(tmp_path: Path) -> None:
     paths = [tmp_path / "a", tmp_path / "b"]
     for path, letter in zip(paths, b"ab", strict=True):
         path.write_bytes(bytes([letter]) * 500)
@@ -214,7 +220,7 @@ def test_the_last_tenth_of_files_is_held_out(tmp_path):
     assert whole.held_out.numpy().tobytes() == b"b" * 100
 
 
-def test_windows_are_spread_and_do_not_overlap():
+def test_windows_are_spread_and_do_not_overlap() -> None:
     data = torch.arange(101, dtype=torch.uint8)
     assert text.even_windows(data, 3, 10)[:, [0, -1]].tolist() == [[0, 10], [30, 40], [60, 70]]
     assert text.even_windows(data, 99, 10)[:, 0].tolist() == list(range(0, 100, 10))
@@ -240,12 +246,12 @@ def weights(training: Training) -> Tensor:
 
 
 @pytest.mark.parametrize("exits", ["router", "survival", "paper", None])
-def test_training_is_repeatable_and_a_function_of_the_seed(exits):
+def test_training_is_repeatable_and_a_function_of_the_seed(exits: str | None) -> None:
     assert torch.equal(weights(trained(exits)), weights(trained(exits)))
     assert not torch.equal(weights(trained(exits)), weights(trained(exits, seed=1)))
 
 
-def test_the_probe_leaves_the_training_as_it_was():
+def test_the_probe_leaves_the_training_as_it_was() -> None:
     training, data = Training(SMALL, TINY, 0), some_bytes(500)
     before, state = weights(training), training.generator.get_state()
     ids, losses = training.probe(data)
@@ -255,7 +261,7 @@ def test_the_probe_leaves_the_training_as_it_was():
     assert torch.equal(training.generator.get_state(), state)
 
 
-def test_a_resumed_training_is_the_same(tmp_path):
+def test_a_resumed_training_is_the_same(tmp_path: Path) -> None:
     training, data = Training(SMALL, TINY, 0), some_bytes(500)
     for _ in range(4):
         training.fixed(data, 4)
@@ -270,7 +276,7 @@ def test_a_resumed_training_is_the_same(tmp_path):
 
 @pytest.mark.parametrize("update", ["interpolate", "ponder"])
 @pytest.mark.parametrize("exits", ["router", "survival", "paper"])
-def test_every_policy_trains_with_every_update(exits, update):
+def test_every_policy_trains_with_every_update(exits: str, update: Literal["interpolate", "ponder"]) -> None:
     model = trained(exits, shape=SMALL._replace(update=update)).model
     assert all(p.isfinite().all() for p in model.parameters())
     assert (model.router is None) == (exits != "router")
@@ -280,21 +286,22 @@ def test_every_policy_trains_with_every_update(exits, update):
     assert len(names) == len(set(names))
 
 
-def test_gates_move_slowly():
+def test_gates_move_slowly() -> None:
     data, training, exits = some_bytes(500), Training(SMALL, TINY, 0), policy("survival")
     training.step = TINY.first
     training.begin(exits, data)
     model = training.model
-    before = [p.detach().clone() for p in (*model.looped.gate.parameters(), *model.head.parameters())]
+    gate = the(nn.Module, model.looped.gate)
+    before = [p.detach().clone() for p in (*gate.parameters(), *model.head.parameters())]
     for _ in range(6):
         training.adaptive(data, exits)
-    after = (*model.looped.gate.parameters(), *model.head.parameters())
+    after = (*gate.parameters(), *model.head.parameters())
     moved = [(p - b).abs().max() for p, b in zip(after, before, strict=True)]
     assert all(0 < m < moved[-1] / 4 for m in moved[:-1])
 
 
 @pytest.mark.parametrize("survival", [True, False])
-def test_going_on_costs_the_smallest_values(survival):
+def test_going_on_costs_the_smallest_values(survival: bool) -> None:
     scores = torch.tensor([[0.5, 0.4], [0.9, 0.3]])
     live = torch.tensor([[True, True, True], [True, True, False]])
     trace = ad.Trace(live[None], scores[None], torch.zeros(1, 2, 3))
@@ -306,7 +313,7 @@ def test_going_on_costs_the_smallest_values(survival):
     assert Routed().cost(trace, 900).item() == 0
 
 
-def test_letters_are_counted_from_the_start_of_the_word():
+def test_letters_are_counted_from_the_start_of_the_word() -> None:
     lines = [b"a big_word, 42x (b)", b"   abcdefghijk l..mn"[:19]]
     want = []
     for line in lines:
@@ -318,7 +325,7 @@ def test_letters_are_counted_from_the_start_of_the_word():
     assert letters_seen(torch.tensor([list(line) for line in lines])).tolist() == want
 
 
-def test_a_router_goes_deep_where_the_last_iterations_gain():
+def test_a_router_goes_deep_where_the_last_iterations_gain() -> None:
     ids = torch.tensor([list(b"the longest words ")])
     seen = letters_seen(ids)
     losses = torch.zeros(1, ids.shape[1], 4)
@@ -333,7 +340,7 @@ def test_a_router_goes_deep_where_the_last_iterations_gain():
     assert (WordRouter.fit(ids, losses).depths.diff() >= 0).all()
 
 
-def test_the_learning_rate_warms_up_and_falls_to_a_tenth():
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     rates = [schedule(step, 200) for step in range(200)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1.0
@@ -346,7 +353,7 @@ def windows() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def result(windows) -> evaluate.Evaluation:
+def result(windows: Tensor) -> evaluate.Evaluation:
     models = {"exits": small_model(Gated(survival=True, tau=0.1))}
     for i in range(1, 5):
         torch.manual_seed(i)
@@ -360,7 +367,7 @@ def result(windows) -> evaluate.Evaluation:
     return evaluate.evaluate(each, windows, windows, seed=0, repeats=1)
 
 
-def test_figures_are_those_of_the_policies_they_name(result, windows):
+def test_figures_are_those_of_the_policies_they_name(result: evaluate.Evaluation, windows: Tensor) -> None:
     ids, targets = windows[:, :-1], windows[:, 1:]
     model = small_model(Gated(survival=True, tau=0.1))
     with torch.no_grad():
@@ -377,28 +384,29 @@ def test_figures_are_those_of_the_policies_they_name(result, windows):
     for row in result.random:
         assert row.measured.depth.min() == 2
         assert row.flops.total == pytest.approx(result.exits.flops.total, rel=0.05)
-    assert result.line.flops.total == pytest.approx(result.exits.flops.total, rel=1e-6)
+    assert the(evaluate.Row, result.line).flops.total == pytest.approx(result.exits.flops.total, rel=1e-6)
     assert result.timed.live == pytest.approx(mean / 4)
     best = torch.stack([row.measured.loss for row in result.forced]).amin(0)
     assert torch.equal(result.oracle.measured.loss, best)
 
 
-def test_the_line_is_the_best_mixture_of_two_trained_depths(result):
-    depth, nats = result.line.measured.mean_depth, [row.measured.nats for row in result.trained]
+def test_the_line_is_the_best_mixture_of_two_trained_depths(result: evaluate.Evaluation) -> None:
+    line = the(evaluate.Row, result.line)
+    depth, nats = line.measured.mean_depth, [row.measured.nats for row in result.trained]
     pairs = [(low, high) for low in range(1, 5) for high in range(low + 1, 5) if low <= depth <= high]
     mixed = [nats[low - 1] + (nats[high - 1] - nats[low - 1]) * (depth - low) / (high - low) for low, high in pairs]
-    assert result.line.measured.nats == pytest.approx(min(mixed))
-    assert result.line.name == f"line at {depth:.2f}"
+    assert line.measured.nats == pytest.approx(min(mixed))
+    assert line.name == f"line at {depth:.2f}"
 
 
-def test_without_a_whole_ladder_there_is_no_line(windows):
+def test_without_a_whole_ladder_there_is_no_line(windows: Tensor) -> None:
     model = small_model(Gated(survival=False, tau=0.1))
     result = evaluate.evaluate({"exits": Trained(model, [], None)}, windows, windows, seed=0, repeats=1)
     assert result.line is None
     assert result.trained == result.elsewhere == []
 
 
-def test_exits_are_switched_off_and_on_again():
+def test_exits_are_switched_off_and_on_again() -> None:
     model = small_model(Gated(survival=True))
     before = model.looped.gate, model.looped.rule, model.looped.update
     with evaluate.without_exits(model):

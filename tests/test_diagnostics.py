@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ class Model(nn.Module):
         self.looped = ad.RecurrentWrapper(ad.Pointwise(nn.Linear(DIM, DIM)), STEPS, gate, ad.Threshold(0.5))
         nn.init.normal_(gate.proj.weight, std=3.0)
 
-    def score(self, ids: Tensor, **depths: int | Tensor) -> tuple[Tensor, Tensor]:
+    def score(self, ids: Tensor, **depths: Any) -> tuple[Tensor, Tensor]:
         out = self.looped(self.embed(ids[:, :-1]), **depths)
         loss = nn.functional.cross_entropy(self.head(out.hidden).transpose(1, 2), ids[:, 1:], reduction="none")
         return loss, out.trace.depth
@@ -150,7 +151,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "depth[mask].",
     ),
     "an output": (
-        lambda: measure(lambda ids: Model().looped(torch.zeros(1, 3, DIM)), [None]),
+        lambda: measure(lambda ids: Model().looped(torch.zeros(1, 3, DIM)), [None]),  # type: ignore[arg-type, return-value]
         "measure expected score to return two tensors, losses and depths of the same tokens, got Output. Return both: "
         "(loss, out.trace.depth).",
     ),
@@ -159,7 +160,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "against expected the same tokens measured, of shape (3, 4), got (3, 1). Measure both on the same batches.",
     ),
     "one depth": (
-        lambda: oracle(random_curve(0)[0]),
+        lambda: oracle(random_curve(0)[0]),  # type: ignore[arg-type]
         "oracle expected fixed, a list of what was Measured at depth 1, 2, and so on, got Measured. Pass forced(score, "
         "data, steps).",
     ),

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.plain
 class Block(nn.Module):
     """Attends as told."""
 
-    def __init__(self, attend: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, attend: Callable[[Tensor], Any]) -> None:
         super().__init__()
         self.attend, self.weight = attend, nn.Parameter(torch.ones(8))
 
@@ -28,7 +29,7 @@ def heads(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, 4)).transpose(1, 2)
 
 
-def sdpa(x: Tensor, **options: object) -> Tensor:
+def sdpa(x: Tensor, **options: Any) -> Tensor:
     h = heads(x)
     return F.scaled_dot_product_attention(h, h, h, **{"is_causal": True, **options}).transpose(1, 2).flatten(2)
 
@@ -57,7 +58,7 @@ class Uneven(nn.Module):
 
 
 class Multihead(nn.Module):
-    def __init__(self, **options: object) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         self.inner, self.options = nn.MultiheadAttention(8, 2, batch_first=True), options
 
@@ -83,8 +84,12 @@ X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 GOOD = Block(sdpa)
 
 
-def loop(block: nn.Module = GOOD, **options: object) -> ad.RecurrentWrapper:
+def loop(block: nn.Module = GOOD, **options: Any) -> ad.RecurrentWrapper:
     return ad.RecurrentWrapper(block, **{"steps": 3, **options}).eval()
+
+
+def called(**options: Any) -> ad.Output:
+    return loop()(X, **options)
 
 
 def row_mask() -> Tensor:
@@ -114,8 +119,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "start expected the shape and dtype of x, (2, 5, 8) torch.float32, got (2, 5, 8) torch.float64.",
     ),
     "max_depth": (lambda: loop()(X, max_depth=4), "max_depth expected an int from 1 to steps=3, got 4."),
-    "a fraction": (lambda: loop()(X, max_depth=2.0), "max_depth expected an int from 1 to steps=3, got 2.0."),
-    "a list": (lambda: loop()(X, min_depth=[2]), "min_depth expected an int from 1 to steps=3, got [2]."),
+    "a fraction": (lambda: called(max_depth=2.0), "max_depth expected an int from 1 to steps=3, got 2.0."),
+    "a list": (lambda: called(min_depth=[2]), "min_depth expected an int from 1 to steps=3, got [2]."),
     "a bool": (lambda: loop()(X, min_depth=True), "min_depth expected an int from 1 to steps=3, got True."),
     "min_depth": (lambda: loop()(X, min_depth=0), "min_depth expected an int from 1 to steps=3, got 0."),
     "depth dtype": (
@@ -262,7 +267,7 @@ def test_an_error_leaves_no_view_behind() -> None:
 
 
 ORDER = "The order is block, steps, gate, rule, update."
-PIECES = {
+PIECES: dict[str, tuple[dict[str, Any], str]] = {
     "swapped": (
         {"gate": ad.Threshold(0.5), "rule": ad.LinearGate(8)},
         f"RecurrentWrapper expected gate to be an adadepth.Gate, got Threshold. {ORDER}",

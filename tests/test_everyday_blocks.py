@@ -1,11 +1,13 @@
 """Blocks as people have them: flags by length, parts without gradients, norms in float32, attention in two ways."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from blocks_zoo import DIM, PreNorm, heads_of, merged
+from narrow import the
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -45,7 +47,7 @@ def test_one_query_needs_no_causal_flag(make: Callable[[], nn.Module]) -> None:
     block, x = make().double(), torch.randn(3, 6, DIM).double()
     depth = torch.ones(3, 6, dtype=torch.int64)
     depth[1, 3] = STEPS  # one lone token goes on
-    call = {"min_depth": depth, "max_depth": depth}
+    call: dict[str, Any] = {"min_depth": depth, "max_depth": depth}
     packed, dense = (ad.RecurrentWrapper(block, STEPS, skip=skip).eval()(x, **call).hidden for skip in (True, False))
     near(packed, dense)
     looped, cache = ad.RecurrentWrapper(block, STEPS).eval(), ad.KVReuseCache()
@@ -88,7 +90,7 @@ def test_gradients_may_be_off_in_a_part_of_a_block(skip: bool) -> None:
     assert all(grad is None for name, grad in got.items() if not name.startswith("last."))
     for name, p in block.named_parameters():
         if name.startswith("last."):
-            near(got[name], p.grad)
+            near(the(Tensor, got[name]), the(Tensor, p.grad))
     depth = torch.tensor([[1, 2, 1, 2], [2, 1, 1, 1]])
     looped(x, min_depth=depth, max_depth=depth).hidden.sum().backward()
 
@@ -131,7 +133,7 @@ def test_an_autograd_function_of_ones_own_that_runs_attention_again_is_refused()
             self.inner = PreNorm(DIM, True)
 
         def forward(self, x: Tensor) -> Tensor:
-            return Again.apply(x, self.inner)
+            return Again.apply(x, self.inner)  # type: ignore[no-untyped-call]
 
     x = torch.randn(2, 4, DIM, requires_grad=True)
     with pytest.raises(ValueError, match=r"^The block checkpoints its own attention"):
@@ -215,7 +217,7 @@ def test_soft_exits_add_up_in_float32(skip: bool, dtype: torch.dtype) -> None:
     gate = ad.LinearGate(DIM, bias=1.0)
     looped = ad.RecurrentWrapper(PreNorm(DIM, True), 8, gate, ad.Survival(), ad.Interpolate(), skip=skip).to(dtype)
     out = looped(torch.randn(2, 6, DIM).to(dtype), states=True)
-    want = (out.trace.exit_probs.unsqueeze(-1) * out.states.float()).sum(2)
+    want = (out.trace.exit_probs.unsqueeze(-1) * the(Tensor, out.states).float()).sum(2)
     assert out.hidden.dtype == dtype
     assert torch.equal(out.hidden, want.to(dtype)) or (out.hidden.float() - want).abs().max() <= (
         torch.finfo(dtype).eps / 2 * want.abs().max()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrow import the
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -148,7 +149,7 @@ class Alive(TorchDispatchMode):
     """The bytes of all tensors that operators make, `now` and at their `peak`."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.peak = 0, 0
         self.known: set[int] = set()
 
@@ -225,7 +226,7 @@ def test_what_is_chosen_fits_and_a_row_more_would_not(pythias: dict[str, Costs])
 def test_configurations_fit_a_gpu_as_they_are(pythias: dict[str, Costs]) -> None:
     for name, costs in pythias.items():
         train = costs.config.train
-        assert costs.memory(Way(1, False, train.checkpointing, train.micro)) <= 72 * 2**30, name
+        assert costs.memory(Way(1, False, train.checkpointing, the(int, train.micro))) <= 72 * 2**30, name
 
 
 # The page

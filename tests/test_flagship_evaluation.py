@@ -19,6 +19,7 @@ pytest.importorskip("datasets")
 pytest.importorskip("omegaconf")
 
 import torch
+from narrow import the
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -155,6 +156,7 @@ def test_a_router_is_as_it_was_after_other_budgets(swept: Swept) -> None:
     run = load(swept.out / "router-0")
     test = held_out(run.config.data, run.tokenizer, 12, "test")
     asked = evaluate.Evaluation(run, test, held_out(run.config.data, run.tokenizer, 12, "choice"), OPTIONS)
+    assert run.router is not None
     before, price = asked.own()[0], run.router.price.clone()
     deep = [row["depth"] for row in asked.budgets()]
     assert deep[0] <= deep[1]
@@ -179,6 +181,7 @@ def letters_seen(ids: Tensor) -> Tensor:
 def test_tokens_are_told_how_much_of_their_word_was_seen(swept: Swept, run: str) -> None:
     trained = load(swept.out / f"{run}-0")
     ids = held_out(trained.config.data, trained.tokenizer, 4, "test")
+    assert trained.router is not None
     seen, deep = letters_seen(ids[:, :-1]), trained.router(ids[:, :-1])
     weight = torch.load(trained.folder / "model" / "router.pt")["told"]["kinds.weight"]
     assert len(deep.unique()) > 1 and len(seen.unique()) > 5 and weight[seen.unique()].abs().min() > 0
@@ -293,7 +296,7 @@ def points(*losses: float, flops: list[float] | None = None) -> list[Point]:
 def test_the_line_is_that_of_the_diagnostics(mean: float) -> None:
     given = points(3.0, 2.9, 1.5, 1.4)
     fixed = [Measured(p.losses, torch.full_like(p.losses, i)) for i, p in enumerate(given, 1)]
-    assert best_mixture(given, mean).nats == pytest.approx(mixture(fixed, mean).nats)
+    assert the(Point, best_mixture(given, mean)).nats == pytest.approx(mixture(fixed, mean).nats)
 
 
 def test_a_line_never_costs_more_and_may_cost_less() -> None:
@@ -305,10 +308,11 @@ def test_a_line_never_costs_more_and_may_cost_less() -> None:
 
 def test_differences_are_paired() -> None:
     a, b = points(2.0, 1.5)
-    one = difference([(a, b)])
+    one: object = difference([(a, b)])
     assert one == (pytest.approx(0.5), pytest.approx(0.0, abs=1e-12), 3)  # the noise of a window is in both
     c, d = points(3.0, 2.3)
-    assert difference([(a, b), (c, d)]) == (pytest.approx(0.6), pytest.approx(0.1), 2)
+    two: object = difference([(a, b), (c, d)])
+    assert two == (pytest.approx(0.6), pytest.approx(0.1), 2)
 
 
 # what a table of Student's t has for 5 %: 12.706 with 2 values, 4.303 with 3, 1.984 with 100
@@ -325,7 +329,7 @@ def made(
 ) -> Result:
     """A run of three windows: its own (FLOPs, loss), then those at other budgets; of four iterations."""
     names = ["own", *(f"own at {i}" for i in range(1, len(rows)))]
-    each = [
+    each: list[dict[str, Any]] = [
         {"name": name, "relative_flops": f, "ungated_flops": f - 0.5, "depth": f, "loss": loss, "choice": loss}
         for name, (f, loss) in zip(names, rows, strict=True)
     ]
@@ -530,7 +534,8 @@ def test_the_sweeps_that_are_here(name: str, quick: bool, tmp_path: Path) -> Non
     assert {run.against for run in loaded.runs.values() if run.against} <= names
     for run in loaded.runs.values():
         if run.after is not None:
-            assert run.stop is None or run.stop > loaded.runs[run.after].stop
+            before = loaded.runs[run.after].stop
+            assert run.stop is None or (before is not None and run.stop > before)
 
 
 def job(folder: Path, name: str, script: str, after: str | None = None, weight: float = 1.0) -> Job:
@@ -567,7 +572,7 @@ def test_an_interrupt_ends_what_runs(tmp_path: Path) -> None:
     long.now = now
     with pytest.raises(KeyboardInterrupt):
         run_all([long], 1, Console(quiet=True))
-    assert long.process.returncode == -15
+    assert the(subprocess.Popen, long.process).returncode == -15
 
 
 def test_a_whole_sweep_from_the_command_line(tmp_path: Path) -> None:

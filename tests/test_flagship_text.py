@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -40,7 +41,8 @@ def write(path: Path, documents: list[str]) -> str:
     match path.suffixes:
         case [".txt", *_]:
             path.mkdir()
-            opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+            openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+            opener = openers.get(path.suffix, open)
             for i, document in enumerate(documents):
                 with opener(path / f"{i:03}{path.suffixes[0]}{''.join(path.suffixes[1:])}", "wb") as file:
                     file.write(document.encode())
@@ -288,7 +290,7 @@ def refused(call: Callable[[], object]) -> str:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path, stream: bool) -> None:
-    def says(source: str, **more: object) -> str:
+    def says(source: str, **more: Any) -> str:
         data = Data(source, window=8, stream=stream, cache=str(tmp_path / "cache"), **more)
         return refused(lambda: text.windows(data, TOKENIZER, 0)).replace(str(tmp_path), "…")
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.state import AcceleratorState
+from narrow import the
 from safetensors.torch import load_file
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+import adadepth as ad
 from examples.adaponderlm import checkpoints, config, routers, train, trainer
 from examples.adaponderlm.config import CONFIGS
 from examples.adaponderlm.model import scratch
@@ -86,7 +90,8 @@ def checkpoint(out: Path, step: int) -> dict[str, Tensor]:
     """Weights and moments, by name."""
     path = out / "checkpoints" / f"step-{step:08d}"
     there = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    state = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in there.items()}
+    tensors = {name: the(TensorStorageMetadata, about) for name, about in there.items()}
+    state = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in tensors.items()}
     with checkpoints._alone():
         dcp.load(state, checkpoint_id=path)
     return state
@@ -103,7 +108,7 @@ def weights(out: Path) -> dict[str, Tensor]:
 def alike(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=partial("{}: {}".format, name))
 
 
 def environment() -> dict[str, str]:
@@ -356,7 +361,8 @@ def test_a_poisoned_weight_is_named_by_what_it_spoils(
     def forward(self: Objective, ids: Tensor, turn: Any, first: int = 0) -> Any:
         if turn.at == 2:
             with torch.no_grad():
-                spoilt = self.model.loop.gate.mlps[1] if poisoned == "gate" else self.model.get_output_embeddings()
+                gate = the(ad.PerIterationMLPGate, self.model.loop.gate)
+                spoilt = gate.mlps[1] if poisoned == "gate" else self.model.get_output_embeddings()
                 next(spoilt.parameters()).view(-1)[0] = math.nan
         return real(self, ids, turn, first)
 

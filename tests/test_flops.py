@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from narrow import the
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -93,10 +94,10 @@ def test_a_shortened_loop_and_no_tokens_are_counted() -> None:
 
 def test_measuring_leaves_the_model_as_it_was() -> None:
     model = looped(gate=ad.LinearGate(DIM)).train()
-    model.gate.eval()
+    gate = the(nn.Module, model.gate).eval()
     ad.TokenFlops.measure(model, DIM)
     assert model.training
-    assert not model.gate.training
+    assert not gate.training
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -116,7 +117,7 @@ FOUR = ad.TokenFlops(Cost(1.0), (0.0,) * 3, (0.0,) * 3)
 TRACE = ad.Trace(torch.ones(1, 2, 4, dtype=torch.bool), torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "the trace": (
-        lambda: FOUR.count(TRACE),
+        lambda: FOUR.count(TRACE),  # type: ignore[arg-type]
         "TokenFlops.count expected live of shape (batch, seq, steps), bool, got Trace. Pass out.trace.live, or of "
         "depths adadepth.depth_mask(depth, steps).",
     ),
@@ -131,7 +132,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "(1, 2, 5). Measure the loop that the trace is of.",
     ),
     "a block": (
-        lambda: ad.TokenFlops.measure(nn.Linear(DIM, DIM), DIM),
+        lambda: ad.TokenFlops.measure(nn.Linear(DIM, DIM), DIM),  # type: ignore[arg-type]
         "TokenFlops.measure expected looped, a RecurrentWrapper, got Linear. Of a model pass the wrapper that it "
         "holds, and as once= what runs around it.",
     ),

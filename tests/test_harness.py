@@ -162,9 +162,9 @@ def test_the_command_line_gives_scores_and_depths(saved: Saved, tmp_path: Path) 
         log_text += hand.rolling(sample["doc"]["text"])
         words += len(sample["doc"]["text"].split())
     for sample in run.samples["continue"]:
-        want = hand.generate(sample["doc"]["prompt"], ["cat", "dog"], 8)
-        assert sample["resps"] == [[want]]
-        exact.append(want == sample["doc"]["answer"])
+        written = hand.generate(sample["doc"]["prompt"], ["cat", "dog"], 8)
+        assert sample["resps"] == [[written]]
+        exact.append(written == sample["doc"]["answer"])
     assert 0 < sum(right) < len(right)
     assert 0 < sum(exact) < len(exact)
     assert run.results["adadepth_choice"]["acc,none"] == pytest.approx(sum(right) / len(right))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -46,7 +47,7 @@ def test_an_adapted_model_begins_as_the_original(name: str, dtype: torch.dtype) 
         assert torch.equal(out.logits, expected)
         assert out.trace.depth.eq(STEPS).all()
         out.loss.backward()
-        assert model.loop.update.alpha.grad.abs() > 0
+        assert the(Tensor, the(ad.ReZero, model.loop.update).alpha.grad).abs() > 0
 
 
 def test_others_of_the_same_configuration_go_on_as_they_were() -> None:
@@ -117,7 +118,7 @@ def test_a_loop_that_nobody_leaves_is_one_written_by_hand(name: str) -> None:
         second = head(norm(after(h)))[MASK.bool()]
     for expected, layers in ((first, None), (second, slice(1, 3))):
         model = adapt(copy.deepcopy(base), STEPS, layers=layers)
-        nn.init.constant_(model.loop.update.alpha, alpha)
+        nn.init.constant_(the(ad.ReZero, model.loop.update).alpha, alpha)
         assert near(logits(model), expected) and near(decoded(model), expected)
         assert not near(logits(model, max_depth=1), expected)
 
@@ -140,7 +141,7 @@ def test_arguments() -> None:
     embeds = model.get_input_embeddings()(IDS)
     assert torch.equal(model(inputs_embeds=embeds, attention_mask=MASK.bool()).logits[MASK.bool()], whole)
     out = model(IDS, attention_mask=MASK, states=True, logits_to_keep=2, use_cache=False, output_attentions=None)
-    assert near(out.logits[0], whole[7:9]) and out.states.shape == (3, 9, STEPS, DIM)
+    assert near(out.logits[0], whole[7:9]) and the(Tensor, out.states).shape == (3, 9, STEPS, DIM)
     assert near(model(IDS, attention_mask=MASK, logits_to_keep=torch.tensor([8])).logits[0], whole[8:9])
     loss, values, trace = model(IDS, attention_mask=MASK, labels=LABELS, return_dict=False)
     assert near(values[MASK.bool()], whole) and trace.depth.shape == IDS.shape

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from narrow import the
 from test_calibrate import DIM, STEPS, learned, make_loop, text
 from torch import nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -24,7 +25,7 @@ def test_a_language_model(layers: slice | None, once: int, wanted: float) -> Non
         initializer_range=0.4,
     )
     model = adapt(GPTNeoXForCausalLM(config), STEPS, learned(), ad.Threshold(0.5), layers=layers)
-    nn.init.constant_(model.loop.update.alpha, 0.5)
+    nn.init.constant_(the(ad.ReZero, model.loop.update).alpha, 0.5)
     mask = torch.arange(32) >= torch.randint(0, 12, (8, 1))
     data = [{"input_ids": torch.randint(40, (8, 32)), "attention_mask": mask, "labels": mask.long()} for _ in range(4)]
     found = calibrate(model, data, wanted)
@@ -60,4 +61,4 @@ def test_data_that_is_one_batch_of_ids() -> None:
         ad.Threshold(0.5),
     )
     with pytest.raises(ValueError, match="each a tensor or a mapping of the model's arguments, got a str"):
-        calibrate(model, {"input_ids": torch.zeros(1, 3, dtype=torch.long)})
+        calibrate(model, {"input_ids": torch.zeros(1, 3, dtype=torch.long)})  # type: ignore[dict-item]

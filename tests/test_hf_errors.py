@@ -73,7 +73,7 @@ ADAPT = {
         "Set it to True.",
     ),
     "layers by number": (
-        lambda: adapt(original("llama"), 2, layers=2),
+        lambda: adapt(original("llama"), 2, layers=2),  # type: ignore[arg-type]
         "adapt expected layers to be a slice, such as slice(8, 20), or None, got 2.",
     ),
     "no steps": (lambda: adapt(original("llama"), 0), "RecurrentWrapper needs steps >= 1, got steps=0."),
@@ -95,7 +95,7 @@ def test_adapt_refuses_layers_that_it_does_not_have(layers: slice) -> None:
     )
 
 
-FORWARD = {
+FORWARD: dict[str, tuple[dict[str, Any], str]] = {
     "no input": ({"input_ids": None}, "Expected either input_ids or inputs_embeds, got neither."),
     "two inputs": ({"inputs_embeds": torch.ones(3, 9, DIM)}, "Expected either input_ids or inputs_embeds, got both."),
     "positions": (
@@ -164,8 +164,8 @@ def test_more_tokens_than_the_model_has_positions_are_refused() -> None:
         model.generation_config.eos_token_id = None
         with torch.no_grad():
             assert model(ids, attention_mask=mask).logits.isfinite().all()
-            assert refused(lambda model=model: model(ids[:, :65])) == message
-            assert refused(lambda model=model: model.generate(ids[:, :60], max_new_tokens=9)) == message
+            assert refused(partial(model, ids[:, :65])) == message
+            assert refused(partial(model.generate, ids[:, :60], max_new_tokens=9)) == message
 
 
 def texts(model: AdaptiveForCausalLM, ids: Tensor, **options: Any) -> Tensor:
@@ -231,6 +231,8 @@ def test_attention_refuses_what_it_cannot_honour() -> None:
 class Lost(ad.Gate):
     """Has a buffer that is not saved."""
 
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("table", torch.ones(()), persistent=False)
@@ -251,7 +253,7 @@ class Nothing:
         return remaining
 
 
-SAVING = {
+SAVING: dict[str, tuple[dict[str, Any], str]] = {
     "a function": (
         {"rule": _rule},
         "Only gates, rules, updates, numbers, strings, lists of them and modules of the base can be saved in the "
@@ -329,7 +331,7 @@ def test_only_pieces_that_are_imported_are_made(name: str, tmp_path: Path) -> No
     model = spread("llama", None, torch.float32)
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(config, AdaptiveConfig)
+    assert isinstance(config, AdaptiveConfig) and config.pieces is not None
     config.pieces["gate"] = {"class": name, "arguments": {}}
     config.save_pretrained(tmp_path)
     assert refused(lambda: AdaptiveForCausalLM.from_pretrained(tmp_path)) == (

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from narrow import last_maps
 from torch import Tensor
 
 import adadepth as ad
@@ -94,7 +95,7 @@ def test_embeddings_as_a_prompt(model: AdaptiveForCausalLM) -> None:
     assert ids.tolist() == texts(model, IDS[:1], MASK[:1], no_repeat_ngram_size=0, suppress_tokens=None)
 
 
-class _Stream(BaseStreamer):
+class _Stream(BaseStreamer):  # type: ignore[misc]
     def __init__(self) -> None:
         self.tokens: list[int] = []
 
@@ -105,7 +106,7 @@ class _Stream(BaseStreamer):
         self.tokens.append(-1)
 
 
-class _After(StoppingCriteria):
+class _After(StoppingCriteria):  # type: ignore[misc]
     """Ends each row at a length of its own."""
 
     def __init__(self, lengths: list[int]) -> None:
@@ -182,12 +183,14 @@ def test_depths_from_outside(model: AdaptiveForCausalLM) -> None:
     assert torch.equal(depths(model, min_depth=rows, max_depth=rows), rows * real)
     columns = 1 + torch.arange(real.shape[1])[None] % STEPS
     assert torch.equal(depths(model, min_depth=columns, max_depth=columns), columns * real)
-    router = lambda ids: 1 + ids % STEPS  # noqa: E731
+
+    def router(ids: Tensor) -> Tensor:
+        return 1 + ids % STEPS
+
     routed = {"min_depth": router, "max_depth": router}
     ids = model.generate(IDS, attention_mask=MASK, max_new_tokens=NEW, do_sample=False, **VARIED, **routed)
     assert torch.equal(depths(model, **routed), router(ids[:, :-1]) * real)
-    constant = lambda ids: 2  # noqa: E731
-    assert depths(model, max_depth=constant).max() == 2
+    assert depths(model, max_depth=lambda ids: 2).max() == 2
 
 
 def test_depths_follow_their_rows_into_beams_and_sequences(model: AdaptiveForCausalLM) -> None:
@@ -224,7 +227,7 @@ def test_the_rule_of_a_call(model: AdaptiveForCausalLM) -> None:
     assert model.loop.rule is rule
 
 
-ERRORS = {
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "short": (
         {"max_depth": torch.full((3, 11), 2)},
         "max_depth gives the depths of 11 columns, but this pass needs those of 12, prompt and padding among them. "
@@ -287,10 +290,10 @@ def test_an_error_leaves_the_cache_as_it_was(layers: slice | None) -> None:
         for held in (0, 6):
             model(IDS[:, :held], attention_mask=MASK[:, :held], past_key_values=cache) if held else None
             before = cache.depth
-            model.loop.gate.mlps[0][2].bias.fill_(float("nan"))
+            last_maps(model.loop.gate)[0].bias.fill_(float("nan"))
             with pytest.raises(ValueError, match="scored NaN"):
                 model(IDS[:, held:], attention_mask=MASK, past_key_values=cache)
-            model.loop.gate.mlps[0][2].bias.zero_()
+            last_maps(model.loop.gate)[0].bias.zero_()
             assert torch.equal(cache.depth, before) and cache.get_seq_length() == held
         logits = model(IDS[:, 6:], attention_mask=MASK, past_key_values=cache).logits
         whole = model(IDS, attention_mask=MASK).logits[:, 6:]

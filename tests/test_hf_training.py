@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from narrow import the
 from torch import nn
 
 import adadepth as ad
@@ -40,7 +41,8 @@ def test_casting_and_moving_take_everything_along() -> None:
     model = spread("llama", None, torch.float32).to(torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model(IDS).logits.dtype is torch.bfloat16
-    assert adapt(original("llama", torch.float16), 2, ad.LinearGate(DIM)).loop.gate.proj.weight.dtype is torch.float16
+    gate = adapt(original("llama", torch.float16), 2, ad.LinearGate(DIM)).loop.gate
+    assert the(ad.LinearGate, gate).proj.weight.dtype is torch.float16
     twin = copy.deepcopy(model)
     assert twin.loop.update.update.head is twin.get_output_embeddings() and twin.loop.block.base is twin.base
     assert torch.equal(twin(IDS).logits, model(IDS).logits)
@@ -53,8 +55,10 @@ def test_tables_are_resized_and_replaced_also_where_pieces_refer_to_them(tmp_pat
         base, STEPS, gate, update=ad.Ungated(ad.Ponder(base.get_input_embeddings(), base.get_output_embeddings()))
     )
     model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
-    ponder, head, embedding = model.loop.update.update, model.get_output_embeddings(), model.get_input_embeddings()
-    assert ponder.embedding is embedding and ponder.head is head and model.loop.gate.head[1] is head
+    ponder = the(ad.Ponder, the(ad.Ungated, model.loop.update).update)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert ponder.embedding is embedding and ponder.head is head
+    assert the(nn.Sequential, the(ad.MaxProbGate, model.loop.gate).head)[1] is head
     assert model(IDS + 5).logits.shape[-1] == VOCAB + 5 == model.config.get_text_config().vocab_size
     model.save_pretrained(tmp_path)
     assert same(AdaptiveForCausalLM.from_pretrained(tmp_path), model)

@@ -10,6 +10,7 @@ import torch
 from blocks_zoo import BLOCKS, DIM, looped, mixed
 from cases import Case, Setting, assert_same, by_definition, cases, of_its_own, setting
 from hypothesis import assume, given
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -37,7 +38,7 @@ def test_the_oracle_shares_no_code() -> None:
         if isinstance(node, ast.Import):
             imported |= {name.name for name in node.names}
         if isinstance(node, ast.ImportFrom):
-            imported.add(node.module)
+            imported.add(the(str, node.module))
     assert imported == {"collections.abc", "typing", "torch"}
 
 
@@ -61,9 +62,9 @@ def compare(kind: str, only_mixed: bool, examples: int) -> int:
     def check(case: Case) -> None:
         nonlocal seen
         s = setting(BLOCKS[kind], case, torch.float64)
-        want = by_definition(BLOCKS[kind], case, s)
-        assume(mixed(want.live) or not only_mixed)
-        want = everything(want, s)
+        result = by_definition(BLOCKS[kind], case, s)
+        assume(mixed(result.live) or not only_mixed)
+        want = everything(result, s)
         for skip in (True, False):
             assert_same(everything(run(s, skip), s), want, 1e-10, 1e-13)
         seen += 1
@@ -104,7 +105,7 @@ def test_every_gate_learns_where_nobody_leaves(skip: bool, rule: Any, update: An
     loop = ad.RecurrentWrapper(BLOCKS["attention"].make(DIM, True), 4, gate, rule, piece, skip=skip)
     loop(torch.randn(2, 5, DIM)).hidden.square().sum().backward()
     for mlp in gate.mlps:
-        assert all(bool((p.grad != 0).any()) for p in mlp.parameters())
+        assert all(bool((the(Tensor, p.grad) != 0).any()) for p in mlp.parameters())
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -113,6 +114,6 @@ def test_a_gate_that_only_cuts_learns_from_the_scores_alone(skip: bool, update: 
     loop = looped("attention", skip=skip)
     loop.rule, loop.update = None, update()
     out = loop(torch.randn(3, 6, DIM, dtype=torch.float64))
-    gate = list(loop.gate.parameters())
+    gate = list(the(nn.Module, loop.gate).parameters())
     assert torch.autograd.grad(out.hidden.sum(), gate, allow_unused=True, retain_graph=True) == (None,) * len(gate)
     assert all(bool((g != 0).any()) for g in torch.autograd.grad(out.trace.scores.sum(), gate))

@@ -3,12 +3,14 @@
 import math
 import re
 from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
 from allocations import largest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -34,7 +36,9 @@ def traced(seed: int, rule: ad.Rule | None = None, steps: int = 4) -> ad.Trace:
     of=st.sampled_from(["gates", "survival", "logits"]),
 )
 @settings(max_examples=60)
-def test_the_penalty_is_the_mean_of_the_smallest_share(seed: int, k: float, over: str, of: str) -> None:
+def test_the_penalty_is_the_mean_of_the_smallest_share(
+    seed: int, k: float, over: Literal["all", "live"], of: str
+) -> None:
     trace = traced(seed)
     values = trace.scores.logit(1e-6) if of == "logits" else getattr(trace, of)
     got = ad.BottomKPenalty(k, over=over)(values, trace.live, at=0)
@@ -100,8 +104,9 @@ def test_ponder_cost_and_expected_depth_count_real_tokens(seed: int) -> None:
 def test_expected_depth_tells_soft_gates_to_let_go() -> None:
     """By its gradient, held against a difference."""
     torch.manual_seed(0)
-    looped = ad.RecurrentWrapper(ad.Pointwise(nn.Linear(DIM, DIM)), 4, ad.LinearGate(DIM, 0.5), ad.Survival()).double()
-    x, bias, little = torch.randn(2, 3, DIM, dtype=torch.float64), looped.gate.proj.bias, 1e-6
+    block, gate = ad.Pointwise(nn.Linear(DIM, DIM)), ad.LinearGate(DIM, 0.5)
+    looped = ad.RecurrentWrapper(block, 4, gate, ad.Survival()).double()
+    x, bias, little = torch.randn(2, 3, DIM, dtype=torch.float64), gate.proj.bias, 1e-6
     (grad,) = torch.autograd.grad(ad.expected_depth(looped(x).trace), bias)
     before = ad.expected_depth(looped(x).trace).item()
     nn.init.constant_(bias, bias.item() + little)
@@ -159,9 +164,10 @@ def test_priors_sum_to_one_and_the_last_takes_what_remains() -> None:
 
 
 def test_a_gate_of_one_score_exits_by_the_geometric_prior() -> None:
-    looped = ad.RecurrentWrapper(ad.Pointwise(nn.Identity()), 5, ad.LinearGate(DIM), ad.Survival())
-    nn.init.zeros_(looped.gate.proj.weight)
-    nn.init.constant_(looped.gate.proj.bias, math.log(0.7 / 0.3))
+    gate = ad.LinearGate(DIM)
+    looped = ad.RecurrentWrapper(ad.Pointwise(nn.Identity()), 5, gate, ad.Survival())
+    nn.init.zeros_(gate.proj.weight)
+    nn.init.constant_(gate.proj.bias, math.log(0.7 / 0.3))
     exits = looped(torch.randn(1, 1, DIM)).trace.exit_probs[0, 0]
     torch.testing.assert_close(exits, ad.depth_prior("geometric", 5, rate=0.3))
 
@@ -203,16 +209,17 @@ def test_losses_of_a_looped_block_reach_every_part() -> None:
     each = ad.per_iteration_loss(out.states, head, torch.randint(WORDS, (2, 4)))
     taught = (out.trace.scores - ad.loss_gain(each).goes_on.float()).square().mean()
     ((each * ad.depth_prior("geometric", 3)).sum(-1).mean() + taught).backward()
-    assert all(p.grad.abs().sum() > 0 for p in [*looped.parameters(), *head.parameters()])
+    assert all(the(Tensor, p.grad).abs().sum() > 0 for p in [*looped.parameters(), *head.parameters()])
 
 
+wrong: Any = ad  # for arguments that no type allows
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "k": (
         lambda: ad.BottomKPenalty(1.5),
         "BottomKPenalty expected k_max, a share, in (0, 1], got 1.5. The paper's is 0.1.",
     ),
     "k as a string": (
-        lambda: ad.BottomKPenalty("0.1"),
+        lambda: wrong.BottomKPenalty("0.1"),
         "BottomKPenalty expected k_max, a share, in (0, 1], got '0.1'. The paper's is 0.1.",
     ),
     "warm-up": (
@@ -221,12 +228,12 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "To grow over the first 100 steps write warmup=(0, 100).",
     ),
     "warm-up as a number": (
-        lambda: ad.BottomKPenalty(warmup=100),
+        lambda: wrong.BottomKPenalty(warmup=100),
         "BottomKPenalty expected warmup=(first, last), training steps with 0 <= first <= last, got 100. "
         "To grow over the first 100 steps write warmup=(0, 100).",
     ),
     "over": (
-        lambda: ad.BottomKPenalty(0.1, over="some"),
+        lambda: wrong.BottomKPenalty(0.1, over="some"),
         "BottomKPenalty expected over to be 'all' or 'live', got 'some'.",
     ),
     "live": (
@@ -236,7 +243,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "trace.live, at).",
     ),
     "the trace for the values": (
-        lambda: ad.BottomKPenalty(0.1)(traced(0), traced(0).live, at=0),
+        lambda: wrong.BottomKPenalty(0.1)(traced(0), traced(0).live, at=0),
         "BottomKPenalty expected values (batch, seq, steps - 1) and live (batch, seq, steps), bool, got Trace and a "
         "tensor of shape (3, 5, 4) torch.bool. Call it as penalty(trace.gates, trace.live, at).",
     ),
@@ -247,15 +254,15 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "trace.live, at).",
     ),
     "the output": (
-        lambda: ad.ponder_cost(ad.Output(torch.zeros(2, 3, DIM), traced(0))),
+        lambda: wrong.ponder_cost(ad.Output(torch.zeros(2, 3, DIM), traced(0))),
         "ponder_cost expected the trace of a pass, got Output. Pass out.trace.",
     ),
     "depths for the trace": (
-        lambda: ad.expected_depth(traced(0).depth),
+        lambda: wrong.expected_depth(traced(0).depth),
         "expected_depth expected the trace of a pass, got a tensor of shape (3, 5) torch.int64. Pass out.trace.",
     ),
     "the output for states": (
-        lambda: ad.per_iteration_loss(ad.Output(torch.zeros(2, 3, DIM), traced(0)), nn.Linear(DIM, WORDS), None),
+        lambda: wrong.per_iteration_loss(ad.Output(torch.zeros(2, 3, DIM), traced(0)), nn.Linear(DIM, WORDS), None),
         "per_iteration_loss expected states of shape (batch, seq, steps, dim), got Output. Pass out.states, of out = "
         "looped(x, states=True).",
     ),
@@ -265,7 +272,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "torch.float32. Pass out.states, of out = looped(x, states=True).",
     ),
     "labels before the head": (
-        lambda: ad.per_iteration_loss(torch.zeros(2, 3, 4, DIM), torch.zeros(2, 3).long(), nn.Linear(DIM, WORDS)),
+        lambda: wrong.per_iteration_loss(torch.zeros(2, 3, 4, DIM), torch.zeros(2, 3).long(), nn.Linear(DIM, WORDS)),
         "per_iteration_loss expected labels, a tensor of shape (batch, seq), got Linear. The order is states, head, "
         "labels.",
     ),
@@ -283,7 +290,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "per_iteration_loss needs chunk >= 1, got 0.",
     ),
     "kind": (
-        lambda: ad.depth_prior("normal", 4),
+        lambda: wrong.depth_prior("normal", 4),
         "depth_prior expected kind to be 'geometric' or 'uniform', got 'normal'.",
     ),
     "steps": (
@@ -291,7 +298,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "depth_prior needs steps >= 1, got 0. The order is kind, steps, rate.",
     ),
     "steps first": (
-        lambda: ad.depth_prior(4, "uniform"),
+        lambda: wrong.depth_prior(4, "uniform"),
         "depth_prior needs steps >= 1, got 'uniform'. The order is kind, steps, rate.",
     ),
     "rate": (
@@ -309,7 +316,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "tensor([0., 0.]). Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
     ),
     "a list": (
-        lambda: ad.random_depth([0.5, 0.5], 0),
+        lambda: wrong.random_depth([0.5, 0.5], 0),
         "random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, got "
         "[0.5, 0.5]. Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
     ),

@@ -1,6 +1,7 @@
 """Mask utilities, depths without learning, and selection, each against its definition."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_mask_utilities_by_definition(rows: list[list[bool]]) -> None:
 
 @pytest.mark.parametrize("draw", [ad.uniform_depths, ad.geometric_depths])
 @pytest.mark.parametrize("mean", [1.0, 1.3, 2.0, 2.9, 4.0])
-def test_drawn_depths_have_the_mean_and_repeat(draw: object, mean: float) -> None:
+def test_drawn_depths_have_the_mean_and_repeat(draw: Callable[..., torch.Tensor], mean: float) -> None:
     first, second = (draw((200, 100), 4, mean, torch.Generator().manual_seed(0)) for _ in range(2))
     assert torch.equal(first, second)
     assert first.dtype == torch.int64

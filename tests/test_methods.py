@@ -106,7 +106,7 @@ def test_every_figure_stands_on_its_page_and_nowhere_else() -> None:
 
 
 def test_the_figures_can_be_drawn_again(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", METHODS / "draw.py", "--quick", "--out", tmp_path]
+    command: list[str | Path] = [sys.executable, "-W", "error", METHODS / "draw.py", "--quick", "--out", tmp_path]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == FIGURES
@@ -117,7 +117,7 @@ def test_the_figures_can_be_drawn_again(tmp_path: Path) -> None:
 
 
 def test_an_unknown_figure_is_refused_in_one_line() -> None:
-    command = [sys.executable, METHODS / "draw.py", "actt"]
+    command: list[str | Path] = [sys.executable, METHODS / "draw.py", "actt"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("draw.py: error: no figure is called actt; there are act, ")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from blocks_zoo import DIM, PreNorm
+from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
@@ -76,7 +77,7 @@ class Flex(nn.Module):
         from torch.nn.attention.flex_attention import flex_attention
 
         q = x.unflatten(-1, (1, -1)).transpose(1, 2)
-        return x + flex_attention(q, q, q).transpose(1, 2).flatten(2)  # type: ignore[union-attr]
+        return x + flex_attention(q, q, q).transpose(1, 2).flatten(2)
 
 
 HALTS = loop(ad.LinearGate(DIM), ad.Threshold(0.5)).eval()
@@ -181,7 +182,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "packed as x is. It takes x, mask, start, min_depth, max_depth, block_kwargs, states, cache.",
     ),
     "mask by position": (
-        lambda: loop()(X, torch.ones(4, 4).bool()),  # type: ignore[misc]
+        lambda: loop()(X, torch.ones(4, 4).bool()),  # type: ignore[call-arg]
         "RecurrentWrapper takes x alone by position, got 2 arguments. Name the others: mask=, start=, min_depth=, "
         "max_depth=, block_kwargs=, states=, cache=.",
     ),
@@ -241,7 +242,7 @@ def test_flex_attention_is_refused_in_a_sentence(compiled: bool) -> None:
     torch._dynamo.reset()
     flex: nn.Module = Flex()
     if compiled:
-        flex = nn.Sequential(torch.compile(flex, backend="eager"))
+        flex = nn.Sequential(the(nn.Module, torch.compile(flex, backend="eager")))
     with pytest.raises(
         ValueError, match=r"calls flex_attention, which a loop cannot reach: only F.scaled_dot_product_"
     ):

@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from narrow import the
 
 import adadepth
 from adadepth._extras import need
@@ -32,7 +33,7 @@ def test_the_import_needs_only_the_four_core_packages() -> None:
 
 def test_the_declared_dependencies_are_these() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {re.match(r"\w+", line)[0] for line in project["dependencies"]} == CORE
+    assert {the(re.Match, re.match(r"\w+", line))[0] for line in project["dependencies"]} == CORE
     assert "version" in project["dynamic"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", adadepth.__version__)
 

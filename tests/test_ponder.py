@@ -295,7 +295,7 @@ def test_the_dense_loop_compiles_whole(tied: bool) -> None:
 def test_anything_but_an_embedding_and_a_linear_map_is_refused() -> None:
     head = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, VOCABULARY))
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        ad.Ponder(nn.Embedding(VOCABULARY, DIM), head)
+        ad.Ponder(nn.Embedding(VOCABULARY, DIM), head)  # type: ignore[arg-type]
     assert str(caught.value) == (
         "Ponder expected an nn.Embedding and an nn.Linear, whose weights it reads, got embedding=Embedding and "
         "head=Sequential. Give it the linear map itself; a norm before it belongs in the block."

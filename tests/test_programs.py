@@ -5,30 +5,37 @@ import math
 import multiprocessing
 import re
 import statistics
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from narrow import last_maps, the
+from rich.console import Console
+from torch import Tensor, nn
 
 import adadepth as ad
 from examples.programs import __main__ as command
 from examples.programs import evaluate, mixture, ranks, report, study, task, train, workers
-from examples.programs.model import STEPS, Interpreter
-from examples.programs.policies import GUIDED, PAPER, SURVIVAL, TRAINED, UNTRAINED, Policy
-from examples.programs.study import GIVEN, Plan, Row
+from examples.programs.model import STEPS, Block, Interpreter, Prediction
+from examples.programs.policies import GUIDED, PAPER, SURVIVAL, TRAINED, UNTRAINED, Policy, Training
+from examples.programs.study import GIVEN, Now, Plan, Row
 
 TINY = Plan(steps_1=3, steps_2=3, judged=24, fitted=16)
 NAMES = [*(policy.name for policy in (*TRAINED, *UNTRAINED)), GIVEN]
-VALUE = {
+VALUE: dict[str, Callable[[int], int]] = {
     "x+1": lambda x: (x + 1) % 5,
     "2x": lambda x: 2 * x % 5,
     "-x": lambda x: -x % 5,
     "swap01": lambda x: {0: 1, 1: 0}.get(x, x),
 }
+Said = Generator[tuple[int, Now | Row]]  # what a run says
 
 
 def some(count: int, seed: int = 0) -> task.Programs:
@@ -40,9 +47,9 @@ def uneven(policy: Policy = SURVIVAL, tau: float = 0.3) -> Interpreter:
     torch.manual_seed(0)
     model = Interpreter()
     policy.attach(model, tau)
-    for mlp in getattr(model.looped.gate, "mlps", []):
-        mlp[-1].weight.data.normal_(std=20.0)
-        mlp[-1].bias.data.fill_(1.0)
+    for last in last_maps(model.looped.gate) if hasattr(model.looped.gate, "mlps") else []:
+        last.weight.data.normal_(std=20.0)
+        last.bias.data.fill_(1.0)
     return model.eval()
 
 
@@ -61,7 +68,7 @@ def trained() -> Interpreter:
 # The task
 
 
-def test_values_and_levels_are_those_of_an_interpreter_that_reads_the_text():
+def test_values_and_levels_are_those_of_an_interpreter_that_reads_the_text() -> None:
     programs = some(200)
     for ids, values, levels in zip(*(part.tolist() for part in programs), strict=True):
         lines = dict(line.split(": ") for line in task.text(ids))
@@ -69,7 +76,7 @@ def test_values_and_levels_are_those_of_an_interpreter_that_reads_the_text():
         def run(line: str, lines: dict[str, str] = lines) -> tuple[int, int]:
             if lines[line].isdigit():
                 return int(lines[line]), 0
-            function, source = re.fullmatch(r"(.+)\((\d+)\)", lines[line]).groups()
+            function, source = the(re.Match, re.fullmatch(r"(.+)\((\d+)\)", lines[line])).groups()
             assert int(source) < int(line)
             value, level = run(source)
             return VALUE[function](value), level + 1
@@ -78,12 +85,12 @@ def test_values_and_levels_are_those_of_an_interpreter_that_reads_the_text():
         assert [run(line) for line in lines] == list(zip(values, levels, strict=True))
 
 
-def test_a_line_is_written_as_one_writes_it():
+def test_a_line_is_written_as_one_writes_it() -> None:
     lines = task.text([4, 0, 5, 5 + 1, 5 + 24 + 3, 5 + 2 * 24, 5 + 3 * 24 + 23])
     assert lines == ["0: 4", "1: 0", "2: x+1(0)", "3: x+1(1)", "4: 2x(3)", "5: -x(0)", "6: swap01(23)"]
 
 
-def test_programs_begin_with_constants_and_reach_every_level():
+def test_programs_begin_with_constants_and_reach_every_level() -> None:
     programs = some(2000)
     assert programs.ids.shape == programs.values.shape == programs.levels.shape == (2000, 24)
     assert (programs.ids[:, :4] < 5).all() and (programs.ids[:, 4:] >= 5).all()
@@ -95,12 +102,12 @@ def test_programs_begin_with_constants_and_reach_every_level():
     assert programs.needed(3).max() == 3
 
 
-def test_programs_are_repeatable():
+def test_programs_are_repeatable() -> None:
     assert all(a.equal(b) for a, b in zip(some(5), some(5), strict=True))
     assert not some(5).ids.equal(some(5, seed=1).ids)
 
 
-def test_a_line_alone_says_nothing_of_its_value():
+def test_a_line_alone_says_nothing_of_its_value() -> None:
     a, b = some(4000), some(1000, seed=1)
     seen = torch.zeros(24, task.VOCABULARY, 5)
     places = torch.arange(24).expand_as(a.ids)
@@ -114,9 +121,9 @@ def test_a_line_alone_says_nothing_of_its_value():
 # The model
 
 
-def test_forced_depths_are_those_of_a_loop_by_hand():
+def test_forced_depths_are_those_of_a_loop_by_hand() -> None:
     model, ids = uneven().double(), some(3).ids
-    layer = model.looped.block
+    layer = the(Block, model.looped.block)
     x = model.tokens(ids) + model.positions.weight
     every = model(ids, depth=STEPS, every=True).logits
     given = torch.randint(1, STEPS + 1, ids.shape)
@@ -134,7 +141,7 @@ def test_forced_depths_are_those_of_a_loop_by_hand():
         torch.testing.assert_close(plain[:, :, depth - 1], model.head(x), rtol=1e-10, atol=1e-12)
 
 
-def test_a_line_is_not_told_what_comes_later():
+def test_a_line_is_not_told_what_comes_later() -> None:
     model, ids = uneven(), some(2).ids
     changed = ids.clone()
     changed[:, 12:] = some(2, seed=1).ids[:, 12:]
@@ -143,7 +150,7 @@ def test_a_line_is_not_told_what_comes_later():
 
 
 @pytest.mark.parametrize("policy", [*TRAINED, *UNTRAINED], ids=lambda policy: policy.name)
-def test_packed_equals_dense(policy):
+def test_packed_equals_dense(policy: Policy) -> None:
     model, programs = deepcopy(trained()), some(8)
     if policy is not SURVIVAL:
         policy.attach(model, 0.0)
@@ -163,24 +170,25 @@ def test_packed_equals_dense(policy):
 # Training
 
 
-def losses(steps) -> list[train.Progress]:
+def losses(steps: Callable[[Interpreter, torch.Generator], Iterable[train.Progress]]) -> list[train.Progress]:
     torch.manual_seed(0)
     model, generator = Interpreter(), torch.Generator().manual_seed(0)
     return list(steps(model, generator))
 
 
-def test_training_is_repeatable_and_never_told_of_levels(monkeypatch):
-    def both(model, generator):
+def test_training_is_repeatable_and_never_told_of_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def both(model: Interpreter, generator: torch.Generator) -> Iterator[train.Progress]:
         yield from train.stage_1(model, 3, generator)
         yield from train.stage_2(model, SURVIVAL, 3, generator)
 
     done = losses(both)
     assert [progress.depth for progress in done] == [6.0] * 6  # gates start open
-    monkeypatch.setattr(train, "draw", lambda *args: task.draw(*args)._replace(levels=None))
+    untold: Any = None
+    monkeypatch.setattr(train, "draw", lambda *args: task.draw(*args)._replace(levels=untold))
     assert losses(both) == done
 
 
-def test_the_first_step_is_the_cross_entropy_of_the_last_iteration():
+def test_the_first_step_is_the_cross_entropy_of_the_last_iteration() -> None:
     (first,) = losses(lambda model, generator: train.stage_1(model, 1, generator))
     torch.manual_seed(0)
     model, programs = Interpreter(), task.draw(64, torch.Generator().manual_seed(0))
@@ -188,34 +196,35 @@ def test_the_first_step_is_the_cross_entropy_of_the_last_iteration():
     assert first.loss == pytest.approx(-picked.mean().item(), rel=1e-5)
 
 
-def test_exits_are_trained_in():
+def test_exits_are_trained_in() -> None:
     model = uneven()
-    weights = model.looped.gate.state_dict()
+    weights = the(nn.Module, model.looped.gate).state_dict()
     model.looped.gate = None
-    policy = SURVIVAL._replace(training=SURVIVAL.training._replace(tau=0.99))  # fresh gates are at 0.98
+    policy = SURVIVAL._replace(training=the(Training, SURVIVAL.training)._replace(tau=0.99))  # fresh gates are at 0.98
     steps = train.stage_2(model, policy, 2, torch.Generator())
     assert next(steps).depth == 1.0
-    assert model.looped.gate.state_dict().keys() == weights.keys()
+    assert the(nn.Module, model.looped.gate).state_dict().keys() == weights.keys()
 
 
 @pytest.mark.parametrize("policy", [PAPER, SURVIVAL], ids=lambda policy: policy.name)
-def test_the_penalty_is_on_what_the_rule_reads_and_grows_from_nothing(policy, monkeypatch):
+def test_the_penalty_is_on_what_the_rule_reads_and_grows_from_nothing(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     penalty = ad.BottomKPenalty
 
     class Watched:
-        def __init__(self, k_max, warmup):
+        def __init__(self, k_max: float, warmup: tuple[int, int]) -> None:
             self.penalty = penalty(k_max, warmup)
 
-        def __call__(self, values, live, at):
+        def __call__(self, values: Tensor, live: Tensor, at: int) -> Tensor:
             seen.append((values, at))
             return self.penalty(values, live, at)
 
     monkeypatch.setattr(ad, "BottomKPenalty", Watched)
-    traces = []
+    traces: list[Prediction] = []
     model = uneven()
-    forward = model.forward
-    model.forward = lambda ids: traces.append(out := forward(ids)) or out
+    model.register_forward_hook(lambda model, args, out: traces.append(out))
     for _ in train.stage_2(model, policy, 10, torch.Generator()):
         pass
     assert [at for _, at in seen] == list(range(10))
@@ -224,7 +233,7 @@ def test_the_penalty_is_on_what_the_rule_reads_and_grows_from_nothing(policy, mo
     assert [round(penalty(0.5, (1, 6)).k(at), 2) for at in range(8)] == [0, 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5]
 
 
-def guided_by_hand(model: Interpreter, programs: task.Programs) -> tuple[torch.Tensor, torch.Tensor]:
+def guided_by_hand(model: Interpreter, programs: task.Programs) -> tuple[Tensor, Tensor]:
     """What guidance minimises without the gates' own loss, and that loss; one program and one depth at a time."""
     deep, foretold, at_exit = [], [], []
     for ids, values in zip(programs.ids[:3].split(1), programs.values[:3], strict=True):
@@ -232,13 +241,13 @@ def guided_by_hand(model: Interpreter, programs: task.Programs) -> tuple[torch.T
         deep.append(each[-1].mean() + 0.3 * sum(loss.mean() for loss in each[:-1]) / (STEPS - 1))
         scores = model(ids, depth=STEPS).trace.scores[0]
         errors = [scores[:, i] - (each[i] - each[-1]).detach() for i in range(STEPS - 1)]
-        foretold.append(sum(error.square().mean() for error in errors) / (STEPS - 1))
+        foretold.append(torch.stack([error.square().mean() for error in errors]).mean())
     for ids, values in zip(programs.ids[3:].split(1), programs.values[3:], strict=True):
         at_exit.append(F.cross_entropy(model(ids).logits[0], values))
-    return (sum(deep) + sum(at_exit)) / 6, sum(foretold) / 6
+    return torch.stack(deep + at_exit).sum() / 6, torch.stack(foretold).sum() / 6
 
 
-def test_guidance_is_every_answer_of_one_half_and_the_exits_of_the_other():
+def test_guidance_is_every_answer_of_one_half_and_the_exits_of_the_other() -> None:
     model, programs = uneven(GUIDED, tau=0.2).double(), some(6)
     losses = train.objective_of(GUIDED, 10)(model, programs, 0)
     answers, foretold = guided_by_hand(model, programs)
@@ -257,17 +266,17 @@ def test_guidance_is_every_answer_of_one_half_and_the_exits_of_the_other():
         assert other is None  # the gates learn from states that they do not shape
 
 
-def test_guided_gates_start_at_what_a_guess_has_to_gain_and_leave_one_iteration_late():
+def test_guided_gates_start_at_what_a_guess_has_to_gain_and_leave_one_iteration_late() -> None:
     model, programs = Interpreter(), some(4)
     GUIDED.attach(model, 0.2)
     assert model(programs.ids).trace.scores.mean().item() == pytest.approx(math.log(5), abs=0.2)
-    for i, mlp in enumerate(model.looped.gate.mlps):
-        torch.nn.init.zeros_(mlp[-1].weight)
-        mlp[-1].bias.data.fill_(0.3 if i < 2 else 0.1)
+    for i, last in enumerate(last_maps(model.looped.gate)):
+        nn.init.zeros_(last.weight)
+        last.bias.data.fill_(0.3 if i < 2 else 0.1)
     assert (model(programs.ids).trace.depth == 4).all()  # the third score says so; the fourth iteration shows it
 
 
-def test_the_rate_warms_up_and_falls_to_a_tenth():
+def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
     rates = [train.schedule(step, 2500) for step in range(2500)]
     assert rates[0] == pytest.approx(0.01)
     assert rates[99] == max(rates) == 1.0
@@ -278,7 +287,7 @@ def test_the_rate_warms_up_and_falls_to_a_tenth():
 # The mixture
 
 
-def test_prose_and_programs_share_no_ids_and_no_answers():
+def test_prose_and_programs_share_no_ids_and_no_answers() -> None:
     text = b"Not a program; 7: 2x(3)" * 5
     windows = torch.tensor([list(text[i : i + 97]) for i in (0, 3)])
     prose = mixture.prose_of(windows)
@@ -290,29 +299,31 @@ def test_prose_and_programs_share_no_ids_and_no_answers():
     assert model.positions.num_embeddings == 96
 
 
-def test_a_step_sees_prose_and_programs_and_weighs_them_alike():
+def test_a_step_sees_prose_and_programs_and_weighs_them_alike() -> None:
     data = torch.arange(40).repeat(10).to(torch.uint8)  # each byte is one more than the last
     seen = []
 
-    def objective(model, programs, step):
+    def objective(model: Interpreter, programs: train.Lines, step: int) -> train.Losses:
         seen.append((programs, step))
-        return train.Losses(torch.tensor(float(len(seen))), torch.tensor(7.0 * len(seen)), len(seen))
+        trace: Any = len(seen)
+        return train.Losses(torch.tensor(float(len(seen))), torch.tensor(7.0 * len(seen)), trace)
 
-    total, at_exit, trace = mixture.on_both(objective, None, data, torch.Generator().manual_seed(3), 9)
+    nobody: Any = None
+    losses: object = mixture.on_both(objective, nobody, data, torch.Generator().manual_seed(3), 9)
     prose, programs = sorted((part for part, _ in seen), key=lambda part: -part.ids.max())
     assert prose.ids.shape == (8, 96) and programs.ids.shape == (64, 24)
     assert ((prose.ids - 101 + 1) % 40).equal(prose.values - 5)
     assert programs.ids.max() < 101 and [step for _, step in seen] == [9, 9]
-    assert (total, at_exit, trace) == (1.5, 7.0, 1)  # half and half; and what is shown is the programs'
+    assert losses == (1.5, 7.0, 1)  # half and half; and what is shown is the programs'
 
 
-def test_the_mixture_is_judged_at_each_price_by_the_same_weights():
+def test_the_mixture_is_judged_at_each_price_by_the_same_weights() -> None:
     torch.manual_seed(0)
     model, programs = mixture.mixed(), some(12)
     GUIDED.attach(model, 0.0)
-    for mlp in model.eval().looped.gate.mlps:
-        mlp[-1].weight.data.normal_(std=0.5)
-        mlp[-1].bias.data.fill_(0.1)
+    for last in last_maps(model.eval().looped.gate):
+        last.weight.data.normal_(std=0.5)
+        last.bias.data.fill_(0.1)
     text = torch.randint(256, (5, 97), generator=torch.Generator().manual_seed(0))
     prose = mixture.prose_of(text)
     rows = mixture.judge(model, programs, prose)
@@ -327,7 +338,7 @@ def test_the_mixture_is_judged_at_each_price_by_the_same_weights():
         full = model(programs.ids, depth=6).logits.argmax(-1) == programs.values
         assert row.right_full == pytest.approx(full.double().mean().item())
 
-        def nats(depth=None):
+        def nats(depth: int | None = None) -> float:
             logits = model(text[:, :-1] + 101, depth=depth).logits
             return -logits.log_softmax(-1).gather(-1, text[:, 1:, None] + 5).mean().item()
 
@@ -339,7 +350,9 @@ def test_the_mixture_is_judged_at_each_price_by_the_same_weights():
         assert row.nats_fixed == pytest.approx((1 - mean + low) * nats(low) + (mean - low) * nats(low + 1), rel=1e-5)
 
 
-def test_a_quick_mixture_says_what_it_read_and_what_came_of_it(capsys, tmp_path):
+def test_a_quick_mixture_says_what_it_read_and_what_came_of_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "a.txt").write_text("Some prose, and some more of it. " * 300)
     mixture.main(["--quick", "--seeds", "1", "--text", str(tmp_path / "a.txt")])
     output = capsys.readouterr().out
@@ -357,18 +370,18 @@ def test_a_quick_mixture_says_what_it_read_and_what_came_of_it(capsys, tmp_path)
 # Spearman
 
 
-def slow_ranks(values: list[int]) -> list[float]:
+def slow_ranks(values: Sequence[int]) -> list[float]:
     return [sum(b < a for b in values) + (sum(b == a for b in values) + 1) / 2 for a in values]
 
 
-def slow_correlation(a: list[int], b: list[int]) -> float:
+def slow_correlation(a: Sequence[int], b: Sequence[int]) -> float:
     x, y = slow_ranks(a), slow_ranks(b)
     return statistics.correlation(x, y)
 
 
 @settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=2, max_size=30))
-def test_rank_correlation_is_that_of_mean_ranks(pairs):
+def test_rank_correlation_is_that_of_mean_ranks(pairs: list[tuple[int, int]]) -> None:
     a, b = map(list, zip(*pairs, strict=True))
     got = ranks.rank_correlation(torch.tensor(a), torch.tensor(b))
     if len(set(a)) == 1 or len(set(b)) == 1:
@@ -377,12 +390,12 @@ def test_rank_correlation_is_that_of_mean_ranks(pairs):
         assert got == pytest.approx(slow_correlation(a, b), abs=1e-12)
 
 
-def test_tied_ranks_are_shared():
+def test_tied_ranks_are_shared() -> None:
     assert ranks.ranks(torch.tensor([3, 1, 3, 2, 3])).tolist() == [4.0, 1.0, 4.0, 2.0, 4.0]
     assert ranks.rank_correlation(torch.tensor([1, 2, 3]), torch.tensor([30, 20, 10])) == pytest.approx(-1)
 
 
-def test_rank_correlation_is_scipys():
+def test_rank_correlation_is_scipys() -> None:
     stats = pytest.importorskip("scipy.stats")
     a, b = torch.randint(1, 7, (2, 500), generator=torch.Generator().manual_seed(0))
     assert ranks.rank_correlation(a, b) == pytest.approx(stats.spearmanr(a.numpy(), b.numpy()).statistic, abs=1e-12)
@@ -391,13 +404,13 @@ def test_rank_correlation_is_scipys():
 # Figures
 
 
-def test_a_row_is_what_the_policy_does():
+def test_a_row_is_what_the_policy_does() -> None:
     model, programs = uneven(), some(40)
     tau, generator = 0.4, torch.Generator().manual_seed(7)
     row = study.judge(model, SURVIVAL, tau, programs, some(20, seed=1), generator)
     model.looped.rule = ad.SurvivalThreshold(tau)
 
-    def run(depth=None):
+    def run(depth: Tensor | None = None) -> tuple[float, Tensor]:
         """Program by program."""
         parts = [model(programs.ids[i : i + 1], depth=None if depth is None else depth[i : i + 1]) for i in range(40)]
         right = torch.cat([part.logits.argmax(-1) for part in parts]) == programs.values
@@ -423,14 +436,14 @@ def test_a_row_is_what_the_policy_does():
     assert row.shown == depth[:3].tolist()
 
 
-def test_what_is_saved_is_saved_at_equal_accuracy():
+def test_what_is_saved_is_saved_at_equal_accuracy() -> None:
     model, programs, others = uneven(), some(40), some(40, seed=1)
     others = others._replace(values=model(others.ids, depth=STEPS).logits.argmax(-1))  # full depth is right
     values = evaluate.thresholds(model, SURVIVAL, others)
     assert values == sorted(values) and len(values) == 513
     enough = evaluate.fixed(model, others)[-1].accuracy - 0.002
     saved = study.saved_at_equal_accuracy(model, SURVIVAL, programs, others)
-    tau = model.looped.rule.tau
+    tau = the(float, the(ad.SurvivalThreshold, model.looped.rule).tau)
     assert evaluate.measure(model, others).accuracy >= enough
     assert saved == pytest.approx(1 - evaluate.measure(model, programs).mean_depth / 6)
     assert 0 < saved < 1
@@ -438,15 +451,15 @@ def test_what_is_saved_is_saved_at_equal_accuracy():
     assert evaluate.measure(model, others).accuracy < enough
 
 
-def test_nothing_is_saved_where_no_threshold_is_good_enough(monkeypatch):
+def test_nothing_is_saved_where_no_threshold_is_good_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "EQUAL", -1.0)
     assert study.saved_at_equal_accuracy(uneven(), SURVIVAL, some(4), some(4)) == 0
 
 
-def test_the_mean_depth_is_fitted():
+def test_the_mean_depth_is_fitted() -> None:
     model, others = uneven(), some(40)
     values = evaluate.thresholds(model, SURVIVAL, others)
-    tau = evaluate.highest(model, SURVIVAL, others, lambda exits: exits.mean_depth >= 3.5)
+    tau = the(float, evaluate.highest(model, SURVIVAL, others, lambda exits: exits.mean_depth >= 3.5))
     means = []
     for model.looped.rule in map(ad.SurvivalThreshold, (tau, values[values.index(tau) + 1])):
         means.append(evaluate.measure(model, others).mean_depth)
@@ -456,13 +469,13 @@ def test_the_mean_depth_is_fitted():
 
 
 @pytest.mark.parametrize(("mean", "expected"), [(1.0, 0.1), (2.5, 0.35), (5.0, 0.8), (5.75, 0.95), (6.0, 1.0)])
-def test_fixed_depths_at_a_mean_are_mixed(mean, expected):
+def test_fixed_depths_at_a_mean_are_mixed(mean: float, expected: float) -> None:
     rights = [0.1, 0.3, 0.4, 0.5, 0.8, 1.0]
     depths = [evaluate.Measured(torch.arange(10) < 10 * right, torch.full((10,), i)) for i, right in enumerate(rights)]
     assert evaluate.at_mean(depths, mean) == pytest.approx(expected)
 
 
-def test_a_study_trains_each_policy_from_the_same_weights_and_fits_the_rest_to_survival():
+def test_a_study_trains_each_policy_from_the_same_weights_and_fits_the_rest_to_survival() -> None:
     said = list(study.study(0, TINY))
     rows = [item for item in said if isinstance(item, Row)]
     steps = [item for item in said if not isinstance(item, Row)]
@@ -522,9 +535,9 @@ def some_row(seed: int, policy: str) -> Row:
     )
 
 
-def test_every_printed_figure_is_that_of_the_rows(capsys):
+def test_every_printed_figure_is_that_of_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
     results = {seed: [some_row(seed, name) for name in NAMES] for seed in (0, 3, 4)}
-    report.show(command.Console(width=80), results)
+    report.show(Console(width=80), results)
     output = capsys.readouterr().out
     assert max(map(len, output.splitlines())) <= 80
     rows = cells(output)
@@ -559,13 +572,13 @@ def test_every_printed_figure_is_that_of_the_rows(capsys):
     assert not rows
 
 
-def test_figures_of_one_seed_and_figures_that_are_none():
+def test_figures_of_one_seed_and_figures_that_are_none() -> None:
     assert report.figure([0.12345], ".2%") == "12.35%"
     assert report.figure([0.5, float("nan")], ".3f") == "–"
     assert report.figure([1.0, 3.0], ".2f") == "2.00\n±1.41"
 
 
-def test_quick_run(capsys, tmp_path):
+def test_quick_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command.main(["--quick", "--seeds", "1", "--processes", "1", "--out", str(tmp_path / "new")])
     output = capsys.readouterr().out
     rows = cells(output)
@@ -592,29 +605,31 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("args", ERRORS)
-def test_bad_numbers_are_refused_in_one_line(args):
+def test_bad_numbers_are_refused_in_one_line(args: str) -> None:
     with pytest.raises(SystemExit) as e:
         command.main(args.split())
     assert str(e.value) == ERRORS[args]
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path):
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as e:
         command.main(["--out", str(tmp_path / "file")])
     assert str(e.value) == f"error: cannot write to {tmp_path / 'file'}: File exists"
 
 
-def interrupted(*rows: tuple[int, Row]):
-    def run(seeds, plan, processes):
-        yield 0, study.Now("full depth", 1, 1.0, 6.0)
+def interrupted(*rows: tuple[int, Row]) -> Callable[..., Said]:
+    def run(seeds: Sequence[int], plan: Plan, processes: int) -> Said:
+        yield 0, Now("full depth", 1, 1.0, 6.0)
         yield from rows
         raise KeyboardInterrupt
 
     return run
 
 
-def test_an_interrupt_shows_what_is_complete(capsys, monkeypatch, tmp_path):
+def test_an_interrupt_shows_what_is_complete(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(command, "run", interrupted((2, some_row(2, NAMES[0])), (2, some_row(2, NAMES[1]))))
     command.main(["--quick", "--out", str(tmp_path)])
     output = capsys.readouterr().out
@@ -624,15 +639,17 @@ def test_an_interrupt_shows_what_is_complete(capsys, monkeypatch, tmp_path):
     assert output.splitlines()[-1] == str(tmp_path / "programs.html")
 
 
-def test_an_interrupt_before_anything_is_complete(monkeypatch, tmp_path):
+def test_an_interrupt_before_anything_is_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command, "run", interrupted())
     with pytest.raises(SystemExit) as e:
         command.main(["--quick", "--out", str(tmp_path)])
     assert str(e.value) == "Stopped before any policy was complete."
 
 
-def test_a_seed_that_fails_takes_no_others_with_it(capsys, monkeypatch, tmp_path):
-    def run(seeds, plan, processes):
+def test_a_seed_that_fails_takes_no_others_with_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def run(seeds: Sequence[int], plan: Plan, processes: int) -> Said:
         yield 1, some_row(1, NAMES[0])
         raise workers.Failed("seed 0 ended with exit code 1")
 
@@ -645,10 +662,10 @@ def test_a_seed_that_fails_takes_no_others_with_it(capsys, monkeypatch, tmp_path
     assert cells(output)[0][0] == NAMES[0]
 
 
-def test_processes_end_with_the_run_and_one_that_fails_is_named(capfd):
+def test_processes_end_with_the_run_and_one_that_fails_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     running = workers.run([0, 1], Plan(steps_1=10**6), processes=1)
     seed, now = next(running)
-    assert (seed, now.doing, now.done) == (0, "full depth", 1)
+    assert isinstance(now, Now) and (seed, now.doing, now.done) == (0, "full depth", 1)
     assert len(multiprocessing.active_children()) == 1
     running.close()
     assert multiprocessing.active_children() == []

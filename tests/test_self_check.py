@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from blocks_zoo import BLOCKS, DIM, PreNorm, looped
+from narrow import the
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -118,7 +120,7 @@ def test_a_wrong_block_is_refused_where_it_first_skips(name: str, skip: bool, pa
     loop = ad.RecurrentWrapper(make(), STEPS, skip=skip).train(training)
     x = torch.randn(6, 40, DIM)
     loop(x)  # nothing is skipped yet
-    call = {"mask": torch.rand(6, 40) < 0.8} if padded else {"max_depth": mixed_depths(x)}
+    call: dict[str, Any] = {"mask": torch.rand(6, 40) < 0.8} if padded else {"max_depth": mixed_depths(x)}
     for _ in range(2):  # and again, as long as it is wrong
         with pytest.raises(ValueError, match=f"^{message}") as error:
             loop(x, **call)
@@ -181,6 +183,8 @@ def test_a_gate_that_mixes_tokens_is_named() -> None:
 class Remembers(PreNorm):
     """Leaves traces of every kind: a buffer, an attribute, a list, a random number."""
 
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__(DIM, True)
         self.drop = nn.Dropout(0.3)
@@ -196,18 +200,19 @@ class Remembers(PreNorm):
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_is_left_changed_and_no_number_is_other(training: bool) -> None:
     x, outs = torch.randn(3, 9, DIM), []
-    block = Remembers()
+    original = Remembers()
     for check in (True, False):
-        loop = ad.RecurrentWrapper(copy.deepcopy(block), STEPS).train(training)
+        block = copy.deepcopy(original)
+        loop = ad.RecurrentWrapper(block, STEPS).train(training)
         loop.self_check = check
         torch.manual_seed(3)
         out = loop(x.requires_grad_(), max_depth=mixed_depths(x))
-        outs.append((out.hidden, torch.rand(3), loop.block.calls.clone(), loop.block.last))
+        left = [out.hidden, torch.rand(3), block.calls.clone(), the(Tensor, block.last)]
         assert all(p.grad is None for p in loop.parameters())
-        assert loop.block.drop.p == 0.3 and all(m.training is training for m in loop.modules())
+        assert block.drop.p == 0.3 and all(m.training is training for m in loop.modules())
         assert all(not hooks for part in loop.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks))
         (grad,) = torch.autograd.grad(out.hidden.sum(), x)
-        outs[-1] += (grad,)
+        outs.append([*left, grad])
     for checked, not_checked in zip(*outs, strict=True):
         assert torch.equal(checked, not_checked)
 

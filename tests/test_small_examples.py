@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from narrow import the
 
 import adadepth as ad
 from examples import a_gate_of_your_own, classify_sequences, soft_to_hard, wrap_a_block
@@ -110,7 +111,8 @@ def test_a_piece_is_short(piece: str, lines: int) -> None:
 def test_soft_exits_become_hard_ones(capsys: pytest.CaptureFixture[str]) -> None:
     soft_to_hard.main([])
     lines = capsys.readouterr().out.splitlines()
-    found = [re.fullmatch(r"(.+?): +loss (\d\.\d+), mean depth (\d\.\d+)", line).groups() for line in lines]
+    said = re.compile(r"(.+?): +loss (\d\.\d+), mean depth (\d\.\d+)")
+    found = [the(re.Match, said.fullmatch(line)).groups() for line in lines]
     names, losses, depths = zip(*((name, float(loss), float(depth)) for name, loss, depth in found), strict=True)
     assert names == ("soft exits, all computed", "hard exits at once", "hard exits, trained with")
     assert all(abs(depth - soft_to_hard.MEAN_DEPTH) < 0.15 for depth in depths)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks_zoo import BLOCKS, DIM, PreNorm, heads_of, looped, merged, mixed
+from narrow import the
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -69,7 +70,7 @@ def test_a_loop_is_built_on_meta_and_loaded(kind: str) -> None:
 @every
 def test_the_state_dict_holds_the_pieces_and_nothing_else(kind: str) -> None:
     loop = looped(kind)
-    pieces = {"block": loop.block, "gate": loop.gate}
+    pieces = {"block": loop.block, "gate": the(nn.Module, loop.gate)}
     assert set(loop.state_dict()) == {f"{name}.{key}" for name, piece in pieces.items() for key in piece.state_dict()}
 
 
@@ -83,7 +84,7 @@ def test_under_autocast_the_state_keeps_its_dtype(kind: str, dtype: torch.dtype,
         loop.rule = None
         with torch.autocast("cpu", torch.bfloat16):
             out = loop(x, mask=RAGGED if padded else None, max_depth=torch.tensor([[2], [4], [3]]), states=True)
-        assert out.hidden.dtype == out.states.dtype == dtype
+        assert out.hidden.dtype == the(Tensor, out.states).dtype == dtype
         assert out.trace.scores.dtype == out.trace.exit_probs.dtype == torch.float32
         outputs.append(out)
         gradients(loop, out.hidden)
@@ -206,9 +207,11 @@ def test_a_loop_that_cannot_exit_keeps_no_graph_of_what_it_does_not_need(
     for steps in (2, 3, 6):
         rule = ad.Threshold(0.5) if forced else None
         loop = ad.RecurrentWrapper(block, steps, rule=rule, update=Detached(), skip=skip)
-        out, held = saved_by(
-            lambda loop=loop, steps=steps: loop(x, mask=mask, min_depth=steps if forced else None).hidden
-        )
+
+        def run(loop: ad.RecurrentWrapper = loop, steps: int = steps) -> Tensor:
+            return loop(x, mask=mask, min_depth=steps if forced else None).hidden
+
+        out, held = saved_by(run)
         counts.append(held)
         out.sum().backward()
     assert counts[0] == counts[1] == counts[2] > 0
@@ -295,7 +298,7 @@ def test_threads_do_not_meet(skips: tuple[bool, bool]) -> None:
     barrier, got = threading.Barrier(2, timeout=30), {}
 
     def work(i: int) -> None:
-        loops[i].block.barrier = barrier
+        the(Meeting, loops[i].block).barrier = barrier
         x, most = given[i]
         got[i] = loops[i](x, max_depth=most).hidden
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -17,7 +18,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
+from narrow import the
 from rich.console import Console
 from torch import Tensor
 
@@ -64,7 +66,7 @@ def rows_of(html: str) -> list[list[tuple[str, str, str]]]:
         if "span" in names and "p" not in names:
             span = inside[names.index("span")][1]
             box = id(inside[len(names) - 1 - names[::-1].index("div")][1])
-            rows.setdefault(box, []).extend((char, span["class"], span["title"]) for char in data)
+            rows.setdefault(box, []).extend((char, the(str, span["class"]), the(str, span["title"])) for char in data)
     return list(rows.values())
 
 
@@ -131,7 +133,7 @@ def test_the_legend_shows_each_depth_on_its_colour_and_every_colour_is_read_by_d
         inside = [(data, elements) for data, elements in Reader(html).text if "p" in [name for name, _ in elements]]
         swatches = {of[-1][1]["class"]: data for data, of in inside if of[-1][0] == "span"}
         assert swatches == {f"d{i}": str(i) for i in range(1, steps + 1)}
-        ink = re.search(r"\.adadepth span\{[^}]*color:light-dark\((.*?),(.*?)\)", html).groups()
+        ink = the(re.Match, re.search(r"\.adadepth span\{[^}]*color:light-dark\((.*?),(.*?)\)", html)).groups()
         grounds = re.findall(rf"\.of{steps} \.(d\d+){{background:light-dark\((.*?),(.*?)\)}}", html)
         assert [name for name, *_ in grounds] == list(swatches)
         for _, *pair in grounds:
@@ -199,8 +201,12 @@ def drawn(steps: int = 4, size: int = 300) -> tuple[Tensor, Tensor]:
     return depth, torch.where(depth > 0, torch.rand(depth.shape), torch.nan)
 
 
-def heights(bars: object) -> list[float]:
+def heights(bars: Any) -> list[float]:
     return [bar.get_height() for bar in bars]
+
+
+def numbers(line: Any) -> tuple[list[float], list[float]]:
+    return list(line.get_xdata()), list(line.get_ydata())
 
 
 def test_exits_are_counted_as_one_would_by_hand() -> None:
@@ -227,7 +233,8 @@ def test_needed_against_used_counts_every_pair() -> None:
     axis = viz.plot_needed(needed, used, 4).axes[0]
     pairs = Counter((u, n) for n, u in zip(needed.flatten().tolist(), used.flatten().tolist(), strict=True) if n and u)
     assert {text.get_position(): int(text.get_text()) for text in axis.texts} == pairs
-    cells = {(round(c.get_x() + 0.47), round(c.get_y() + 0.47)): c for c in axis.patches}
+    patches: list[Any] = list(axis.patches)
+    cells = {(round(c.get_x() + 0.47), round(c.get_y() + 0.47)): c for c in patches}
     assert len(cells) == 16
     for (uses, needs), cell in cells.items():
         count, row = pairs[uses, needs], sum(n for (_, other), n in pairs.items() if other == needs)
@@ -244,24 +251,25 @@ def test_curves_are_the_numbers_given_and_a_name_keeps_its_colour() -> None:
     figure = viz.plot_curves(PANELS, "step", {1: "exits begin"})
     found = {
         axis.get_ylabel(): {
-            line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
-            for line in axis.lines
-            if not line.get_label().startswith("_")
+            line.get_label(): numbers(line) for line in axis.lines if not str(line.get_label()).startswith("_")
         }
         for axis in figure.axes
     }
     assert found == PANELS
-    looks = [(line.get_label(), line.get_color(), line.get_linestyle()) for axis in figure.axes for line in axis.lines]
+    lines = [line for axis in figure.axes for line in axis.lines]
+    looks = [(str(line.get_label()), line.get_color(), line.get_linestyle()) for line in lines]
     named = {look for look in looks if not look[0].startswith("_")}
     assert len(named) == len({colour for _, colour, _ in named}) == len({dashes for *_, dashes in named}) == 2
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["training", "held out"]
-    assert [line.get_xdata()[0] for axis in figure.axes for line in axis.lines if line.get_linestyle() == ":"] == [1, 1]
+    assert [numbers(line)[0][0] for line in lines if line.get_linestyle() == ":"] == [1, 1]
     assert [text.get_text() for text in figure.axes[0].texts] == ["exits begin"]
     assert (figure.axes[1].get_xlabel(), figure.axes[1].get_ylabel()) == ("step", "mean depth")
 
 
-NAMES = ("learned", "router", "forced 3", "KL of predictions", "convergence", "max probability", "entropy")
-NAMES += ("uniform pruning", "geometric pruning", "oracle")
+NAMES = (
+    *("learned", "router", "forced 3", "KL of predictions", "convergence", "max probability", "entropy"),
+    *("uniform pruning", "geometric pruning", "oracle"),
+)
 CLOUDS: dict[str, Callable[[int], tuple[float, float]]] = {
     "all at one place": lambda i: (2.5, 1.6),
     "one mean depth": lambda i: (2.96, 1.62 + 0.002 * i),
@@ -279,10 +287,11 @@ def test_ten_policies_are_named_without_one_name_over_another(cloud: str) -> Non
     points = {name: CLOUDS[cloud](i) for i, name in enumerate(NAMES)}
     figure = viz.plot_frontier(points, FIXED)
     axis = figure.axes[0]
-    assert [tuple(at) for at in axis.collections[0].get_offsets().tolist()] == list(points.values())
-    assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines} == FIXED
+    offsets: Any = axis.collections[0].get_offsets()
+    assert [tuple(at) for at in offsets.tolist()] == list(points.values())
+    assert {line.get_label(): numbers(line) for line in axis.lines} == FIXED
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(FIXED)
-    assert {text.get_text(): text.xy for text in axis.texts} == points
+    assert {text.get_text(): the(Annotation, text).xy for text in axis.texts} == points
     figure.draw_without_rendering()
     boxes = [Text.get_window_extent(text) for text in axis.texts]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
@@ -299,7 +308,7 @@ def test_ten_policies_are_named_without_one_name_over_another(cloud: str) -> Non
 
 def test_a_name_is_nearest_to_its_own_point_and_off_the_corners_of_lines() -> None:
     points = {"learned": (2.96, 1.632), "router": (2.885, 1.6244), "KL": (2.99, 1.6361), "uniform": (1, 1.75)}
-    lines = {
+    lines: dict[str, tuple[list[float], list[float]]] = {
         "fixed": ([1, 2, 3, 4], [1.71, 1.648, 1.6296, 1.6177]),
         "where its name would be": ([1.25], [1.75]),
     }
@@ -375,7 +384,10 @@ def test_a_page_holds_everything_and_asks_nothing_of_the_network(pictures: list[
 
 
 def test_a_table_escapes_and_puts_numbers_right() -> None:
-    rows = [["1 pass <a>", 1, 1.71, "–", "0.31 s"], ["x", 12, 1.6, "+0.0016 ± 0.0014", "2 s"]]
+    rows: list[list[str | int | float]] = [
+        ["1 pass <a>", 1, 1.71, "–", "0.31 s"],
+        ["x", 12, 1.6, "+0.0016 ± 0.0014", "2 s"],
+    ]
     reader = Reader(viz.table(["model", "n", "loss", "against", "time"], rows))
     cells = [
         (data, "class" in inside[-1][1]) for data, inside in reader.text if inside and inside[-1][0] in ("td", "th")
@@ -442,7 +454,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
 }
 PLAIN = {
     "ids": (
-        lambda: viz.heat_map([0, 7], DEPTH, 2),
+        lambda: viz.heat_map([0, 7], DEPTH, 2),  # type: ignore[list-item]
         "heat_map expected pieces of text, got int 0. Make them of ids by adadepth.viz.pieces(tokenizer.decode, ids).",
     ),
     "real depths": (
