@@ -67,15 +67,20 @@ def vocabulary_of(owner: str, head: nn.Module, nothing: Tensor) -> int:
     return logits.shape[1]
 
 
-def expected_embedding(h: Hidden, head: nn.Linear, embedding: nn.Embedding) -> Hidden:
-    """`softmax(head(h)) E` in float32 or wider; matrix products in the dtype of autocast, or else of `h`.
+def expected_embedding(
+    h: Hidden, head: nn.Linear, embedding: nn.Embedding, scale: float = 1.0, softcap: float | None = None
+) -> Hidden:
+    """`softmax(c(head(h))) E` in float32 or wider; matrix products in the dtype of autocast, or else of `h`.
+
+    c scales the logits, and with `softcap` bounds them: `softcap · tanh(scale · logit / softcap)`.
 
     Shapes: `h (..., dim)` to the same. Differentiable once.
     """
     kind = h.device.type
     lower = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and h.dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if lower else h.dtype
-    mixed, _ = _mix(h.reshape(-1, h.shape[-1]), head.weight, head.bias, embedding.weight, dtype)
+    tokens, shape = h.reshape(-1, h.shape[-1]), (float(scale), float(softcap or 0.0))
+    mixed, _ = _mix(tokens, head.weight, head.bias, embedding.weight, dtype, *shape)
     return mixed.view(*h.shape[:-1], mixed.shape[-1])
 
 
@@ -103,8 +108,22 @@ def _logits(space: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Te
     return logits if bias is None else logits.add_(bias.unsqueeze(1))
 
 
+def _shaped(logits: Tensor, scale: float, cap: float) -> Tensor:
+    """Scaled, and bounded by `cap` where it is not 0; in place."""
+    if cap:
+        return logits.mul_(scale / cap).tanh_().mul_(cap)
+    return logits if scale == 1.0 else logits.mul_(scale)
+
+
+def _slope(shaped: Tensor, scale: float, cap: float) -> Tensor | float:
+    """The derivative of `_shaped` by the logits, from what it gave."""
+    return scale * (1 - (shaped / cap).square()) if cap else scale
+
+
 @torch.library.custom_op("adadepth::expected_embedding", mutates_args=())
-def _mix(h: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _mix(
+    h: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, dtype: torch.dtype, scale: float, cap: float
+) -> tuple[Tensor, Tensor]:
     """The mixed rows `(T, dim)`, and the logarithm of each softmax's denominator `(T,)`."""
     wide = torch.promote_types(dtype, torch.float32)
     mixed = h.new_zeros(h.shape[0], table.shape[1], dtype=wide)
@@ -113,7 +132,7 @@ def _mix(h: Tensor, weight: Tensor, bias: Tensor | None, table: Tensor, dtype: t
     x, words = h.to(dtype), _words(h.shape[0], weight.shape[0])
     space = mixed.new_empty(words, h.shape[0])
     for w, b, e in _tiles(words, weight, bias, table):
-        p = _logits(space, w, b, x)
+        p = _shaped(_logits(space, w, b, x), scale, cap)
         higher = torch.maximum(top, p.amax(0))
         p.sub_(higher).exp_()
         shrink = (top - higher).exp_()
@@ -133,6 +152,8 @@ def _unmix(
     mixed: Tensor,
     log_total: Tensor,
     dtype: torch.dtype,
+    scale: float,
+    cap: float,
     needed: list[bool],
 ) -> list[Tensor]:
     """The gradients of those of `h`, `weight`, `bias` and `table` that are needed, in this order."""
@@ -142,8 +163,12 @@ def _unmix(
     x, g, words = h.to(dtype), grad.to(dtype), _words(h.shape[0], weight.shape[0])
     spaces = mixed.new_empty(2, words, h.shape[0])
     for w, b, e, dw_tile, db_tile, de_tile in _tiles(words, weight, bias, table, dw, db, de):
-        p = _logits(spaces[0], w, b, x).sub_(log_total).exp_()
+        p = _shaped(_logits(spaces[0], w, b, x), scale, cap)
+        slope = _slope(p, scale, cap)
+        p.sub_(log_total).exp_()
         d = _logits(spaces[1], e, None, g).sub_(own).mul_(p)
+        if not isinstance(slope, float) or slope != 1.0:
+            d.mul_(slope)
         if de_tile is not None:
             _product(de_tile, p.to(dtype), g)
         if db_tile is not None:
@@ -156,8 +181,10 @@ def _unmix(
 
 
 @_mix.register_fake
-def _mix_like(h: Tensor, weight: Tensor, bias: Any, table: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    del weight, bias
+def _mix_like(
+    h: Tensor, weight: Tensor, bias: Any, table: Tensor, dtype: torch.dtype, scale: float, cap: float
+) -> tuple[Tensor, Tensor]:
+    del weight, bias, scale, cap
     wide = torch.promote_types(dtype, torch.float32)
     return h.new_empty(h.shape[0], table.shape[1], dtype=wide), h.new_empty(h.shape[0], dtype=wide)
 
@@ -168,15 +195,15 @@ def _unmix_like(*args: Any) -> list[Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.dtype = inputs
+    *tensors, ctx.dtype, ctx.scale, ctx.cap = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     needed = list(ctx.needs_input_grad[:4])
-    grads = iter(_unmix(grad, *ctx.saved_tensors, ctx.dtype, needed))
-    return *(next(grads) if need else None for need in needed), None
+    grads = iter(_unmix(grad, *ctx.saved_tensors, ctx.dtype, ctx.scale, ctx.cap, needed))
+    return *(next(grads) if need else None for need in needed), None, None, None
 
 
 _mix.register_autograd(_backward, setup_context=_save)

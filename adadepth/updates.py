@@ -109,7 +109,8 @@ class Ponder(Update):
     Shapes: `(..., dim)` to the same.
     Arguments: `embedding`, of E `(vocabulary, dim)`, and `head`, of W and b; tied weights are as good.
     They are the model's: referred to, not registered, and to be reassigned here when the model's are
-    replaced. `scale`: some models multiply E by √dim.
+    replaced. `scale`: some models multiply E by √dim. `logit_scale` and `softcap`: some multiply their logits, or
+    bound them, `softcap · tanh(logit_scale · logit / softcap)`.
     Raises: `ValueError` if they are not an `nn.Embedding` and an `nn.Linear` with weights of one shape.
     Source: PonderLM, Zeng et al. 2025, arXiv 2505.20674; scaled by s: AdaPonderLM, arXiv 2603.01914.
     """
@@ -119,16 +120,24 @@ class Ponder(Update):
     head: nn.Linear
     __setattr__ = referring("embedding", "head")
 
-    def __init__(self, embedding: nn.Embedding, head: nn.Linear, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        head: nn.Linear,
+        scale: float = 1.0,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
         super().__init__()
         self.embedding, self.head, self.scale = embedding, head, scale
+        self.logit_scale, self.softcap = logit_scale, softcap
         self._check()
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`x + scale·s·softmax(head(h)) E`."""
         del start, step
         self._check()
-        mixed = expected_embedding(h, self.head, self.embedding).to(x.dtype)
+        mixed = expected_embedding(h, self.head, self.embedding, self.logit_scale, self.softcap).to(x.dtype)
         return torch.addcmul(x, scores[..., -1:], mixed, value=self.scale)
 
     def _check(self) -> None:

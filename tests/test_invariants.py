@@ -168,7 +168,7 @@ def test_nothing_to_run_gives_nothing(kind: str, causal: bool, skip: bool, shape
 def test_a_depth_is_any_integer() -> None:
     loop, x = looped("attention"), rows(2, 6)
     want = loop(x, min_depth=2, max_depth=2)
-    got = loop(x, min_depth=np.int64(2), max_depth=np.array(2))  # type: ignore[arg-type]
+    got = loop(x, min_depth=np.int64(2), max_depth=np.array(2))
     assert got.trace.live.shape == want.trace.live.shape
     assert torch.equal(got.hidden, want.hidden)
 

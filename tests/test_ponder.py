@@ -41,7 +41,10 @@ def make(tied: bool, bias: bool, scale: float = 1.0) -> ad.Ponder:
 
 
 def plain(ponder: ad.Ponder, x: Tensor, h: Tensor, scores: Tensor) -> Tensor:
-    mixed = ponder.head(h).softmax(-1) @ ponder.embedding.weight
+    logits = ponder.logit_scale * ponder.head(h)
+    if ponder.softcap is not None:
+        logits = ponder.softcap * torch.tanh(logits / ponder.softcap)
+    mixed = logits.softmax(-1) @ ponder.embedding.weight
     return x + ponder.scale * scores[..., -1:] * mixed
 
 
@@ -84,6 +87,15 @@ def compare(ponder: ad.Ponder, given: list[Tensor], tolerance: float) -> None:
 @pytest.mark.usefixtures("double", "ragged_tiles")
 def test_values_and_gradients_are_those_of_the_plain_formula(shape: tuple[int, ...], tied: bool, bias: bool) -> None:
     compare(make(tied, bias, scale=0.7), inputs(*shape), 1e-10)
+
+
+@pytest.mark.parametrize(("logit_scale", "softcap"), [(0.3, None), (1.0, 0.9), (2.5, 1.7)])
+@pytest.mark.parametrize(("tied", "bias"), TABLES)
+@pytest.mark.usefixtures("double", "ragged_tiles")
+def test_logits_are_scaled_and_bounded(tied: bool, bias: bool, logit_scale: float, softcap: float | None) -> None:
+    ponder = make(tied, bias)
+    ponder.logit_scale, ponder.softcap = logit_scale, softcap
+    compare(ponder, inputs(2, 3), 1e-10)
 
 
 @pytest.mark.usefixtures("double")
@@ -269,11 +281,11 @@ def test_a_meta_device_gives_shapes() -> None:
 def test_what_is_said_of_the_operator_to_a_compiler_is_true(dtype: torch.dtype) -> None:
     h, weight, table = (torch.randn(n, DIM, dtype=dtype, requires_grad=True) for n in (5, VOCABULARY, VOCABULARY))
     bias = torch.randn(VOCABULARY, dtype=dtype, requires_grad=True)
-    torch.library.opcheck(_vocabulary._mix, (h, weight, bias, table, dtype))
+    torch.library.opcheck(_vocabulary._mix, (h, weight, bias, table, dtype, 0.5, 2.0))
     given = [t.detach() for t in (h, h, weight, bias, table)]
-    mixed, log_total = _vocabulary._mix(*given[1:], dtype)
+    mixed, log_total = _vocabulary._mix(*given[1:], dtype, 0.5, 2.0)
     for needed in ([True] * 4, [True, False, False, True]):
-        torch.library.opcheck(_vocabulary._unmix, (*given, mixed, log_total, dtype, needed))
+        torch.library.opcheck(_vocabulary._unmix, (*given, mixed, log_total, dtype, 0.5, 2.0, needed))
 
 
 @pytest.mark.plain

@@ -1,14 +1,14 @@
 """Depth given from outside: ints shorten the loop and are branched on, tensors select per token."""
 
 from operator import index
-from typing import NamedTuple, final
+from typing import NamedTuple, SupportsIndex, final
 
 import torch
 from torch import Tensor
 
 from .._types import WeightRows
 
-Depth = int | Tensor | None
+Depth = SupportsIndex | Tensor | None
 
 
 @final
@@ -27,13 +27,13 @@ class Bounds(NamedTuple):
     @classmethod
     def of(cls, steps: int, min_depth: Depth, max_depth: Depth, shape: tuple[int, int]) -> "Bounds":
         """Check both depths against the loop's `steps` and the rows' `(batch, seq)`."""
-        min_depth = _checked("min_depth", min_depth, steps, shape)
-        max_depth = _checked("max_depth", max_depth, steps, shape)
+        least = _checked("min_depth", min_depth, steps, shape)
+        most = _checked("max_depth", max_depth, steps, shape)
         return cls(
-            steps=max_depth if isinstance(max_depth, int) else steps,
-            least=min_depth if isinstance(min_depth, int) else 1,
-            least_each=min_depth if isinstance(min_depth, Tensor) else None,
-            most_each=max_depth if isinstance(max_depth, Tensor) else None,
+            steps=most if isinstance(most, int) else steps,
+            least=least if isinstance(least, int) else 1,
+            least_each=least if isinstance(least, Tensor) else None,
+            most_each=most if isinstance(most, Tensor) else None,
         )
 
     def can_exit(self, step: int, rule: bool) -> bool:
@@ -57,7 +57,7 @@ class Bounds(NamedTuple):
         return stays
 
 
-def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> Depth:
+def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> int | Tensor | None:
     """The depth as None, a tensor or an int of Python's own."""
     if isinstance(depth, Tensor):
         if depth.is_floating_point() or depth.is_complex() or depth.dtype == torch.bool:
@@ -76,9 +76,7 @@ def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> Dep
         return depth
     if depth is None:
         return None
-    whole = depth
-    if not isinstance(depth, int):  # NumPy's, say
-        whole = index(depth) if hasattr(depth, "__index__") else 0
+    whole = depth if isinstance(depth, int) else index(depth) if hasattr(depth, "__index__") else 0  # NumPy's, say
     if isinstance(depth, bool) or not 1 <= whole <= steps:
         raise ValueError(f"{name} expected an int from 1 to steps={steps}, got {depth}.")
     return whole

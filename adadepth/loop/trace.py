@@ -12,8 +12,14 @@ from .._types import HiddenRows, StateRows
 SHOWN = 8
 
 
+class _Rows(NamedTuple):
+    live: Bool[Tensor, "batch seq steps"]
+    scores: Float[Tensor, "batch seq gated"]
+    exit_probs: Float[Tensor, "batch seq steps"]
+
+
 @final
-class Trace(NamedTuple):
+class Trace(_Rows):
     """The record of one forward pass. Every row tensor is 0 (or False) at padding.
 
     Shapes:
@@ -25,9 +31,11 @@ class Trace(NamedTuple):
             `steps` for a real token.
     """
 
-    live: Bool[Tensor, "batch seq steps"]
-    scores: Float[Tensor, "batch seq gated"]
-    exit_probs: Float[Tensor, "batch seq steps"]
+    __slots__ = ()
+
+    def __new__(cls, live: Any, *others: Any) -> "Trace":
+        """Of its three tensors; or of one iterable of them, as tools rebuild the tuples that they find."""
+        return super().__new__(cls, *((live, *others) if others else live))
 
     def __repr__(self) -> str:
         """How deep the tokens went; without numbers where there are none, as on the meta device."""

@@ -24,7 +24,7 @@ from ..rules import Rule
 from ..updates import Update
 from .arguments import check_cache, check_can_look, check_given, check_rows, looks, named
 from .blocks import ask, run, view_of
-from .bounds import Bounds
+from .bounds import Bounds, Depth
 from .checks import (
     PARTS,
     Identity,
@@ -118,8 +118,8 @@ class RecurrentWrapper(Called, nn.Module):
         *,
         mask: MaskRows | None = None,
         start: HiddenRows | None = None,
-        min_depth: int | Tensor | None = None,
-        max_depth: int | Tensor | None = None,
+        min_depth: Depth = None,
+        max_depth: Depth = None,
         block_kwargs: Mapping[str, Any] | None = None,
         states: bool = False,
         cache: KVReuseCache | None = None,
