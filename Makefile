@@ -7,7 +7,7 @@ RUN = $(VENV)/bin/python
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo reproduce-small ablations test lint docs bench
+.PHONY: demo reproduce-small ablations test test-every lint docs bench
 INSTALLED = $(VENV)/.adadepth-installed
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
@@ -38,8 +38,11 @@ PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorde
 # Shapes are checked by jaxtyping's hook; what must run without it has a call of its own.
 test: $(INSTALLED)  ## everything that CI runs
 	$(MAKE) lint
-	$(PYTEST) -m "not plain" --jaxtyping-packages=adadepth,beartype.beartype
+	$(PYTEST) -m "not plain and not every" --jaxtyping-packages=adadepth,beartype.beartype
 	$(PYTEST) -m plain
+
+test-every: $(INSTALLED)  ## what test leaves out: every family of Hugging Face models both ways
+	$(PYTEST) --dist load -m every
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -15,6 +15,7 @@ import adadepth as ad
 
 transformers = pytest.importorskip("transformers")
 
+from hf_small import small
 from hf_zoo import (
     DIM,
     IDS,
@@ -22,9 +23,9 @@ from hf_zoo import (
     LAYERS,
     MASK,
     POSITIONS,
+    SOME,
     SPANS,
     STEPS,
-    ZOO,
     logits,
     near,
     original,
@@ -36,7 +37,7 @@ from adadepth.hf.cache import CACHE
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SOME)
 def test_an_adapted_model_begins_as_the_original(name: str, dtype: torch.dtype) -> None:
     base = original(name, dtype)
     with torch.no_grad():
@@ -66,6 +67,27 @@ def test_positions_that_are_counted_may_be_given() -> None:
     with torch.no_grad():
         got = model(IDS, attention_mask=MASK, position_ids=POSITIONS).logits
         assert torch.equal(got, model(IDS, attention_mask=MASK).logits)
+
+
+@pytest.mark.parametrize("layers", SPANS, ids=str)
+def test_several_texts_in_a_row_are_rows_of_their_own(layers: slice | None) -> None:
+    model: Any = spread("llama", layers)
+    lengths = MASK.sum(1).tolist()
+    texts = [{"input_ids": row[mask.bool()].tolist()} for row, mask in zip(IDS, MASK, strict=True)]
+    options = {"return_flash_attn_kwargs": True, "return_seq_idx": True, "return_tensors": "pt"}
+    packed = transformers.DataCollatorWithFlattening(**options)(texts)
+    assert packed["input_ids"].shape == (1, sum(lengths)) and "cu_seq_lens_q" in packed and "seq_idx" in packed
+    depths = torch.arange(sum(lengths))[None] % STEPS + 1
+    labels = torch.where(POSITIONS > 0, LABELS, -100)  # no text has a word before its first
+    for own, padded in (({}, {}), ({"max_depth": depths}, {"max_depth": torch.zeros_like(IDS)})):
+        if padded:
+            padded["max_depth"] += 1
+            padded["max_depth"][MASK.bool()] = depths[0]
+        got = model(**packed, **own, output_hidden_states=True)
+        want = model(IDS, MASK, labels=labels, **padded, output_hidden_states=True)
+        assert near(got.logits[0], want.logits[MASK.bool()]) and near(got.loss, want.loss)
+        assert torch.equal(got.trace.depth[0], want.trace.depth[MASK.bool()])
+        assert all(near(a[0], b[MASK.bool()]) for a, b in zip(got.hidden_states, want.hidden_states, strict=True))
 
 
 def part(base: Any, start: int, stop: int) -> Callable[[Tensor], Tensor]:
@@ -98,7 +120,7 @@ def decoded(model: AdaptiveForCausalLM) -> Tensor:
     return torch.cat(found, 1)[MASK.bool()]
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SOME)
 def test_a_loop_that_nobody_leaves_is_one_written_by_hand(name: str) -> None:
     base = original(name)
     head, embedding, alpha = base.get_output_embeddings(), base.get_input_embeddings(), 0.7
@@ -124,7 +146,7 @@ def test_a_loop_that_nobody_leaves_is_one_written_by_hand(name: str) -> None:
 
 
 @pytest.mark.parametrize("layers", SPANS, ids=str)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SOME)
 def test_packed_is_dense(name: str, layers: slice | None) -> None:
     model = spread(name, layers)
     packed = model(IDS, attention_mask=MASK)
@@ -161,3 +183,29 @@ def test_a_cache_goes_by_both_its_names(name: str) -> None:
         on = model(IDS[:, 6:], attention_mask=MASK, **{name: out.past_key_values}, return_dict=False)
     assert on[1] is cache and cache.get_seq_length() == 9
     assert near(on[0][MASK[:, 6:].bool()], model(IDS, attention_mask=MASK).logits[:, 6:][MASK[:, 6:].bool()])
+
+
+def test_hidden_states_by_their_numbers() -> None:
+    model: Any = spread("llama", slice(1, 3))
+    with torch.no_grad():
+        every = model(IDS, attention_mask=MASK, output_hidden_states=True).hidden_states
+        some = model(IDS, attention_mask=MASK, output_hidden_states=[0, 2, -1]).hidden_states
+        (second,) = (h for h in model(IDS, attention_mask=MASK, output_hidden_states=1).hidden_states if h is not None)
+    assert len(every) == len(some) == 1 + 1 + STEPS + 1
+    assert [h is not None for h in some] == [True, False, True, False, False, True]
+    assert all(h is None or torch.equal(h, other) for h, other in zip(some, every, strict=True))
+    assert torch.equal(second, every[1])
+
+
+def test_what_is_seen_of_layers_is_of_the_pass_and_not_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop checks itself before it first skips tokens, and runs its layers for that."""
+    model: Any = adapt(small("mixtral"), STEPS, ad.LinearGate(DIM), ad.Threshold(0.5), layers=slice(1, 3))
+    asked = {"attention_mask": MASK, "output_hidden_states": True, "output_router_logits": True}
+    with torch.no_grad():
+        without = model(IDS, **asked, labels=LABELS)
+        monkeypatch.setattr(ad.RecurrentWrapper, "self_check", True)
+        checked = model(IDS, **asked, labels=LABELS)
+    assert model.prelude._checked and model.loop._checked
+    for mine, other in ((checked.hidden_states, without.hidden_states), (checked.router_logits, without.router_logits)):
+        assert len(mine) == len(other) and all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+    assert torch.equal(checked.aux_loss, without.aux_loss)

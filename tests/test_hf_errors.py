@@ -14,6 +14,7 @@ import adadepth as ad
 
 transformers = pytest.importorskip("transformers")
 
+from hf_small import SMALL, small
 from hf_zoo import (
     DIM,
     IDS,
@@ -24,7 +25,7 @@ from hf_zoo import (
     original,
     spread,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPTJConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, DynamicCache
 
 from adadepth.hf import AdaptiveCache, AdaptiveConfig, AdaptiveForCausalLM, adapt, load_gates
 from adadepth.hf.cache import CACHE
@@ -44,18 +45,44 @@ def base_with(kind: str = "llama", **changed: Any) -> Any:
 
 
 ADAPT = {
-    "other architectures": (
-        lambda: adapt(AutoModelForCausalLM.from_config(GPTJConfig(n_embd=8, n_layer=1, n_head=1, rotary_dim=4)), 2),
-        "adapt expected a causal language model with a head, of one of the architectures gpt2, gpt_neox, llama, "
-        "mistral, olmo, olmo2, qwen2, qwen3, smollm3; got GPTJForCausalLM of 'gptj'. Load it with "
-        "AutoModelForCausalLM, adapt it before peft wraps it, or loop its layers by hand: "
-        "adadepth.RecurrentWrapper(layers, steps).",
-    ),
     "a backbone without a head": (
         lambda: adapt(original("llama").base_model, 2),
-        "adapt expected a causal language model with a head, of one of the architectures gpt2, gpt_neox, llama, "
-        "mistral, olmo, olmo2, qwen2, qwen3, smollm3; got LlamaModel of 'llama'. Load it with AutoModelForCausalLM, "
-        "adapt it before peft wraps it, or loop its layers by hand: adadepth.RecurrentWrapper(layers, steps).",
+        "adapt expected a causal language model with a head, got LlamaModel of 'llama'. Load it with "
+        "AutoModelForCausalLM, and adapt it before peft wraps it.",
+    ),
+    "an adapted model": (
+        lambda: adapt(adapt(original("llama"), 2), 2),
+        "adapt expected a model that is not adapted yet, got AdaptiveForCausalLM. Adapt its base: adapt(model.base, "
+        "...).",
+    ),
+    "no positions": (
+        lambda: adapt(AutoModelForCausalLM.from_config(BloomConfig(hidden_size=8, n_layer=1, n_head=1)), 2),
+        "adapt expected a backbone whose forward takes inputs_embeds and position_ids, but that of BloomForCausalLM, "
+        "BloomModel, does not take position_ids. Loop layers of attention by hand: adadepth.RecurrentWrapper(block, "
+        "steps).",
+    ),
+    "layers that recur": (
+        lambda: adapt(small("mamba"), 2, check=False),
+        "adapt expected layers of full or sliding attention, in which a token that left can still be seen, got layers "
+        "of linear_attention in MambaForCausalLM. Loop layers of attention by hand: adadepth.RecurrentWrapper(block, "
+        "steps).",
+    ),
+    "layers that convolve": (
+        lambda: adapt(convolving(), 2, check=False),
+        "adapt expected layers that mix tokens by attention alone; those of LlamaForCausalLM recur or convolve "
+        "(Conv1d): a token that left would be missing in their state. Loop layers of attention by hand: "
+        "adadepth.RecurrentWrapper(block, steps).",
+    ),
+    "windows in a mask": (
+        lambda: adapt(windows_in_a_mask(), 2),
+        "PhimoeForCausalLM cannot be looped as it is: its layers see a window, but 0 of 4 attention calls name one: it "
+        "is in a mask, and only the loop makes masks. Its layers may mix tokens elsewhere than in attention, or place "
+        "them by something else than position_ids. Loop its layers by hand: adadepth.RecurrentWrapper(layers, steps).",
+    ),
+    "meta": (
+        lambda: adapt(original("llama").to("meta"), 2),
+        "The model's weights are on the meta device, so there is nothing to check. Pass adapt(..., check=False), and "
+        "call model.check() once it has its weights.",
     ),
     "rotary positions that follow the batch": (
         lambda: adapt(base_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), 2),
@@ -78,6 +105,19 @@ ADAPT = {
     ),
     "no steps": (lambda: adapt(original("llama"), 0), "RecurrentWrapper needs steps >= 1, got steps=0."),
 }
+
+
+def convolving() -> Any:
+    base = original("llama")
+    base.model.layers[1].mlp.extra = nn.Conv1d(1, 1, 1)
+    return base
+
+
+def windows_in_a_mask() -> Any:
+    """A window that the check's few tokens do not reach."""
+    config = SMALL["phimoe"]()
+    config.sliding_window = 32
+    return AutoModelForCausalLM.from_config(config)
 
 
 @pytest.mark.plain
@@ -107,10 +147,14 @@ FORWARD: dict[str, tuple[dict[str, Any], str]] = {
         {"output_attentions": True},
         "An adapted model does not take output_attentions. Its attention computes no weights.",
     ),
-    "hidden states": (
-        {"output_hidden_states": True},
-        "An adapted model does not take output_hidden_states. Pass states=True for the loop's state after every "
-        "iteration.",
+    "bounds of texts without positions": (
+        {"cu_seq_lens_q": torch.tensor([0, 4, 9])},
+        "An adapted model does not take cu_seq_lens_q. Pass position_ids, which begin again with each text of a row.",
+    ),
+    "positions that begin again elsewhere": (
+        {"position_ids": torch.tensor([0, 1, 2, 3, 0, 1, 3, 4, 5]).expand(3, 9), "attention_mask": None},
+        "position_ids begin again, so a row holds several texts, but within one they do not count its real tokens from "
+        "0. Pass those of each text as 0, 1, 2, ...; an adapted model takes no others.",
     ),
     "a typo": (
         {"max_dept": 2},
@@ -213,9 +257,9 @@ def test_attention_refuses_what_it_cannot_honour() -> None:
             "config.is_causal to True or None.",
         ),
         (
-            {"softcap": 30.0, "s_aux": torch.ones(4)},
-            "LlamaAttention attends with softcap, s_aux, which an adapted model cannot honour. Known are scaling, "
-            "dropout and sliding_window.",
+            {"indices": torch.ones(4), "position_bias": torch.ones(4)},
+            "LlamaAttention attends with indices, position_bias, which an adapted model cannot honour. Known are "
+            "scaling, dropout, sliding_window, softcap and s_aux (sinks).",
         ),
     ):
         attention.forward = lambda *args, given=given, **kwargs: plain(*args, **{**kwargs, **given})

@@ -1,6 +1,7 @@
 """`generate` with adapted models: cached, batched and padded as alone and without a cache; depths from outside."""
 
 import re
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import adadepth as ad
 
 pytest.importorskip("transformers")
 
-from hf_zoo import EOS, IDS, MASK, PAD, SPANS, STEPS, ZOO, original, spread
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from hf_words import tokenizer
+from hf_zoo import EOS, IDS, MASK, PAD, SOME, SPANS, STEPS, original, spread
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, adapt
@@ -44,7 +46,7 @@ def alone(model: Any, **options: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("layers", SPANS, ids=str)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SOME)
 def test_a_padded_batch_is_each_prompt_alone_is_no_cache(name: str, layers: slice | None) -> None:
     model = spread(name, layers)
     cache = AdaptiveCache()
@@ -58,7 +60,7 @@ def test_a_padded_batch_is_each_prompt_alone_is_no_cache(name: str, layers: slic
 
 
 @pytest.mark.parametrize("layers", SPANS, ids=str)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", SOME)
 def test_one_step_is_the_original(name: str, layers: slice | None) -> None:
     base = original(name)
     greedy, beams = texts(base), texts(base, num_beams=3)
@@ -132,7 +134,8 @@ def test_a_finished_row_costs_nothing(model: AdaptiveForCausalLM) -> None:
         IDS, attention_mask=MASK, stopping_criteria=stop, max_new_tokens=NEW, do_sample=False, **{CACHE: cache}
     )
     assert (ids[0, length + 2 :] == 0).all() and (ids[1, length + 4 :] == 0).all()
-    assert cache.parts["loop"].lengths.tolist() == [length + 1, 6 + 3, 2 + NEW - 1]
+    # A row keeps the token with which it ended, and nothing of what follows.
+    assert cache.parts["loop"].lengths.tolist() == [length + 2, 6 + 4, 2 + NEW - 1]
     assert cache.depth.gt(0).sum(1).tolist() == cache.parts["loop"].lengths.tolist()
 
 
@@ -157,6 +160,48 @@ def test_assisted_decoding(layers: slice | None) -> None:
     assistant.generation_config.eos_token_id = None
     alone = texts(assistant, ids, mask, max_new_tokens=20)
     assert texts(assistant, ids, mask, max_new_tokens=20, assistant_model=model) == alone
+
+
+def test_a_model_drafts_for_itself(model: AdaptiveForCausalLM) -> None:
+    model.generation_config.eos_token_id = None
+    ids = IDS[:1].repeat(1, 3)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(model.generate(ids, assistant_early_exit=1, **options), model.generate(ids, **options))
+
+
+def test_guidance(model: AdaptiveForCausalLM) -> None:
+    """Two passes a token, the second with a cache of its own, or with none."""
+    options: dict[str, Any] = {
+        "guidance_scale": 1.5,
+        "no_repeat_ngram_size": 0,
+        "suppress_tokens": None,
+        "eos_token_id": None,
+    }
+    guided = texts(model, **options)
+    assert guided == texts(model, **options, use_cache=False)
+    assert guided != texts(model, **options | {"guidance_scale": 1.0})
+
+
+def test_text_in_and_text_out(model: AdaptiveForCausalLM) -> None:
+    model = model.float()
+    model.generation_config.eos_token_id = None
+    words = tokenizer(padding_side="left")
+    options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [0, 1, 2]}  # a letter each
+    prompt = words(["abc"], return_tensors="pt", return_token_type_ids=False)
+    text = words.decode(model.generate(**prompt, **options)[0, 3:])
+    stream = TextIteratorStreamer(words, skip_prompt=True)
+    thread = Thread(target=model.generate, kwargs={**prompt, **options, "streamer": stream})
+    thread.start()
+    assert "".join(stream) == text
+    thread.join()
+    stopped = model.generate(**prompt, **options, stop_strings=[text[2:4]], tokenizer=words)
+    assert words.decode(stopped[0, 3:]) == text[:4]
+    talks = [[{"role": "user", "content": said}] for said in ("abc", "a b c d e")]
+    pipe = pipeline("text-generation", model=model, tokenizer=words)
+    together = pipe(talks, batch_size=2, **options)
+    assert together == [pipe(talk, **options) for talk in talks]
+    answers = [said[0]["generated_text"][-1] for said in together]
+    assert [answer["role"] for answer in answers] == ["assistant"] * 2 and answers[0] != answers[1]
 
 
 def test_a_cache_goes_on_where_it_ended(model: AdaptiveForCausalLM) -> None:

@@ -31,7 +31,8 @@ from hf_zoo import (
 )
 from transformers import AutoModelForCausalLM
 
-from adadepth.hf import AdaptiveForCausalLM, adapt
+from adadepth.hf import AdaptiveForCausalLM, adapt, traces
+from adadepth.hf.cache import CACHE
 
 NEW = hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable")
 CHECKPOINTING = "activation_checkpointing" if NEW else "gradient_checkpointing"
@@ -111,8 +112,21 @@ def test_the_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
     assert {"loop.update.alpha", "loop.gate.mlps.0.0.weight", "base.gpt_neox.embed_in.weight"} <= {*moved}
     predicted = trainer.predict(data)
     assert predicted.predictions.shape == (len(data), IDS.shape[1], VOCAB)
+    also = trainer.predict(data, ignore_keys=["states", CACHE]).predictions
+    assert (also[0] == predicted.predictions).all() and isinstance(also[1], ad.Trace)
     loaded = AdaptiveForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3")
     assert same(loaded, model.eval())
+
+
+def test_the_trainer_keeps_the_positions_of_packed_texts(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    model = spread("llama", None, torch.float32)
+    row = {"input_ids": IDS[0], "labels": IDS[0], "position_ids": torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4])}
+    arguments = transformers.TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+    predicted = transformers.Trainer(model, arguments).predict([row]).predictions
+    with torch.no_grad():
+        apart = [model(IDS[:1, :4]).logits[0], model(IDS[:1, 4:]).logits[0]]
+    assert near(torch.from_numpy(predicted[0]), torch.cat(apart))
 
 
 def test_lora_trains_and_is_saved(tmp_path: Path) -> None:
@@ -137,6 +151,38 @@ def test_lora_trains_and_is_saved(tmp_path: Path) -> None:
     assert isinstance(merged, AdaptiveForCausalLM)
     merged.save_pretrained(tmp_path / "merged")
     assert same(AdaptiveForCausalLM.from_pretrained(tmp_path / "merged"), merged)
+
+
+def test_a_prompt_is_tuned() -> None:
+    """Without a cache: peft does not know its new name, and lets a cache of any model begin without the prompt."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        spread("llama", slice(1, 3), torch.float32),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    )
+    model(input_ids=IDS, attention_mask=MASK, labels=LABELS).loss.backward()
+    learned = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    assert list(learned) == ["prompt_encoder.default.embedding.weight"] and learned.popitem()[1].abs().sum() > 0
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "use_cache": False}
+    new = model.generate(input_ids=IDS, attention_mask=MASK, **options)[:, -4:]
+    for row, mask, expected in zip(IDS, MASK.bool(), new, strict=True):
+        assert torch.equal(model.generate(input_ids=row[None, mask], **options)[0, -4:], expected)
+
+
+def test_traces_of_a_model_that_is_wrapped() -> None:
+    peft = pytest.importorskip("peft")
+    model = spread("llama", slice(1, 3), torch.float32)
+    layers = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["loop.gate"])
+    wrapped = peft.get_peft_model(model, layers)
+    with traces(wrapped) as seen:
+        depth = wrapped(input_ids=IDS, attention_mask=MASK).trace.depth
+        model.base_model(IDS[:1])  # as trainers do that bring a head of their own
+    assert torch.equal(seen[0].depth, depth) and seen[1].depth.shape == (1, 9)
+    seen[0].gates.mean().backward()
+    learned = [name for name, weight in wrapped.named_parameters() if "loop.gate" in name and weight.grad is not None]
+    assert learned and all("modules_to_save" in name for name in learned)
+    with pytest.raises(ValueError, match=r"^traces expected an adapted model, or one that is wrapped, got Linear\.$"):
+        traces(nn.Linear(1, 1)).__enter__()
 
 
 def test_device_maps(tmp_path: Path) -> None:

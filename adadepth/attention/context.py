@@ -82,6 +82,11 @@ class Active(threading.local):
 active = Active()
 
 
+def checking() -> bool:
+    """Whether a wrapper checks itself on a part of the batch: what is seen now is not of the pass."""
+    return active.window is not None and active.window.rows > 0
+
+
 def asked(piece: Callable[..., T], here: Here, *args: Any) -> T:
     """What a piece gives, which may ask where the tokens stand."""
     before, active.here = active.here, here

@@ -1,71 +1,111 @@
-"""Where the parts of a Hugging Face causal language model are called what, and which models are known to work.
+"""Where the layers of a Hugging Face causal language model are, and which models cannot be looped at all."""
 
-Add a line to `TABLE` for another architecture, and a small random model of it to `tests/hf_zoo.py`,
-which checks it whole and sliced, cached and not, against the original.
-"""
-
+import inspect
 from typing import Any, NamedTuple, final
 
 from torch import nn
 
+# Their frequencies follow the longest sequence of the batch: a token would depend on the others.
+_UNSTEADY = ("dynamic", "longrope")
+# Kinds of layers in which a token sees what stands before it, or a window of that.
+SLIDING = "sliding_attention"
+_KNOWN = (SLIDING, "full_attention", "attention", "dense", "sparse", "moe")
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.Conv1d, nn.Conv2d)
+_INSTEAD = "Loop layers of attention by hand: adadepth.RecurrentWrapper(block, steps)."
+
 
 @final
 class Anatomy(NamedTuple):
-    """The names of the backbone in the model, and in the backbone of what a slice of it must know.
+    """The path of the backbone in the model, and the name of its list of layers; their number."""
 
-    `position` and `dropout` act on the embeddings, where the backbone has them.
-    """
+    backbone: str
+    layers: str
+    number: int
 
-    backbone: str = "model"
-    layers: str = "layers"
-    norm: str = "norm"
-    position: str | None = None
-    dropout: str | None = None
-
-
-TABLE = {
-    "gpt2": Anatomy("transformer", "h", "ln_f", position="wpe", dropout="drop"),
-    "gpt_neox": Anatomy("gpt_neox", norm="final_layer_norm", dropout="emb_dropout"),
-    "llama": Anatomy(),
-    "mistral": Anatomy(),
-    "olmo": Anatomy(),
-    "olmo2": Anatomy(),
-    "qwen2": Anatomy(),
-    "qwen3": Anatomy(),
-    "smollm3": Anatomy(),
-}
-
-# Their frequencies follow the longest sequence of the batch: a token would depend on the others.
-_UNSTEADY = ("dynamic", "longrope")
+    def of(self, base: nn.Module) -> Any:
+        """The backbone, as it is now."""
+        return base.get_submodule(self.backbone)
 
 
 def anatomy_of(base: nn.Module) -> Anatomy:
-    """The anatomy of a causal language model.
+    """Where the layers of a causal language model are.
 
-    Raises: `ValueError` for an architecture that is not in the table, or a variant that cannot be looped.
+    They are the list of `num_hidden_layers` modules in its decoder, and the module that holds the list is the
+    backbone. Nothing else of the model is looked for: its own forward does the rest.
+
+    Raises: `ValueError` for what is no causal language model, or one that cannot be looped.
     """
     config: Any = getattr(base, "config", None)
-    kind = getattr(config, "model_type", None)
-    anatomy = TABLE.get(kind) if isinstance(kind, str) else None
-    if anatomy is None or base.get_output_embeddings() is None:  # type: ignore[operator]
+    kind, name = getattr(config, "model_type", None), type(base).__name__
+    if config is None or not hasattr(base, "get_decoder") or base.get_output_embeddings() is None:  # type: ignore[operator]
         raise ValueError(
-            f"adapt expected a causal language model with a head, of one of the architectures "
-            f"{', '.join(TABLE)}; got {type(base).__name__} of {kind!r}. Load it with AutoModelForCausalLM, adapt it "
-            "before peft wraps it, or loop its layers by hand: adadepth.RecurrentWrapper(layers, steps)."
+            f"adapt expected a causal language model with a head, got {name} of {kind!r}. Load it with "
+            "AutoModelForCausalLM, and adapt it before peft wraps it."
         )
+    if kind == "adadepth":
+        raise ValueError(
+            f"adapt expected a model that is not adapted yet, got {name}. Adapt its base: adapt(model.base, ...)."
+        )
+    text = text_config(config)
+    _check_config(name, text)
+    number: int = getattr(text, "num_hidden_layers", 0)
+    lists = {
+        path: part for path, part in base.named_modules() if isinstance(part, nn.ModuleList) and len(part) == number
+    }
+    if not lists:
+        raise ValueError(f"adapt found no list of the {number} layers in {name}. {_INSTEAD}")
+    decoder = set(base.get_decoder().modules())  # type: ignore[operator]
+    of_text = [path for path, part in lists.items() if part in decoder]  # others may be of images
+    backbone, _, layers = [*of_text, *lists][0].rpartition(".")
+    anatomy = Anatomy(backbone, layers, number)
+    _check_backbone(name, anatomy.of(base), layers)
+    return anatomy
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that is about text."""
+    return config.get_text_config(decoder=True)
+
+
+def kinds_of(config: Any) -> list[str]:
+    """What `layer_types` says of each layer; nothing where the configuration does not say."""
+    return list(getattr(text_config(config), "layer_types", None) or [])
+
+
+def _check_config(name: str, config: Any) -> None:
     if unsteady := [kind for kind in _rotary_kinds(config) if kind in _UNSTEADY]:
         raise ValueError(
             f"adapt expected rotary positions that depend on the position alone, got rope_type={unsteady[0]!r}, which "
             "follows the longest sequence of the batch. Choose another, such as 'yarn' or 'linear', in "
             "config.rope_parameters."
         )
-    for name, usual in (("add_cross_attention", False), ("is_causal", True)):
-        if getattr(config, name, None) not in (usual, None):
+    for option, usual in (("add_cross_attention", False), ("is_causal", True)):
+        if getattr(config, option, None) not in (usual, None):
             raise ValueError(
                 f"adapt expected a decoder in which a token sees itself and what stands before it, got "
-                f"config.{name}={getattr(config, name)}. Set it to {usual}."
+                f"config.{option}={getattr(config, option)}. Set it to {usual}."
             )
-    return anatomy
+    if strange := sorted(set(kinds_of(config)) - set(_KNOWN)):
+        raise ValueError(
+            f"adapt expected layers of full or sliding attention, in which a token that left can still be seen, got "
+            f"layers of {', '.join(strange)} in {name}. {_INSTEAD}"
+        )
+
+
+def _check_backbone(name: str, backbone: Any, layers: str) -> None:
+    recurrent = sorted({type(m).__name__ for m in getattr(backbone, layers).modules() if isinstance(m, _RECURRENT)})
+    if recurrent or getattr(backbone, "_is_stateful", False):
+        raise ValueError(
+            f"adapt expected layers that mix tokens by attention alone; those of {name} recur or convolve"
+            + (f" ({', '.join(recurrent)})" if recurrent else "")
+            + f": a token that left would be missing in their state. {_INSTEAD}"
+        )
+    known = inspect.signature(inspect.unwrap(type(backbone).forward)).parameters
+    if missing := [option for option in ("inputs_embeds", "position_ids") if option not in known]:
+        raise ValueError(
+            f"adapt expected a backbone whose forward takes inputs_embeds and position_ids, but that of {name}, "
+            f"{type(backbone).__name__}, does not take {' nor '.join(missing)}. {_INSTEAD}"
+        )
 
 
 def _rotary_kinds(config: Any) -> list[str]:

@@ -4,6 +4,9 @@ Registered with transformers' AttentionInterface as "adadepth": layers call it w
 unrepeated and with their window. No mask is registered, so they build none.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +18,19 @@ NAME = "adadepth"
 # What layers pass along that does not concern attention, or is known here in a better way.
 _IGNORED = {"position_ids", "use_cache", "cache_position", "is_causal"}
 
+_windows: ContextVar[list[int | None] | None] = ContextVar("windows", default=None)
+
+
+@contextmanager
+def windows() -> Iterator[list[int | None]]:
+    """A list that fills with the window of each attention call."""
+    seen: list[int | None] = []
+    token = _windows.set(seen)
+    try:
+        yield seen
+    finally:
+        _windows.reset(token)
+
 
 def attention(
     module: nn.Module,
@@ -25,6 +41,8 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What a layer of an adapted model attends with.
@@ -44,8 +62,10 @@ def attention(
     if unknown := [n for n, given in others.items() if not (n in _IGNORED or given is None or given is False)]:
         raise ValueError(
             f"{type(module).__name__} attends with {', '.join(unknown)}, which an adapted model cannot honour. Known "
-            "are scaling, dropout and sliding_window."
+            "are scaling, dropout, sliding_window, softcap and s_aux (sinks)."
         )
+    if (seen := _windows.get()) is not None:
+        seen.append(sliding_window)
     out = view.attend(
         query,
         key,
@@ -54,6 +74,8 @@ def attention(
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
     )
     return out.transpose(1, 2), None
 

@@ -6,13 +6,17 @@ from transformers import AutoConfig, PretrainedConfig
 
 from .cache import CACHE
 
+CODE = "modeling_adadepth"  # what transformers loads from a folder that says so, if it is trusted to
+AUTO_MAP = {"AutoConfig": f"{CODE}.AdaptiveConfig", "AutoModelForCausalLM": f"{CODE}.AdaptiveForCausalLM"}
+
 
 @final
 class AdaptiveConfig(PretrainedConfig):
     """What an adapted model is made of.
 
     Attributes: `text_config`, the base's configuration; `steps`; `span`, the looped layers as
-    `[start, stop]`, None where the whole backbone is looped; `pieces`, as they were when last saved.
+    `[start, stop]`, None where the whole backbone is looped; `pieces`, as they were when last saved. All
+    others are the base's.
     Raises: `ValueError` if read from a file that holds no adapted model.
     """
 
@@ -30,8 +34,33 @@ class AdaptiveConfig(PretrainedConfig):
     ) -> None:
         if not isinstance(text_config, PretrainedConfig):
             text_config = AutoConfig.for_model(**(text_config or {"model_type": "gpt_neox"}))
-        self.text_config, self.steps, self.span, self.pieces = text_config, steps, span, pieces
-        super().__init__(**others)
+        self.text_config: Any = text_config
+        name = getattr(text_config, "name_or_path", None) or ""
+        self.steps, self.span, self.pieces = steps, span, pieces
+        super().__init__(**{"name_or_path": name, **others})
+        self.auto_map = AUTO_MAP
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: every saved folder names its classes for `trust_remote_code=True`."""
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not its own is the base's: sizes, special tokens, whether weights are tied."""
+        if name.startswith("_") or "text_config" not in self.__dict__:
+            raise AttributeError(name)
+        try:
+            return getattr(self.__dict__["text_config"], name)
+        except RuntimeError as error:  # of what differs from layer to layer
+            raise AttributeError(str(error)) from error
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """What of generation's parameters the base's configuration says by mistake."""
+        found: dict[str, Any] = self.text_config._get_generation_parameters()
+        return found
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's, or the part of it that is about text."""
+        return self.text_config.get_text_config(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -1,30 +1,37 @@
 """Generation with an adapted model: its cache, its depths per call and row, and rows that are done."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteriaList
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from .cache import CACHE
-from .inputs import cache_of
+from .inputs import cache_of, check_past
 
 GivenDepth = int | Tensor | Callable[[Tensor], int | Tensor] | None
 _DEPTHS = ("min_depth", "max_depth")
+# What `generate` passes to each step, but means for itself.
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 
 
 @final
 class _Finished(StoppingCriteriaList):
-    """The criteria, and which rows they have ended; None as long as none."""
+    """The criteria, and `rows`: which of them ended before the newest token; None as long as none."""
 
     rows: Tensor | None = None
+    ended: Tensor | None = None  # with the newest token, which still is of the text
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done: Tensor = super().__call__(input_ids, scores, **kwargs)
         # Without an end-of-text token the text of a row that ended goes on in the output.
         if any(hasattr(criterion, "eos_token_id") for criterion in self) and bool(done.any()):
-            self.rows = done if self.rows is None else self.rows | done
+            self.rows, self.ended = self.ended, done if self.ended is None else self.ended | done
+        else:
+            self.rows = self.ended
         return done
 
 
@@ -58,11 +65,17 @@ class AdaptiveGenerationMixin(GenerationMixin):
                 f"{input_ids.shape[1]} columns with a cache of {past.get_seq_length()}. Pass them all, with the "
                 "attention_mask of all."
             )
+        mask = model_kwargs.get("attention_mask")
+        if past is not None and mask is not None and len(mask) == past.batch_size:
+            check_past(mask[:, : past.get_seq_length()], past)
         own = {name: model_kwargs.pop(name) for name in (*_DEPTHS, "rule") if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return input_ids, model_kwargs | {name: _per_row(value, expand_size) for name, value in own.items()}
+
+    def _prepare_position_ids_for_generation(self, *args: Any) -> None:
+        """None are made: the model counts."""
 
     def _sample(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
@@ -80,21 +93,58 @@ class AdaptiveGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next pass: ids, mask and depths of the new columns."""
+        for name in _OF_GENERATE:
+            kwargs.pop(name, None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         now = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         past = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
         for name, depth in zip(_DEPTHS, (min_depth, max_depth), strict=True):
             inputs[name] = _of_columns(name, depth, input_ids, past, past + now.shape[1])
+        mask = inputs.get("attention_mask")
+        if mask is not None:  # what the cache holds was checked at the start
+            inputs["attention_mask"] = mask = mask[:, mask.shape[1] - now.shape[1] :]
         if finished is not None and finished.rows is not None:
-            inputs["attention_mask"] = _without(finished.rows, inputs.get("attention_mask"), now)
+            inputs["attention_mask"] = _without(finished.rows, mask, now)
         return inputs
+
+    def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
+        """With `assistant_early_exit=n` the model drafts for itself, in at most n iterations."""
+        depth = generation_config.assistant_early_exit
+        if depth is None:
+            return super()._get_candidate_generator(generation_config=generation_config, **kwargs)
+        config = copy.deepcopy(generation_config)
+        config.assistant_early_exit = None
+        shallow = {**kwargs.pop("model_kwargs"), "min_depth": None, "max_depth": depth}
+        known = {name: kwargs[name] for name in ("input_ids", "inputs_tensor", "logits_processor")}
+        return AssistedCandidateGenerator(assistant_model=self, generation_config=config, model_kwargs=shallow, **known)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not served.
+
+        Raises: `ValueError`.
+        """
+        _refuse_paging()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not served.
+
+        Raises: `ValueError`.
+        """
+        _refuse_paging()
+
+
+def _refuse_paging() -> NoReturn:
+    raise ValueError(
+        "transformers' continuous batching keeps keys and values in pages of its own, one for each token and layer; an "
+        "adapted model has several iterations of each. Call model.generate(ids, attention_mask=mask), whose rows may "
+        "end at different times."
+    )
 
 
 def _without(rows: Tensor, mask: Tensor | None, now: Tensor) -> Tensor:
     """The mask of the new columns, False where a row is done."""
-    batch, new = now.shape[:2]
-    go_on = ~rows.to(now.device).unsqueeze(1).expand(batch, new)
-    return go_on if mask is None else go_on & mask[:, mask.shape[1] - new :].bool()
+    go_on = ~rows.to(now.device).unsqueeze(1).expand(now.shape[:2])
+    return go_on if mask is None else go_on & mask.bool()
 
 
 def _of_columns(name: str, depth: GivenDepth, ids: Tensor, past: int, length: int) -> int | Tensor | None:

@@ -3,14 +3,17 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from ..attention.tokens import places
+from .anatomy import Anatomy, text_config
 from .cache import CACHE, AdaptiveCache
 
 _NEEDLESS = ("return_dict", "cache_position")
-_LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+# What trainers that pack several texts into a row say beside its position_ids, for kernels that need it.
+_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
@@ -41,22 +44,23 @@ def cache_of(use_cache: bool | None, *given: Cache | None) -> AdaptiveCache | No
     return caches[0]
 
 
-def refuse_unknown(options: dict[str, Any]) -> None:
+def refuse_unknown(options: dict[str, Any], positions: Tensor | None) -> None:
     """Only what the loss takes is known among further arguments; those that say nothing are dropped.
 
+    So are bounds of texts beside the `positions` that tell them apart.
     Raises: `ValueError`.
     """
     for name, value in list(options.items()):
-        if value is None or value is False or name in _NEEDLESS:
+        if value is None or value is False or name in _NEEDLESS or (name in _BOUNDS and positions is not None):
             del options[name]
-        elif name not in _LOSS_OPTIONS:
+        elif name not in LOSS_OPTIONS:
             raise ValueError(f"An adapted model does not take {name}. {_INSTEAD.get(name, _OTHERWISE)}")
 
 
-_OTHERWISE = f"Beside its own arguments it knows those of the loss: {', '.join(_LOSS_OPTIONS)}."
+_OTHERWISE = f"Beside its own arguments it knows those of the loss: {', '.join(LOSS_OPTIONS)}."
 _INSTEAD = {
-    "output_hidden_states": "Pass states=True for the loop's state after every iteration.",
     "output_attentions": "Its attention computes no weights.",
+    **dict.fromkeys(_BOUNDS, "Pass position_ids, which begin again with each text of a row."),
 }
 
 
@@ -75,7 +79,34 @@ def new_columns(attention_mask: Tensor | None, x: Tensor, cache: AdaptiveCache |
             + (f", or with the {past} columns of the cache before them ({batch}, {past + seq})" if past else "")
             + f", got {tuple(attention_mask.shape)}."
         )
+    if attention_mask.shape[1] > seq and cache is not None:
+        check_past(attention_mask[:, :past], cache)
     return attention_mask[:, attention_mask.shape[1] - seq :].to(x.device, torch.bool)
+
+
+def check_past(mask: Tensor, cache: AdaptiveCache) -> None:
+    """That a mask `(batch, columns)` says of the columns of a cache what they were run with.
+
+    Raises: `ValueError`.
+    """
+    differs = mask.to(cache.mask.device, torch.bool) != cache.mask
+    if bool(differs.any()):
+        row, column = differs.nonzero()[0].tolist()
+        was = "real" if bool(cache.mask[row, column]) else "padding"
+        raise ValueError(
+            f"attention_mask contradicts the cache: in row {row}, column {column} was {was} when it was run. Pass the "
+            "mask with which the columns were run, 0 for padding and for what follows the end of a text; cache.mask "
+            "holds it."
+        )
+
+
+def learned_positions(base: Any, anatomy: Anatomy) -> int | None:
+    """How many positions the backbone has a table of; None where positions are rotary or the like."""
+    most = getattr(text_config(base.config), "max_position_embeddings", None)
+    words = base.get_input_embeddings()
+    tables = [part for part in anatomy.of(base).children() if isinstance(part, nn.Embedding) and part is not words]
+    # Some have two rows more, for padding before the first position.
+    return most if isinstance(most, int) and any(0 <= t.num_embeddings - most <= 2 for t in tables) else None
 
 
 def positions_of(x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal, TypeVar, final, no_type_check, overload
@@ -14,17 +13,20 @@ from transformers.utils.generic import can_return_tuple
 
 from .._called import Called
 from ..loop.bounds import Depth
-from ..loop.trace import Output, Trace
+from ..loop.trace import Trace
 from ..loop.wrapper import RecurrentWrapper
 from ..rules import Rule
 from .anatomy import anatomy_of
 from .attention import NAME
-from .cache import AdaptiveCache
+from .backbone import AdaptiveBackbone, Wanted
+from .check import check
 from .config import AdaptiveConfig
+from .ends import head
 from .generation import AdaptiveGenerationMixin
-from .inputs import cache_of, check_inputs, check_positions, new_columns, positions_of, refuse_unknown
-from .pieces import KINDS, bind, complete, describe, rebind
-from .saving import check_loaded, write_gates
+from .inputs import LOSS_OPTIONS
+from .pieces import KINDS, bind, complete, describe, rebind, reset
+from .routers import wants_routers
+from .saving import check_loaded, write_card, write_gates
 from .stack import Stack
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
@@ -46,10 +48,13 @@ class AdaptiveOutput(CausalLMOutputWithPast):
         past_key_values: the `AdaptiveCache`, if one is used; from transformers 5.24 on also `cache`.
         trace: of the loop, over the tokens passed now.
         states: `(batch, seq, steps, dim)` on request: the loop's, before coda and outer norm.
+        router_logits, aux_loss: of a mixture of experts, on request; `loss` holds the auxiliary one.
     """
 
     trace: Trace = None  # type: ignore[assignment]  # always there; what stands before it has defaults
     states: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
 
 
 @final
@@ -66,6 +71,7 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
 
     config_class = AdaptiveConfig
     supports_gradient_checkpointing = True
+    base_model_prefix = "backbone"
     _supports_sdpa = True
     _supports_attention_backend = True
     base: PreTrainedModel
@@ -76,8 +82,11 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
         super().__init__(config)
         self.base = AutoModelForCausalLM.from_config(config.text_config) if base is None else base
         config.text_config = self.base.config
-        self.anatomy, layers = anatomy_of(self.base), self.base.config.num_hidden_layers
-        self.base.config._attn_implementation = NAME
+        self.anatomy = anatomy_of(self.base)
+        layers, text = self.anatomy.number, self.anatomy.of(self.base).config
+        known = text._attn_implementation  # a copy of a model has forgotten it
+        self.attention = known if known not in (None, NAME) else "sdpa" if self.base._supports_sdpa else "eager"
+        text._attn_implementation = NAME
         self.generation_config = self.base.generation_config
         pieces = complete(pieces or {}, config, self.base)
         start, stop = (0, layers) if config.span is None else config.span
@@ -85,11 +94,25 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
         self.loop = RecurrentWrapper(Stack(self.base, config.span), config.steps, **pieces)
         self.coda = self._once(stop, layers)
         self._bound: dict[str, Any] = {}
+        self._made = False
         self.post_init()
+        self._made = True
 
     def _once(self, start: int, stop: int) -> RecurrentWrapper | None:
         """The layers of a span, run once."""
         return RecurrentWrapper(Stack(self.base, [start, stop]), 1) if start < stop else None
+
+    @property
+    def backbone(self) -> AdaptiveBackbone:
+        """The model without its head, which transformers calls `base_model`."""
+        held: AdaptiveBackbone | None = self.__dict__.get("_backbone")
+        if held is None or held.model is not self:  # a copy has one of its own
+            held = self.__dict__["_backbone"] = AdaptiveBackbone(self)
+        return held
+
+    def get_decoder(self) -> AdaptiveBackbone:
+        """The same."""
+        return self.backbone
 
     @_tuple_on_request
     def forward(
@@ -105,6 +128,9 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
         rule: Rule | None = None,
         states: bool = False,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: Wanted = None,
+        output_router_logits: bool | None = None,
+        position_ids: Tensor | None = None,
         cache: Cache | None = None,
         **others: Any,
     ) -> AdaptiveOutput:
@@ -121,75 +147,85 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
             rule: in place of the loop's, in this call.
             states: whether to return every iteration's state.
             logits_to_keep: how many of the last logits, or which columns; 0: all.
+            output_hidden_states: whether to return the embeddings and what layers and iterations gave; or the number
+                of one, or those of some, of them, counted from either end.
+            output_router_logits: of a mixture of experts, whether to return them and add its auxiliary loss, over
+                the tokens that ran; None: as the base's configuration says.
+            position_ids: `(batch, seq)`, each token's place among its row's real ones, or, where a row holds several
+                texts, among those of its text.
             cache: `past_key_values`, as transformers calls it from 5.24 on.
-            others: `position_ids (batch, seq)`, which must be those that are counted, each token's place
-                among its row's real ones; and what the loss takes.
+            others: what the loss takes; and, with `position_ids`, what kernels are told of several texts in a row.
 
         Raises: `ValueError` for arguments that do not fit together or that are not known.
         """
-        positions = others.pop("position_ids", None)
-        refuse_unknown(others)
-        check_inputs(input_ids, inputs_embeds)
-        x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        held = cache_of(use_cache, past_key_values, cache)
-        mask = new_columns(attention_mask, x, held)
-        self._check_positions(positions, x, mask, held)
-        with nullcontext() if held is None else held.passing(x, mask):
-            options = {"min_depth": min_depth, "max_depth": max_depth, "states": states}
-            hidden, out = self._run(x, mask, held, rule, options)
-        logits = self._logits(hidden, logits_to_keep)
-        loss = None
-        if labels is not None:
-            words = logits.shape[-1]
-            loss = self.base.loss_function(logits=logits, labels=labels, vocab_size=words, **others)
-        return AdaptiveOutput(loss, logits, held, trace=out.trace, states=out.states)
-
-    def _run(
-        self, x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None, rule: Rule | None, options: dict[str, Any]
-    ) -> tuple[Tensor, Output]:
-        """The last hidden states, and the loop's output."""
-        self._bind()
-        parts = {} if cache is None else cache.parts
-        if self.config.span is not None:
-            x = self._embed(x, mask, cache)
-        if self.prelude is not None:
-            x = self.prelude(x, mask=mask, cache=parts.get("prelude")).hidden
-        out = (self.loop if rule is None else _with_rule(self.loop, rule))(
-            x, mask=mask, cache=parts.get("loop"), **options
+        loss = {name: others.pop(name) for name in LOSS_OPTIONS if others.get(name) is not None}
+        out = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            min_depth=min_depth,
+            max_depth=max_depth,
+            rule=rule,
+            states=states,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            position_ids=position_ids,
+            cache=cache,
+            **others,
         )
-        hidden = out.hidden
-        if self.coda is not None:
-            hidden = self.coda(hidden, mask=mask, cache=parts.get("coda")).hidden
-        return hidden, out
+        hidden = out.last_hidden_state
+        if not isinstance(logits_to_keep, int) or logits_to_keep:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden = hidden[:, kept]
+        if labels is not None:
+            loss["labels"] = labels
+        if out.router_logits is not None:
+            loss |= {"router_logits": out.router_logits, "output_router_logits": True}
+        elif wants_routers(self.config):
+            loss["output_router_logits"] = False
+        said = head(self.base, self.anatomy, hidden, **loss)
+        return AdaptiveOutput(
+            said.loss,
+            said.logits,
+            out.past_key_values,
+            out.hidden_states,
+            trace=out.trace,
+            states=out.states,
+            router_logits=out.router_logits,
+            aux_loss=getattr(said, "aux_loss", None),
+        )
 
-    def _check_positions(
-        self, given: Tensor | None, x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None
-    ) -> None:
-        table = self.anatomy.position
-        if table is None and given is None:
-            return  # rotary: nothing to look at
-        limit = None if table is None else getattr(self.loop.block.backbone, table).num_embeddings
-        check_positions(given, positions_of(x, mask, cache), mask, limit)
+    def loop_with(self, rule: Rule | None) -> RecurrentWrapper:
+        """The loop, with another rule if one is given; the one that others may be running is not touched."""
+        if rule is None:
+            return self.loop
+        loop = copy.copy(self.loop)
+        loop.__dict__["rule"] = rule  # goes before a rule that is a module
+        return loop
 
-    def _embed(self, x: Tensor, mask: Tensor | None, cache: AdaptiveCache | None) -> Tensor:
-        """What the backbone does to embeddings before its first layer, where the loop does not."""
-        backbone, anatomy = self.loop.block.backbone, self.anatomy
-        if anatomy.position is not None:
-            x = x + getattr(backbone, anatomy.position)(positions_of(x, mask, cache))
-        return x if anatomy.dropout is None else getattr(backbone, anatomy.dropout)(x)
+    def check(self) -> None:
+        """See that the model gives what it must, on a few tokens: as `adapt` does, and at any later time.
 
-    def _logits(self, hidden: Tensor, keep: int | Tensor) -> Tensor:
-        if not isinstance(keep, int) or keep:
-            hidden = hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep]
-        if self.config.span is not None:
-            hidden = getattr(self.loop.block.backbone, self.anatomy.norm)(hidden)
-        return self.get_output_embeddings()(hidden)
+        At depth 1 what the original gives, each row of a padded batch what it gives alone at mixed depths, and with
+        a cache the same as without.
+
+        Raises: `ValueError` that says what differs, and by how much.
+        """
+        check(self)
 
     def init_weights(self) -> None:
-        """Nothing: base and pieces have made their own."""
+        """Give all weights their first values: the base as transformers does, gate and update as when they are made.
+
+        Nothing where they have been made: this is for a model that was built on the meta device.
+        """
+        if self._made:
+            self.base.init_weights()
+            reset(self.loop, self.base)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing, for the same reason; those of the base come to it by its own."""
+        """Nothing: base and pieces make their own."""
 
     def get_input_embeddings(self) -> nn.Module:
         """The base's."""
@@ -216,7 +252,7 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
             rebind(getattr(self.loop, name), old, new)
         self._bound = {}
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """See that pieces refer to the base's modules, once for each that was assigned or wrapped."""
         pieces = {name: getattr(self.loop, name) for name in KINDS}
         if any(piece is not self._bound.get(name) for name, piece in pieces.items()):
@@ -267,12 +303,17 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
         return (model, info) if report else model
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save weights and configuration, with the pieces as they are now.
+        """Save weights and configuration, with the pieces as they are now, and a card that says how to load them.
 
         Raises: `ValueError` for a piece that cannot be described.
         """
         self._describe()
         super().save_pretrained(save_directory, *args, **kwargs)
+        write_card(self.config, save_directory)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
+        """Nothing: every saved folder names its classes for `trust_remote_code=True`."""
 
     def save_gates(self, path: str | PathLike[str]) -> None:
         """Save gate and update alone, with the configuration; `load_gates` puts them on a base.
@@ -283,13 +324,6 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
         write_gates(self.loop, self.config, path)
 
     def _describe(self) -> None:
-        self._bind()
+        self.bind()
         self.config.pieces = {name: describe(getattr(self.loop, name), self.base) for name in KINDS}
         self.config.steps = self.loop.steps
-
-
-def _with_rule(loop: RecurrentWrapper, rule: Rule) -> RecurrentWrapper:
-    """The same loop with another rule; the one that others may be running is not touched."""
-    loop = copy.copy(loop)
-    loop.__dict__["rule"] = rule  # goes before a rule that is a module
-    return loop

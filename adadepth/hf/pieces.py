@@ -2,8 +2,8 @@
 
 Described, a piece (gate, rule or update) is `{"class": "module.Class", "arguments": {...}}`, each argument
 of its constructor read from the attribute of the same name. Modules of the base that it refers to are
-`{"base": "path"}`, several in a row `{"sequence": [...]}`. Made are only classes that the program has
-imported by itself, and only pieces.
+`{"base": "path"}`, several in a row `{"sequence": [...]}`, a `Head` `{"head": "base"}`. Made are only classes that the
+program has imported by itself, and only pieces.
 """
 
 import inspect
@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from ..gates import Gate
-from ..updates import Interpolate, Ponder, ReZero, Update
+from ..updates import Interpolate, Ponder, ReZero, Ungated, Update
+from .anatomy import anatomy_of
 from .config import AdaptiveConfig
+from .ends import Head, shape_of_logits
 
 KINDS = ("gate", "rule", "update")
 _MARK = "_adadepth_path"
@@ -27,7 +29,7 @@ def complete(given: Mapping[str, Any], config: AdaptiveConfig, base: Any) -> dic
     described = config.pieces or {}
     pieces = {kind: given[kind] if kind in given else make(kind, described.get(kind), base) for kind in KINDS}
     if pieces["update"] is None:
-        pieces["update"] = _default_update(base, whole=config.span is None)
+        pieces["update"] = _default_update(base, pieces["gate"], whole=config.span is None)
     for piece in pieces.values():
         if isinstance(piece, nn.Module):
             # On meta, loading will put weights where they belong.
@@ -35,15 +37,17 @@ def complete(given: Mapping[str, Any], config: AdaptiveConfig, base: Any) -> dic
     return pieces
 
 
-def _default_update(base: Any, whole: bool) -> Update:
+def _default_update(base: Any, gate: Any, whole: bool) -> Update:
     """What `adapt` takes where no update is given: the base as it is, at first.
 
     The final norm, inside the block of a whole backbone, has made its state the head's; there the
-    paper's update. In a slice, the state itself.
+    paper's update. In a slice, the state itself. No update scales by an exit criterion.
     """
-    if whole:
-        return ReZero(Ponder(base.get_input_embeddings(), base.get_output_embeddings()))
-    return ReZero(Interpolate())
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    one = isinstance(head, nn.Linear) and head.weight.shape == embedding.weight.shape  # vocabulary for both
+    shape = shape_of_logits(base, anatomy_of(base)) if whole and one else None
+    update = Interpolate() if shape is None else Ponder(embedding, head, 1.0, *shape)
+    return ReZero(Ungated(update) if getattr(gate, "measures", False) else update)
 
 
 def bind(piece: Any, base: nn.Module) -> None:
@@ -55,6 +59,8 @@ def bind(piece: Any, base: nn.Module) -> None:
     paths = {module: path for path, module in base.named_modules()}
 
     def own(module: nn.Module) -> nn.Module:
+        if isinstance(module, Head):
+            return module if module.base is base else Head(base)
         if module in paths:
             module.__dict__[_MARK] = paths[module]
         path = module.__dict__.get(_MARK)
@@ -87,6 +93,14 @@ def _map_references(piece: Any, to: Callable[[nn.Module], nn.Module]) -> None:
                 setattr(holder, name, to(value))
 
 
+def reset(loop: Any, base: nn.Module) -> None:
+    """Give the weights of the gate and the update the values of new ones."""
+    for kind in ("gate", "update"):
+        piece = getattr(loop, kind)
+        if isinstance(piece, nn.Module) and piece.state_dict():
+            piece.load_state_dict(make(kind, describe(piece, base), base).state_dict())
+
+
 def describe(piece: Any, base: nn.Module) -> Any:
     """A piece, or an argument of one, as JSON.
 
@@ -100,6 +114,8 @@ def describe(piece: Any, base: nn.Module) -> Any:
         return {"base": path}
     if isinstance(piece, nn.Sequential):
         return {"sequence": [describe(part, base) for part in piece]}
+    if isinstance(piece, Head):
+        return {"head": "base"}
     kind = type(piece)
     if _kind_of(kind) is None:
         raise ValueError(
@@ -132,6 +148,8 @@ def _make(description: Any, base: nn.Module) -> Any:
         return description
     if "base" in description:
         return base.get_submodule(description["base"])
+    if "head" in description:
+        return Head(base)
     if "sequence" in description:
         return nn.Sequential(*(_make(part, base) for part in description["sequence"]))
     kind = _find(description["class"])

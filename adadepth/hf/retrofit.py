@@ -23,6 +23,8 @@ def adapt(
     rule: Rule | None = None,
     update: Update | None = None,
     layers: slice | None = None,
+    *,
+    check: bool = True,
 ) -> AdaptiveForCausalLM:
     """Make a causal language model's depth adaptive. The model is taken over: from now on it runs in the loop.
 
@@ -33,16 +35,20 @@ def adapt(
         update: as there; None: one behind a learned scale of 0, so that the output is at first that of
             `base`: `ReZero(Ponder(embedding, head))`, or in a slice `ReZero(Interpolate())`.
         layers: which layers are looped, the final norm outside; None: the whole backbone, norm inside.
+        check: whether to see, on a few tokens, that it computes what it must (`model.check()`, which is to be called
+            later where weights are on the meta device, or on other ranks).
 
-    Raises: `ValueError` for an architecture that is not known, or layers that it does not have.
+    Raises: `ValueError` for a model that cannot be looped, or whose check fails, and for layers that it does not have.
     """
-    anatomy_of(base)
+    anatomy = anatomy_of(base)
     _own_config(base)
-    config = AdaptiveConfig(text_config=base.config, steps=steps, span=_span(layers, base.config.num_hidden_layers))
+    config = AdaptiveConfig(text_config=base.config, steps=steps, span=_span(layers, anatomy.number))
     model = AdaptiveForCausalLM(config, base, {"gate": gate, "rule": rule, "update": update})
-    if (placed := getattr(base, "hf_device_map", None)) is not None:
-        model.hf_device_map = {f"base.{name}".rstrip("."): device for name, device in placed.items()}
-    return model.train(base.training)
+    _as_loaded(model)
+    model.train(base.training)
+    if check:
+        model.check()
+    return model
 
 
 def load_gates(base: PreTrainedModel, path: str | PathLike[str], **pieces: Any) -> AdaptiveForCausalLM:
@@ -57,15 +63,30 @@ def load_gates(base: PreTrainedModel, path: str | PathLike[str], **pieces: Any) 
     _own_config(base)
     model = AdaptiveForCausalLM(read_config(path, base), base, pieces)
     read_gates(model.loop, path, pieces)
+    _as_loaded(model)
     return model.train(base.training)
+
+
+def _as_loaded(model: AdaptiveForCausalLM) -> None:
+    """Note at the model how its base was placed and quantised: trainers, peft and saving ask it.
+
+    `is_quantized` is left out: with it Trainer refuses to train without adapters, and gates may be what learns.
+    """
+    if (placed := getattr(model.base, "hf_device_map", None)) is not None:
+        model.hf_device_map = {f"base.{name}".rstrip("."): device for name, device in placed.items()}
+    for name in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if (value := getattr(model.base, name, None)) is not None:
+            setattr(model, name, value)
 
 
 def _own_config(base: PreTrainedModel) -> None:
     """A copy of the configuration for this model alone: others may be made of the same, and go on as they were."""
-    shared, own = base.config, copy.deepcopy(base.config)
+    copies: dict[int, Any] = {}
+    copy.deepcopy(base.config, copies)  # of the parts that it is made of too
     for module in base.modules():
-        if getattr(module, "config", None) is shared:
-            module.config = own
+        if (shared := getattr(module, "config", None)) is not None and id(shared) in copies:
+            module.config = copies[id(shared)]
+            module.config._attn_implementation = shared._attn_implementation  # which is not copied
 
 
 def _span(layers: slice | None, number: int) -> list[int] | None:

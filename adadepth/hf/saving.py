@@ -1,5 +1,6 @@
 """What is written of an adapted model beside its weights, and what is refused when it is read."""
 
+import json
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -8,9 +9,32 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .config import AdaptiveConfig
+from .config import CODE, AdaptiveConfig
 
 GATES = "gates.safetensors"
+CARD = "README.md"
+_CODE = '"""The classes of this model, from the package adadepth."""\n\nfrom adadepth.hf import {0}\n\n__all__ = {1}\n'
+_CARD = """---
+library_name: transformers
+tags: [adadepth]
+---
+
+# {name}, with adaptive depth
+
+{base} whose {layers}, each token as often as it needs: at most {steps} times.
+It needs the package adadepth: `pip install 'adadepth[hf]'`.
+
+```python
+import adadepth.hf  # so that transformers knows the model
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({path!r})
+out = model(ids)
+out.trace.depth  # how often each token ran
+```
+
+Gate, rule and update: {pieces}.{others}
+"""
 _ALIKE = ("model_type", "hidden_size", "num_hidden_layers")
 
 
@@ -37,6 +61,31 @@ def write_gates(loop: nn.Module, config: AdaptiveConfig, path: str | PathLike[st
     config.save_pretrained(path)
     weights = {name: tensor.contiguous() for name, tensor in loop.state_dict().items()}
     save_file(weights, Path(path) / GATES, metadata={"format": "pt"})
+
+
+def write_card(config: AdaptiveConfig, path: str | PathLike[str]) -> None:
+    """What whoever finds the folder must know; a card that is there stays."""
+    folder = Path(path)
+    names = ("AdaptiveConfig", "AdaptiveForCausalLM")
+    (folder / f"{CODE}.py").write_text(_CODE.format(", ".join(names), json.dumps(names)))
+    if (folder / CARD).exists():
+        return
+    name = config.name_or_path or folder.name
+    span = config.span
+    layers = "layers all run" if span is None else f"layers {span[0]} to {span[1] - 1} run"
+    kinds = [piece["class"] for piece in (config.pieces or {}).values() if piece]
+    others = sorted({kind.rpartition(".")[0] for kind in kinds if not kind.startswith("adadepth.")})
+    (folder / CARD).write_text(
+        _CARD.format(
+            name=Path(name).name,
+            base=f"A {config.text_config.model_type} model",
+            layers=layers,
+            steps=config.steps,
+            path=folder.name,
+            pieces=", ".join(kind.rpartition(".")[2] for kind in kinds),
+            others=f" Import {', '.join(others)} before loading." if others else "",
+        )
+    )
 
 
 def read_config(path: str | PathLike[str], base: Any) -> AdaptiveConfig:

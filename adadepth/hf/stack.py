@@ -1,14 +1,17 @@
 """Some layers of a Hugging Face backbone as the block of a loop, run by the backbone's own forward."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, final
 
 from torch import Tensor, nn
 
 from .._vocabulary import referring
+from ..attention.context import checking
 from ..attention.view import TokenView
 from .anatomy import anatomy_of
 from .attention import NAME
+from .stand_ins import Span, with_part
 
 
 @final
@@ -16,8 +19,8 @@ class Stack(nn.Module):
     """The whole backbone, or a slice of its layers without its ends.
 
     The backbone's own forward runs, on its own modules as they are at that moment: what is replaced in
-    it, moved or loaded later is seen. A slice leaves out the embeddings' positions and dropout and the
-    final norm; the whole has all of them, in every iteration.
+    it, moved or loaded later is seen. A slice leaves out what the backbone does before its layers and
+    after them; the whole does all of it, in every iteration.
 
     Shapes: `(rows, length, dim)` to the same.
     Arguments: `base`, the causal language model, referred to and not registered; `span`, the layers as
@@ -32,11 +35,12 @@ class Stack(nn.Module):
     def __init__(self, base: nn.Module, span: list[int] | None) -> None:
         super().__init__()
         self.base, self.span, self.anatomy = base, span, anatomy_of(base)
+        self.tuples = False  # whether the layers return tuples, known once they have run
 
     @property
     def backbone(self) -> Any:
         """The backbone that these layers are part of."""
-        return getattr(self.base, self.anatomy.backbone)
+        return self.anatomy.of(self.base)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -44,37 +48,32 @@ class Stack(nn.Module):
         layers = list(getattr(self.backbone, self.anatomy.layers))
         return layers if self.span is None else layers[slice(*self.span)]
 
-    def forward(self, x: Tensor, view: TokenView) -> Tensor:
-        """The layers' output for the tokens of the view."""
+    def forward(self, x: Tensor, view: TokenView, see: Callable[[Tensor], None] | None = None) -> Tensor:
+        """The layers' output for the tokens of the view; `see` is shown what each gives, in rows."""
         backbone = self.backbone
         if backbone.config._attn_implementation != NAME:
             raise ValueError(
                 f"An adapted model attends through the loop, but its attention was set to "
                 f"{backbone.config._attn_implementation!r}. Set it back: model.base.set_attn_implementation({NAME!r})."
             )
-        part = backbone if self.span is None else self._part(backbone)
         positions = view.positions
         if positions.stride(0) == 0:  # the same for all rows: rotary tables are made once
             positions = positions[:1]
-        # As written in its class: what decorates it is for the outermost call, and knows only the backbone itself.
-        forward = inspect.unwrap(type(backbone).forward)
-        return forward(part, inputs_embeds=x, position_ids=positions, use_cache=False).last_hidden_state
-
-    def _part(self, backbone: Any) -> Any:
-        """The backbone with these layers and no ends; attributes of the copy go before its modules."""
-        part = object.__new__(type(backbone))
-        part.__dict__ = {**backbone.__dict__, self.anatomy.layers: self.layers, self.anatomy.norm: _same}
-        if self.anatomy.dropout:
-            part.__dict__[self.anatomy.dropout] = _same
-        if self.anatomy.position:
-            part.__dict__[self.anatomy.position] = _nowhere
-        return part
+        if self.span is None:
+            return run(backbone, x, positions)
+        span = Span(list(getattr(backbone, self.anatomy.layers)), self.span[0], self.span[1], x)
+        run(with_part(backbone, self.anatomy.layers, span.layers), x, positions)
+        self.tuples = span.tuples
+        for state in () if see is None or checking() else span.states:
+            see(view.tokens.rows(state))  # type: ignore[misc]
+        return span.states[-1]
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
+def run(backbone: Any, x: Tensor, positions: Tensor) -> Tensor:
+    """The backbone's last state for embeddings `x` at `positions`.
 
-
-def _nowhere(positions: Tensor) -> Tensor:
-    """A position embedding that adds nothing."""
-    return positions.new_zeros(())
+    As written in its class: what decorates it is for the outermost call, and knows only the backbone itself.
+    """
+    forward = inspect.unwrap(type(backbone).forward)
+    hidden: Tensor = forward(backbone, inputs_embeds=x, position_ids=positions, use_cache=False)[0]
+    return hidden

@@ -1,0 +1,105 @@
+"""What a model does before its first looped layer and after the last, by its own forward."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from .._vocabulary import referring
+from .anatomy import Anatomy, anatomy_of
+from .stack import run
+from .stand_ins import Answer, Answering, Instead, same, with_part
+
+
+def around(
+    base: Any,
+    anatomy: Anatomy,
+    x: Tensor,
+    positions: Tensor,
+    layers: Callable[[Tensor], Tensor],
+    tuples: Callable[[], bool],
+) -> Tensor:
+    """The backbone's last state for embeddings `x (batch, seq, dim)` at `positions`, with `layers` for all of its own.
+
+    Factors on embeddings, learned positions, dropout and the final norm are as the backbone writes them.
+    """
+    backbone = anatomy.of(base)
+    own = list(getattr(backbone, anatomy.layers))
+    first = Instead(own[0], layers, tuples)
+    others = [Instead(layer, same, tuples) for layer in own[1:]]
+    return run(with_part(backbone, anatomy.layers, [first, *others]), x, positions)
+
+
+def head(base: Any, anatomy: Anatomy, hidden: Tensor, **options: Any) -> Any:
+    """What the model returns for a last state `(batch, seq, dim)`, with a scale or a cap on logits as it writes them.
+
+    `options` are its own, labels among them; `router_logits` are taken to be the backbone's.
+    """
+    answer = Answer(hidden, options.pop("router_logits", None))
+    part = with_part(base, anatomy.backbone, Answering(anatomy.of(base), answer))
+    return inspect.unwrap(type(base).forward)(part, inputs_embeds=hidden, **options)
+
+
+@final
+class Head(nn.Module):
+    """The head of a causal language model as its own forward has it, for pieces that read predictions.
+
+    It scales and bounds logits as the model does, which the linear map alone does not.
+
+    Shapes: `(n, dim)`, states that the final norm has seen, to logits `(n, vocabulary)`.
+    Arguments: `base`, the model, adapted or not; referred to, not registered.
+    """
+
+    base: Any
+    __setattr__ = referring("base")
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base, self.anatomy = base, anatomy_of(base)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The logits."""
+        logits: Tensor = head(self.base, self.anatomy, h.unsqueeze(0)).logits
+        return logits.squeeze(0)
+
+
+def shape_of_logits(base: Any, anatomy: Anatomy) -> tuple[float, float | None] | None:
+    """By how much the model's own forward scales the logits of its head, and by what it bounds them.
+
+    None: it does something else. Found by giving it logits that are known, in place of the head's.
+    """
+    own = base.get_output_embeddings()
+    path = next((name for name, part in base.named_modules() if part is own), None)
+    small, one, large = 2.0**-20, 1.0, 2.0**20
+    with torch.device("cpu"):
+        stub = _Known(own, torch.tensor([small, one, large], dtype=torch.float64))
+        state = torch.ones(1, 1, own.weight.shape[1], dtype=torch.float64)
+    try:
+        out = head(with_part(base, path or "", stub), anatomy, state).logits[0, 0, :3].tolist()
+        (seen,) = stub.seen.unique().tolist()
+    except Exception:  # more stands between them than a factor
+        return None
+    low, middle, high = out
+    scale = low / small
+    cap = None if math.isclose(high, scale * large, rel_tol=1e-3) else high
+    expected = scale if cap is None else cap * math.tanh(scale / cap)
+    return (scale * seen, cap) if math.isclose(middle, expected, rel_tol=1e-3) else None
+
+
+@final
+class _Known(nn.Module):
+    """In a head's place: gives `logits` first, and remembers the state that it was given."""
+
+    def __init__(self, own: Any, logits: Tensor) -> None:
+        super().__init__()
+        self.logits, self.words = logits, own.weight.shape[0]
+        self.weight, self.bias = own.weight, getattr(own, "bias", None)
+        self.seen = logits
+
+    def forward(self, h: Tensor) -> Tensor:
+        """The known logits, for any state."""
+        self.seen = h
+        return nn.functional.pad(self.logits, (0, self.words - len(self.logits))).expand(*h.shape[:-1], -1)
