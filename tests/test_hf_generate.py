@@ -139,6 +139,14 @@ def test_a_finished_row_costs_nothing(model: AdaptiveForCausalLM) -> None:
     assert cache.depth.gt(0).sum(1).tolist() == cache.parts["loop"].lengths.tolist()
 
 
+def test_a_row_that_no_turn_follows_does_not_run_its_last_token(model: AdaptiveForCausalLM) -> None:
+    stop = StoppingCriteriaList([_After([IDS.shape[1] + 2, IDS.shape[1] + 4, IDS.shape[1] + NEW])])
+    seen: list[int] = []
+    model.loop.register_forward_hook(lambda _part, _args, out: seen.append(int(out.trace.live[..., 0].sum())))
+    model.generate(IDS, attention_mask=MASK, stopping_criteria=stop, max_new_tokens=NEW, do_sample=False)
+    assert seen == [int(MASK.sum()), 3, 2, 2, *[1] * (NEW - 4)]
+
+
 def test_rows_without_an_end_of_text_go_on(model: AdaptiveForCausalLM) -> None:
     stop = StoppingCriteriaList([_After([10, 16, 16])])
     options = {"attention_mask": MASK, "max_new_tokens": NEW, "do_sample": False}

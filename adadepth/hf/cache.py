@@ -36,6 +36,7 @@ class AdaptiveCache(Cache):
     def __init__(self, layout: LayoutName = "filled", capacity: int | None = None) -> None:
         super().__init__(layers=[])
         self.parts = {part: KVReuseCache(layout if part == "loop" else "filled", capacity) for part in PARTS}
+        self.goes_on = True  # to another turn, as far as is known: `generate` says of its own that they do not
         self._masks: list[Tensor] = []
         self._columns = 0
 

@@ -20,18 +20,26 @@ _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 
 @final
 class _Finished(StoppingCriteriaList):
-    """The criteria, and `rows`: which of them ended before the newest token; None as long as none."""
+    """The criteria, and `rows`: which need not run the newest token; None as long as none.
+
+    Those are the rows that have ended. Where the cache `goes_on` to another turn, a row still runs the token with
+    which it ended, for that is of the text.
+    """
 
     rows: Tensor | None = None
-    ended: Tensor | None = None  # with the newest token, which still is of the text
+    ended: Tensor | None = None
+
+    def __init__(self, criteria: Any, goes_on: bool) -> None:
+        super().__init__(criteria)
+        self.goes_on = goes_on
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done: Tensor = super().__call__(input_ids, scores, **kwargs)
         # Without an end-of-text token the text of a row that ended goes on in the output.
+        before = self.ended
         if any(hasattr(criterion, "eos_token_id") for criterion in self) and bool(done.any()):
-            self.rows, self.ended = self.ended, done if self.ended is None else self.ended | done
-        else:
-            self.rows = self.ended
+            self.ended = done if before is None else before | done
+        self.rows = before if self.goes_on else self.ended
         return done
 
 
@@ -51,9 +59,11 @@ class AdaptiveGenerationMixin(GenerationMixin):
                 f"{generation_config.cache_implementation!r}. Choose its layout: "
                 f"{CACHE}=adadepth.hf.AdaptiveCache(layout='compact')."
             )
-        cache = cache_of(generation_config.use_cache is not False, model_kwargs.get(CACHE))
+        given = model_kwargs.get(CACHE)
+        cache = cache_of(generation_config.use_cache is not False, given)
         if cache is not None:
             model_kwargs[CACHE] = cache
+            cache.goes_on = given is not None or bool(generation_config.return_dict_in_generate)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
@@ -80,7 +90,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
     def _sample(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        finished = _Finished(stopping_criteria)
+        finished = _Finished(stopping_criteria, kwargs.get(CACHE) is not None and kwargs[CACHE].goes_on)
         return super()._sample(input_ids, logits_processor, finished, *args, finished=finished, **kwargs)
 
     def prepare_inputs_for_generation(

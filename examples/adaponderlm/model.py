@@ -30,7 +30,8 @@ def build(model: Model) -> AdaptiveForCausalLM:
     """
     base = scratch(model) if model.pretrained is None else pretrained(model.pretrained)
     gate, rule, update = pieces(model, base)
-    return adapt(base, model.steps, gate, rule, update, layers=None if model.layers == "whole" else slice(None))
+    layers = None if model.layers == "whole" else slice(None)
+    return adapt(base, model.steps, gate, rule, update, layers, check=model.pretrained is not None)
 
 
 def scratch(model: Model) -> PreTrainedModel:
