@@ -17,11 +17,11 @@ import adadepth as ad
 
 transformers = pytest.importorskip("transformers")
 
-from hf_small import small
+from hf_small import SMALL, small
 from hf_zoo import DIM, IDS, LABELS, LAYERS, MASK, PAD, POSITIONS, SPANS, STEPS, VOCAB, logits, near, original, spread
 from narrow import last_maps, the
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.trainer_pt_utils import nested_concat, nested_detach
 
 from adadepth.hf import AdaptiveCache, AdaptiveConfig, AdaptiveForCausalLM, Head, adapt, traces
@@ -406,6 +406,17 @@ def test_a_base_that_mixes_tokens_elsewhere_is_refused() -> None:
     unchecked = adapt(base, STEPS, check=False)
     with pytest.raises(ValueError, match="cannot be looped as it is"):
         unchecked.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_check_tells_rounding_from_faults(dtype: torch.dtype) -> None:
+    for kind in ("llama", "mixtral", "gemma2"):
+        torch.manual_seed(0)
+        adapt(AutoModelForCausalLM.from_config(SMALL[kind](), attn_implementation="eager").to(dtype), STEPS)
+    for kind in ("phimoe", "gpt_neo"):
+        torch.manual_seed(0)
+        with pytest.raises(ValueError, match="cannot be looped as it is"):
+            adapt(AutoModelForCausalLM.from_config(SMALL[kind](), attn_implementation="eager").to(dtype), STEPS)
 
 
 def test_the_check_leaves_everything_as_it_was() -> None:

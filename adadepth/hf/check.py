@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from .._modes import evaluating
-from ..loop.agreement import EXACT, coarsest, off, untouched
+from ..loop.agreement import coarsest, untouched
 from ..updates import Replace
 from .anatomy import SLIDING, kinds_of, text_config
 from .attention import NAME, windows
 from .cache import AdaptiveCache
 
 COLUMNS, PADDED, KNOWN_WORDS = 8, 3, 1000
+# What rounding may come to, relative to the largest logit: of any token, in half precision of the median token, since
+# rounding may send others to another expert. A model of 30 layers in bfloat16 came to 0.014 after 4 iterations, in
+# float16 to 0.002; wrong ones to 0.1 and more.
+LIMITS = {torch.float64: 1e-6, torch.float32: 5e-4, torch.float16: 8e-3, torch.bfloat16: 4e-2}
 PASSES = (slice(0, PADDED + 1), slice(PADDED + 1, PADDED + 2), slice(PADDED + 2, COLUMNS))
 
 
@@ -92,8 +96,15 @@ class _Check(NamedTuple):
         return logits
 
     def _same(self, got: Tensor, expected: Tensor, seen: Tensor, what: str) -> None:
-        if (far := off(got, expected.to(got.device), seen.to(got.device), self.dtype)) > EXACT[self.dtype]:
+        if (far := _far(got[seen], expected.to(got.device)[seen], self.dtype)) > LIMITS[self.dtype]:
             raise _refusal(self.model, f"{what}; they differ by {far:.1e} relative")
+
+
+def _far(got: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
+    """How far logits `(tokens, vocabulary)` are off, relative to the largest."""
+    each = (got.double() - expected.double()).abs().amax(-1)
+    worst = each.median() if dtype in (torch.float16, torch.bfloat16) else each.max()
+    return float((worst / expected.double().abs().max()).nan_to_num(torch.inf))
 
 
 def _nobody_leaves(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
