@@ -27,7 +27,7 @@ def fine_tune_to_a_depth(
     """The same, with a loss on the trace that holds the mean depth."""
     from trl import SFTConfig, SFTTrainer
 
-    budget = ad.DepthBudget(depth)
+    budget = ad.DepthBudget(depth).to(model.device)
 
     class Trainer(SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -96,7 +96,8 @@ class _Check(NamedTuple):
         return logits
 
     def _same(self, got: Tensor, expected: Tensor, seen: Tensor, what: str) -> None:
-        if (far := _far(got[seen], expected.to(got.device)[seen], self.dtype)) > LIMITS[self.dtype]:
+        expected, seen = expected.to(got.device), seen.to(got.device)
+        if (far := _far(got[seen], expected[seen], self.dtype)) > LIMITS[self.dtype]:
             raise _refusal(self.model, f"{what}; they differ by {far:.1e} relative")
 
 
