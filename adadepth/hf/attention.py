@@ -4,10 +4,10 @@ Registered with transformers' AttentionInterface as "adadepth": layers call it w
 unrepeated and with their window. No mask is registered, so they build none.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, final
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -18,18 +18,27 @@ NAME = "adadepth"
 # What layers pass along that does not concern attention, or is known here in a better way.
 _IGNORED = {"position_ids", "use_cache", "cache_position", "is_causal"}
 
-_windows: ContextVar[list[int | None] | None] = ContextVar("windows", default=None)
+
+@final
+class _Seen(threading.local):
+    """What this thread's attention calls were, where somebody asks."""
+
+    def __init__(self) -> None:
+        self.windows: list[int | None] | None = None
+
+
+_seen = _Seen()
 
 
 @contextmanager
 def windows() -> Iterator[list[int | None]]:
     """A list that fills with the window of each attention call."""
     seen: list[int | None] = []
-    token = _windows.set(seen)
+    before, _seen.windows = _seen.windows, seen
     try:
         yield seen
     finally:
-        _windows.reset(token)
+        _seen.windows = before
 
 
 def attention(
@@ -64,8 +73,8 @@ def attention(
             f"{type(module).__name__} attends with {', '.join(unknown)}, which an adapted model cannot honour. Known "
             "are scaling, dropout, sliding_window, softcap and s_aux (sinks)."
         )
-    if (seen := _windows.get()) is not None:
-        seen.append(sliding_window)
+    if _seen.windows is not None:
+        _seen.windows.append(sliding_window)
     out = view.attend(
         query,
         key,
