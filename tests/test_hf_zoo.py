@@ -17,6 +17,7 @@ from hf_exact import SPANS, Exact, adapted, faults
 from hf_small import SMALL
 
 PAGE = Path(__file__).parent.parent / "docs" / "hugging-face.md"
+SAME_VERSION = f"With transformers {transformers.__version__}, " in PAGE.read_text()
 
 
 def exact_families() -> set[str]:
@@ -35,12 +36,13 @@ def cases() -> Iterator[Any]:
 @pytest.mark.filterwarnings("ignore")  # the models' own
 @pytest.mark.parametrize(("kind", "part"), list(cases()))
 def test_a_model_is_exact_or_refused(kind: str, part: str) -> None:
-    listed = kind in exact_families()
+    # With another version of transformers fewer or more may be; none may be wrong.
+    listed = kind in exact_families() if SAME_VERSION else None
     try:
         with Exact():
             model = adapted(kind, SPANS[part])
     except ValueError:
-        assert not listed
+        assert listed is not True
         return
     assert not faults(kind, model)
-    assert listed or part == "whole"  # a model that loops some of its layers itself can be looped whole
+    assert listed is not False or part == "whole"  # a model that loops some of its layers itself can be looped whole
