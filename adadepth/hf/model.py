@@ -1,6 +1,5 @@
 """A Hugging Face causal language model in which each token runs the layers as often as it needs."""
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -12,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from .._called import Called
+from ..loop.agreement import altered
 from ..loop.bounds import Depth
 from ..loop.trace import Trace
 from ..loop.wrapper import RecurrentWrapper
@@ -199,10 +199,7 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
 
     def loop_with(self, rule: Rule | None) -> RecurrentWrapper:
         """The loop, with another rule if one is given; the one that others may be running is not touched."""
-        if rule is None:
-            return self.loop
-        loop = copy.copy(self.loop)
-        loop.__dict__["rule"] = rule  # goes before a rule that is a module
+        loop: RecurrentWrapper = self.loop if rule is None else altered(self.loop, rule=rule)
         return loop
 
     def check(self) -> None:
