@@ -88,10 +88,10 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
         self.attention = known if known not in (None, NAME) else "sdpa" if self.base._supports_sdpa else "eager"
         text._attn_implementation = NAME
         self.generation_config = self.base.generation_config
-        pieces = complete(pieces or {}, config, self.base)
+        pieces = complete(pieces or {}, config, self.base, self.anatomy)
         start, stop = (0, layers) if config.span is None else config.span
         self.prelude = self._once(0, start)
-        self.loop = RecurrentWrapper(Stack(self.base, config.span), config.steps, **pieces)
+        self.loop = RecurrentWrapper(Stack(self.base, self.anatomy, config.span), config.steps, **pieces)
         self.coda = self._once(stop, layers)
         self._bound: dict[str, Any] = {}
         self._made = False
@@ -100,7 +100,7 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
 
     def _once(self, start: int, stop: int) -> RecurrentWrapper | None:
         """The layers of a span, run once."""
-        return RecurrentWrapper(Stack(self.base, [start, stop]), 1) if start < stop else None
+        return RecurrentWrapper(Stack(self.base, self.anatomy, [start, stop]), 1) if start < stop else None
 
     @property
     def backbone(self) -> AdaptiveBackbone:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..gates import Gate
 from ..updates import Interpolate, Ponder, ReZero, Ungated, Update
-from .anatomy import anatomy_of
+from .anatomy import Anatomy
 from .config import AdaptiveConfig
 from .ends import Head, shape_of_logits
 
@@ -24,12 +24,12 @@ KINDS = ("gate", "rule", "update")
 _MARK = "_adadepth_path"
 
 
-def complete(given: Mapping[str, Any], config: AdaptiveConfig, base: Any) -> dict[str, Any]:
+def complete(given: Mapping[str, Any], config: AdaptiveConfig, base: Any, anatomy: Anatomy) -> dict[str, Any]:
     """All pieces, those given before those that the configuration describes, cast and moved to the base."""
     described = config.pieces or {}
     pieces = {kind: given[kind] if kind in given else make(kind, described.get(kind), base) for kind in KINDS}
     if pieces["update"] is None:
-        pieces["update"] = _default_update(base, pieces["gate"], whole=config.span is None)
+        pieces["update"] = _default_update(base, anatomy, pieces["gate"], whole=config.span is None)
     for piece in pieces.values():
         if isinstance(piece, nn.Module):
             # On meta, loading will put weights where they belong.
@@ -37,7 +37,7 @@ def complete(given: Mapping[str, Any], config: AdaptiveConfig, base: Any) -> dic
     return pieces
 
 
-def _default_update(base: Any, gate: Any, whole: bool) -> Update:
+def _default_update(base: Any, anatomy: Anatomy, gate: Any, whole: bool) -> Update:
     """What `adapt` takes where no update is given: the base as it is, at first.
 
     The final norm, inside the block of a whole backbone, has made its state the head's; there the
@@ -45,7 +45,7 @@ def _default_update(base: Any, gate: Any, whole: bool) -> Update:
     """
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     one = isinstance(head, nn.Linear) and head.weight.shape == embedding.weight.shape  # vocabulary for both
-    shape = shape_of_logits(base, anatomy_of(base)) if whole and one else None
+    shape = shape_of_logits(base, anatomy) if whole and one else None
     update = Interpolate() if shape is None else Ponder(embedding, head, 1.0, *shape)
     return ReZero(Ungated(update) if getattr(gate, "measures", False) else update)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._vocabulary import referring
 from ..attention.context import checking
 from ..attention.view import TokenView
-from .anatomy import anatomy_of
+from .anatomy import Anatomy
 from .attention import NAME
 from .stand_ins import Span, with_part
 
@@ -23,8 +23,8 @@ class Stack(nn.Module):
     after them; the whole does all of it, in every iteration.
 
     Shapes: `(rows, length, dim)` to the same.
-    Arguments: `base`, the causal language model, referred to and not registered; `span`, the layers as
-    `[start, stop]`, None for the whole backbone.
+    Arguments: `base`, the causal language model, referred to and not registered; `anatomy`, where its layers are;
+    `span`, the layers as `[start, stop]`, None for the whole backbone.
     Raises: `ValueError` if `base` no longer attends through the view.
     """
 
@@ -32,9 +32,9 @@ class Stack(nn.Module):
     base: nn.Module
     __setattr__ = referring("base")
 
-    def __init__(self, base: nn.Module, span: list[int] | None) -> None:
+    def __init__(self, base: nn.Module, anatomy: Anatomy, span: list[int] | None) -> None:
         super().__init__()
-        self.base, self.span, self.anatomy = base, span, anatomy_of(base)
+        self.base, self.anatomy, self.span = base, anatomy, span
         self.tuples = False  # whether the layers return tuples, known once they have run
 
     @property
