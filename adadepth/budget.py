@@ -26,7 +26,8 @@ class DepthBudget(nn.Module):
     It holds the mean over the batch, not the depth of each token. It cannot act on a rule that does not read
     the score, nor reach a depth that `min_depth`, `max_depth` or such a rule forbids. Where hard exits depend on
     scores near 0 (`Threshold(1e-4)`), its gradient nearly vanishes: use a threshold from 0.05 up. In accumulation
-    every call counts as a step. Many ranks need the same price: `budget(Trace(*map(ranks.gather, trace)))`.
+    every call counts as a step. On many ranks each has a price of its own, unless the trace is gathered:
+    `budget(Trace(*map(ranks.gather, trace)))`.
 
     Shapes: the loss is `()`; 0 where no token is real.
     Unit: depth in iterations; price, `multiplier` and `limit` in nats per iteration, or the unit of your loss.

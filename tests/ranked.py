@@ -188,11 +188,35 @@ def agreed(model: nn.Module) -> nn.Module:
     return model
 
 
+def to_a_depth(gather: Callable[[Tensor], Tensor], *batch: Tensor) -> tuple[Tensor, Tensor]:
+    """The price after each step of a training with a budget, whose trace is gathered so, and the gate's weights."""
+    ids, mask, deep = batch
+    model, budget, prices = objective("block").model, ad.DepthBudget(1.5, gain=0.1), []
+    weights = list(model.loop.gate.parameters())
+    optimiser = torch.optim.SGD(weights, 0.5)
+    for _ in range(4):
+        loss = budget(ad.Trace(*map(gather, model(ids, mask, max_depth=deep).trace)))
+        optimiser.zero_grad()
+        ad.ranks.anchor(loss, model.loop.gate).backward()
+        for weight in weights:  # their mean over ranks, as DDP takes it
+            weight.grad = ad.ranks.gather(weight.grad.unsqueeze(0)).mean(0)
+        optimiser.step()
+        prices.append(budget.multiplier)
+    return torch.stack(prices), nn.utils.parameters_to_vector(weights).detach()
+
+
+def own(rows: Tensor) -> Tensor:
+    """Of this rank alone."""
+    return rows
+
+
 def results(rank: int) -> Iterator[tuple[Any, Any]]:
     """Each case with what this rank made of it."""
     yield "any", [ad.ranks.any_rank(flag) for flag in (False, rank == 1, True)]
     yield "gathered", gathered(rank)
     yield "in groups", in_groups(rank)
+    yield "budget", to_a_depth(ad.ranks.gather, *mine("apart", rank))
+    yield "budget, not gathered", to_a_depth(own, *mine("apart", rank))
     for case in CASES:
         name, data, how = case
         made = agreed(objective(name, how))

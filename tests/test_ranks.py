@@ -73,6 +73,20 @@ def test_they_decode_alike(ranks: list[dict[Any, Any]], case: tuple[str, str]) -
     close(torch.cat([of[case] for of in ranks]), want)
 
 
+def test_a_budget_has_one_price_if_the_trace_is_gathered(ranks: list[dict[Any, Any]]) -> None:
+    prices, weights = ranked.to_a_depth(ranked.own, *ranked.rows("apart"))
+    untrained = nn.utils.parameters_to_vector(ranked.objective("block").model.loop.gate.parameters())
+    assert len(prices.unique()) == len(prices) and not torch.allclose(weights, untrained)
+    for of in ranks:
+        close(of["budget"][0], prices)
+        close(of["budget"][1], weights)
+
+
+def test_a_budget_has_a_price_for_each_rank_otherwise(ranks: list[dict[Any, Any]]) -> None:
+    (one, _), (other, _) = (of["budget, not gathered"] for of in ranks)
+    assert not bool(torch.isclose(one, other).any())
+
+
 @pytest.mark.parametrize("name", ranked.MODELS)
 def test_the_cases_are_what_they_say(name: str) -> None:
     made = ranked.objective(name)
