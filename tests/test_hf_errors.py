@@ -25,7 +25,7 @@ from hf_zoo import (
     original,
     spread,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from adadepth.hf import AdaptiveCache, AdaptiveConfig, AdaptiveForCausalLM, adapt, load_gates
 from adadepth.hf.cache import CACHE
@@ -56,21 +56,21 @@ ADAPT = {
         "...).",
     ),
     "no positions": (
-        lambda: adapt(AutoModelForCausalLM.from_config(BloomConfig(hidden_size=8, n_layer=1, n_head=1)), 2),
-        "adapt expected a backbone whose forward takes inputs_embeds and position_ids, but that of BloomForCausalLM, "
-        "BloomModel, does not take position_ids. Loop layers of attention by hand: adadepth.RecurrentWrapper(block, "
+        lambda: adapt(small("bart"), 2),
+        "adapt expected a backbone whose forward takes inputs_embeds and position_ids, but that of BartForCausalLM, "
+        "BartDecoder, does not take position_ids. Loop layers of attention by hand: adadepth.RecurrentWrapper(block, "
         "steps).",
     ),
     "layers that recur": (
         lambda: adapt(small("mamba"), 2, check=False),
-        "adapt expected layers of full or sliding attention, in which a token that left can still be seen, got layers "
-        "of linear_attention in MambaForCausalLM. Loop layers of attention by hand: adadepth.RecurrentWrapper(block, "
-        "steps).",
+        "adapt expected layers of full or sliding attention, which can read the keys and values of exited tokens, got "
+        "layers of linear_attention in MambaForCausalLM. Loop layers of attention by hand: "
+        "adadepth.RecurrentWrapper(block, steps).",
     ),
     "layers that convolve": (
         lambda: adapt(convolving(), 2, check=False),
         "adapt expected layers that mix tokens by attention alone; those of LlamaForCausalLM recur or convolve "
-        "(Conv1d): a token that left would be missing in their state. Loop layers of attention by hand: "
+        "(Conv1d): their state would miss the tokens that exited. Loop layers of attention by hand: "
         "adadepth.RecurrentWrapper(block, steps).",
     ),
     "windows in a mask": (
@@ -118,6 +118,31 @@ def windows_in_a_mask() -> Any:
     config = SMALL["phimoe"]()
     config.sliding_window = 32
     return AutoModelForCausalLM.from_config(config)
+
+
+def falcon_with_alibi() -> Any:
+    config = SMALL["falcon"]()
+    config.alibi = True
+    return AutoModelForCausalLM.from_config(config)
+
+
+BIASED = {
+    "BloomForCausalLM": (partial(small, "bloom"), "alibi"),
+    "CpmAntForCausalLM": (partial(small, "cpmant"), "position_bias"),
+    "FalconForCausalLM": (falcon_with_alibi, "alibi"),
+    "MptForCausalLM": (partial(small, "mpt"), "position_bias"),
+}
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("name", BIASED)
+def test_adapt_refuses_biases_on_scores(name: str) -> None:
+    make, bias = BIASED[name]
+    assert refused(lambda: adapt(make(), 2)) == (
+        f"adapt expected attention that adds nothing to its scores, but the layers of {name} take {bias}. A loop's "
+        "attention takes no biases, so looping the layers by hand does not help. Choose a model with rotary or learned "
+        "positions."
+    )
 
 
 @pytest.mark.plain

@@ -11,6 +11,8 @@ _UNSTEADY = ("dynamic", "longrope")
 SLIDING = "sliding_attention"
 _KNOWN = (SLIDING, "full_attention", "attention", "dense", "sparse", "moe")
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.Conv1d, nn.Conv2d)
+# What layers are given to add to attention scores: slopes by distance (ALiBi), or a table of distances.
+_BIASES = {"alibi", "position_bias"}
 _INSTEAD = "Loop layers of attention by hand: adadepth.RecurrentWrapper(block, steps)."
 
 
@@ -58,6 +60,8 @@ def anatomy_of(base: nn.Module) -> Anatomy:
     of_text = [path for path, part in lists.items() if part in decoder]  # others may be of images
     backbone, _, layers = [*of_text, *lists][0].rpartition(".")
     anatomy = Anatomy(backbone, layers, number)
+    if getattr(text, "alibi", True):  # Falcon's layers have a place for it either way
+        _check_scores(name, getattr(anatomy.of(base), layers))
     _check_backbone(name, anatomy.of(base), layers)
     return anatomy
 
@@ -87,8 +91,18 @@ def _check_config(name: str, config: Any) -> None:
             )
     if strange := sorted(set(kinds_of(config)) - set(_KNOWN)):
         raise ValueError(
-            f"adapt expected layers of full or sliding attention, in which a token that left can still be seen, got "
-            f"layers of {', '.join(strange)} in {name}. {_INSTEAD}"
+            f"adapt expected layers of full or sliding attention, which can read the keys and values of exited tokens, "
+            f"got layers of {', '.join(strange)} in {name}. {_INSTEAD}"
+        )
+
+
+def _check_scores(name: str, layers: nn.ModuleList) -> None:
+    takes = {option for kind in {*map(type, layers.modules())} for option in inspect.signature(kind.forward).parameters}
+    if biases := sorted(takes & _BIASES):
+        raise ValueError(
+            f"adapt expected attention that adds nothing to its scores, but the layers of {name} take "
+            f"{', '.join(biases)}. A loop's attention takes no biases, so looping the layers by hand does not help. "
+            "Choose a model with rotary or learned positions."
         )
 
 
@@ -98,7 +112,7 @@ def _check_backbone(name: str, backbone: Any, layers: str) -> None:
         raise ValueError(
             f"adapt expected layers that mix tokens by attention alone; those of {name} recur or convolve"
             + (f" ({', '.join(recurrent)})" if recurrent else "")
-            + f": a token that left would be missing in their state. {_INSTEAD}"
+            + f": their state would miss the tokens that exited. {_INSTEAD}"
         )
     known = inspect.signature(inspect.unwrap(type(backbone).forward)).parameters
     if missing := [option for option in ("inputs_embeds", "position_ids") if option not in known]:
