@@ -81,8 +81,8 @@ ADAPT = {
     ),
     "meta": (
         lambda: adapt(original("llama").to("meta"), 2),
-        "The model's weights are on the meta device, so there is nothing to check. Pass adapt(..., check=False), and "
-        "call model.check() once it has its weights.",
+        "The model's weights are on the meta device, so there is nothing to check. Pass check=False, and call "
+        "model.check() once it has its weights.",
     ),
     "rotary positions that follow the batch": (
         lambda: adapt(base_with(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), 2),
@@ -393,6 +393,13 @@ def test_loading_refuses_what_is_not_this_model(tmp_path: Path) -> None:
     assert refused(lambda: load_gates(original("llama", torch.float32), tmp_path / "gates", gate=wider)).startswith(
         "The checkpoint is of another model: it has loop.gate.mlps.0.0.bias of shape (8,) in place of (9,), "
     )
+
+
+@pytest.mark.plain
+def test_gates_are_not_loaded_onto_a_base_that_fails_the_check(tmp_path: Path) -> None:
+    adapt(windows_in_a_mask(), 2, check=False).save_gates(tmp_path)
+    assert refused(lambda: load_gates(windows_in_a_mask(), tmp_path)) == ADAPT["windows in a mask"][1]
+    assert load_gates(windows_in_a_mask(), tmp_path, check=False).loop.steps == 2
 
 
 @pytest.mark.parametrize("name", ["subprocess.Popen", "os.system", "nowhere.Gate", "adadepth.gates.Nothing", "Gate"])

@@ -30,8 +30,8 @@ def check(model: Any) -> None:
     device = model.get_input_embeddings().weight.device
     if device.type == "meta":
         raise ValueError(
-            "The model's weights are on the meta device, so there is nothing to check. Pass adapt(..., check=False), "
-            "and call model.check() once it has its weights."
+            "The model's weights are on the meta device, so there is nothing to check. Pass check=False, and call "
+            "model.check() once it has its weights."
         )
     with evaluating(model), untouched(model, device):
         for part in (model.prelude, model.loop, model.coda):

@@ -43,19 +43,19 @@ def adapt(
     anatomy = anatomy_of(base)
     _own_config(base)
     config = AdaptiveConfig(text_config=base.config, steps=steps, span=_span(layers, anatomy.number))
-    model = AdaptiveForCausalLM(config, base, {"gate": gate, "rule": rule, "update": update})
-    _as_loaded(model)
-    model.train(base.training)
-    if check:
-        model.check()
-    return model
+    return _as_base(AdaptiveForCausalLM(config, base, {"gate": gate, "rule": rule, "update": update}), check)
 
 
-def load_gates(base: PreTrainedModel, path: str | PathLike[str], **pieces: Any) -> AdaptiveForCausalLM:
+def load_gates(
+    base: PreTrainedModel, path: str | PathLike[str], *, check: bool = True, **pieces: Any
+) -> AdaptiveForCausalLM:
     """Adapt a model with gates that `save_gates` wrote; `gate=`, `rule=` and `update=` stand in place of those saved.
 
+    With `check` the model is checked as in `adapt`: since the gates were saved, the base's configuration or the
+    installed transformers may have changed.
+
     Raises: `ValueError` if there are none at `path`, if they were saved from another architecture or do
-    not fit, or for any other keyword.
+    not fit, if the check fails, or for any other keyword.
     """
     if unknown := sorted(pieces.keys() - set(KINDS)):
         raise ValueError(f"load_gates expected {', '.join(KINDS)} beside base and path, got {', '.join(unknown)}.")
@@ -63,11 +63,19 @@ def load_gates(base: PreTrainedModel, path: str | PathLike[str], **pieces: Any) 
     _own_config(base)
     model = AdaptiveForCausalLM(read_config(path, base), base, pieces)
     read_gates(model.loop, path, pieces)
-    _as_loaded(model)
-    return model.train(base.training)
+    return _as_base(model, check)
 
 
-def _as_loaded(model: AdaptiveForCausalLM) -> None:
+def _as_base(model: AdaptiveForCausalLM, check: bool) -> AdaptiveForCausalLM:
+    """In the mode of its base, placed and quantised like it, and checked if that is asked for."""
+    _note_loading(model)
+    model.train(model.base.training)
+    if check:
+        model.check()
+    return model
+
+
+def _note_loading(model: AdaptiveForCausalLM) -> None:
     """Note at the model how its base was placed and quantised: trainers, peft and saving ask it.
 
     `is_quantized` is left out: with it Trainer refuses to train without adapters, and gates may be what learns.
