@@ -196,11 +196,10 @@ def test_fine_tuning_as_the_page_shows_it(tmp_path: Path) -> None:
     model, texts = adapted(), Dataset.from_dict({"text": TEXTS})
     before = weights(model)
     options = common(tmp_path, max_steps=1)
-    out = options.pop("output_dir")
-    tune_hf.fine_tune(model, texts, tokenizer(), out, max_length=None, **options)
+    tune_hf.fine_tune(model, texts, tokenizer(), max_length=None, **options)
     assert {*LEARN} <= changed(model, before)
     before = weights(model)
-    tune_hf.fine_tune_to_a_depth(model, texts, tokenizer(), out, 1.5, **options)
+    tune_hf.fine_tune_to_a_depth(model, texts, tokenizer(), 1.5, **options)
     assert {*LEARN} <= changed(model, before)
 
 
