@@ -126,7 +126,7 @@ def falcon_with_alibi() -> Any:
     return AutoModelForCausalLM.from_config(config)
 
 
-BIASED = {
+BIASED: dict[str, tuple[Callable[[], Any], str]] = {
     "BloomForCausalLM": (partial(small, "bloom"), "alibi"),
     "CpmAntForCausalLM": (partial(small, "cpmant"), "position_bias"),
     "FalconForCausalLM": (falcon_with_alibi, "alibi"),

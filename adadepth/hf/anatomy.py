@@ -97,7 +97,8 @@ def _check_config(name: str, config: Any) -> None:
 
 
 def _check_scores(name: str, layers: nn.ModuleList) -> None:
-    takes = {option for kind in {*map(type, layers.modules())} for option in inspect.signature(kind.forward).parameters}
+    kinds: set[type[nn.Module]] = {type(part) for part in layers.modules()}
+    takes = {option for kind in kinds for option in inspect.signature(kind.forward).parameters}
     if biases := sorted(takes & _BIASES):
         raise ValueError(
             f"adapt expected attention that adds nothing to its scores, but the layers of {name} take "
