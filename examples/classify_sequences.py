@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer hops, fewer steps of training")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    hops, stages = (4, (400, 400)) if args.quick else (6, (600, 1000))
+    hops, stages = (3, (250, 300)) if args.quick else (6, (600, 1000))
     once, often = (fit(hops, steps, stages, args.seed) for steps in (1, hops))
 
     rows = draw(2000, hops, hops, torch.Generator().manual_seed(args.seed + 1_000_000))

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks_zoo import DIM, PreNorm, heads_of, looped, merged
-from cached import layouts, rows
+from cached import EXACT, layouts, rows
 from narrow import the
 from torch import Tensor, nn
 
@@ -287,9 +287,16 @@ FAULTS: dict[str, tuple[Callable[[ad.RecurrentWrapper, int], None], type[BaseExc
 }
 
 
-@layouts
-@pytest.mark.parametrize("at", [0, 2])
-@pytest.mark.parametrize("name", FAULTS)
+# Each fault at both places in every layout: one or the other in each, and the rest for `make test-every`.
+ENDS = [
+    pytest.param(name, at, layout, marks=[pytest.mark.every] if (i + j + k) % 2 else [])
+    for i, name in enumerate(FAULTS)
+    for j, at in enumerate((0, 2))
+    for k, layout in enumerate((*EXACT, "single"))
+]
+
+
+@pytest.mark.parametrize(("name", "at", "layout"), ENDS)
 def test_a_pass_that_ends_in_the_middle_did_not_happen(name: str, at: int, layout: LayoutName) -> None:
     loop, (break_, error) = deep_loop(), FAULTS[name]
     break_(loop, at)

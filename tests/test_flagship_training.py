@@ -502,6 +502,14 @@ def longer(text: list[str], folder: Path) -> list[str]:
     return [f"data.source={folder / 'longer.txt'}", text[1]]
 
 
+def test_the_bar_says_how_it_goes(text: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tmp_path, *text, *SMALL, "train.log=4")
+    bar = capsys.readouterr().out.strip().splitlines()[-1]
+    assert bar.startswith("exits 8/8 loss ") and all(word in bar for word in (" depth ", " FLOPs ", "× ", " tokens/s"))
+    assert [line["step"] for line in curve(tmp_path)] == [4, 8]
+
+
+@pytest.mark.every  # `on_ranks` launches as well
 def test_launched_as_the_readme_says(text: list[str], tmp_path: Path) -> None:
     values = ["--config", "tiny.yaml", *text, *SMALL, f"out={tmp_path / 'out'}"]
     done = said([*LAUNCH, "examples/adaponderlm/train.py", *values, "train.log=4"])
@@ -510,6 +518,11 @@ def test_launched_as_the_readme_says(text: list[str], tmp_path: Path) -> None:
     assert bar.startswith("exits 8/8 loss ") and all(word in bar for word in (" depth ", " FLOPs ", "× ", " tokens/s"))
     assert [line["step"] for line in curve(tmp_path / "out")] == [4, 8]
     assert load(tmp_path / "out").config.train.steps == 8
+
+
+@pytest.mark.every  # what `refused` sees of many errors, in a process that imports everything once more
+def test_a_process_that_is_refused_says_one_line(text: list[str], tmp_path: Path) -> None:
+    values = ["--config", "tiny.yaml", *text, *SMALL, f"out={tmp_path / 'out'}"]
     done = said([sys.executable, "examples/adaponderlm/train.py", *values, "train.stepz=3"])
     assert done.returncode == 1 and not done.stdout
     assert done.stderr.startswith("error: train.stepz=3: Key 'stepz' not in 'Train'. Did you mean one of: ")

@@ -24,6 +24,7 @@ from hf_zoo import (
     MASK,
     POSITIONS,
     SOME,
+    SOME_WAYS,
     SPANS,
     STEPS,
     logits,
@@ -35,9 +36,16 @@ from hf_zoo import (
 from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, adapt
 from adadepth.hf.cache import CACHE
 
+# Each in one dtype, and `make test-every` in the others.
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+NAMED_DTYPES = [
+    pytest.param(name, dtype, id=f"{name}-{dtype}", marks=[pytest.mark.every] if (i + j) % 3 else [])
+    for i, name in enumerate(SOME)
+    for j, dtype in enumerate(DTYPES)
+]
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SOME)
+
+@pytest.mark.parametrize(("name", "dtype"), NAMED_DTYPES)
 def test_an_adapted_model_begins_as_the_original(name: str, dtype: torch.dtype) -> None:
     base = original(name, dtype)
     with torch.no_grad():
@@ -145,8 +153,7 @@ def test_a_loop_that_nobody_leaves_is_one_written_by_hand(name: str) -> None:
         assert not near(logits(model, max_depth=1), expected)
 
 
-@pytest.mark.parametrize("layers", SPANS, ids=str)
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(("name", "layers"), SOME_WAYS)
 def test_packed_is_dense(name: str, layers: slice | None) -> None:
     model = spread(name, layers)
     packed = model(IDS, attention_mask=MASK)
