@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from narrow import the
 from torch import Tensor, nn
@@ -49,6 +50,12 @@ ZOO: dict[str, Callable[[], Any]] = {
 # Of every family `test_hf_zoo.py` knows whether it is exact; what else there is to see of a model is seen of these.
 SOME = ["gpt_neox tied, serial", "gpt2", "llama tied", "mistral windows", "qwen3 windows"]
 SPANS = [None, slice(1, 3)]
+# Each whole or sliced, and `make test-every` the other way.
+SOME_WAYS = [
+    pytest.param(name, span, id=f"{name}-{span}", marks=[pytest.mark.every] if (i + j) % 2 == 0 else [])
+    for i, name in enumerate(SOME)
+    for j, span in enumerate(SPANS)
+]
 
 MASK = torch.tensor([[1] * 9, [0] * 3 + [1] * 6, [0] * 7 + [1] * 2])
 IDS = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0)) * MASK

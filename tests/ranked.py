@@ -1,12 +1,13 @@
 """What two processes run, and one: a model under DDP or FSDP2, its loss over the global batch, and its gradients.
 
-`python tests/ranked.py FOLDER RANK` is one of two ranks; it saves what came of each case as FOLDER/RANK.pt.
+`logged(FOLDER, RANK)` is one of two ranks; it saves what came of each case as FOLDER/RANK.pt.
 """
 
-import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -236,5 +237,10 @@ def main(folder: str, rank: int) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+def logged(folder: str, rank: int) -> None:
+    """`main`, leaving what it raises in FOLDER/RANK.txt."""
+    try:
+        main(folder, rank)
+    except BaseException:
+        Path(f"{folder}/{rank}.txt").write_text(traceback.format_exc())
+        raise

@@ -14,7 +14,7 @@ import adadepth as ad
 pytest.importorskip("transformers")
 
 from hf_words import tokenizer
-from hf_zoo import EOS, IDS, MASK, PAD, SOME, SPANS, STEPS, original, spread
+from hf_zoo import EOS, IDS, MASK, PAD, SOME_WAYS, SPANS, STEPS, original, spread
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, pipeline
 from transformers.generation.streamers import BaseStreamer
 
@@ -45,8 +45,7 @@ def alone(model: Any, **options: Any) -> list[list[int]]:
     return [texts(model, row[None, m.bool()], m[None, m.bool()], **options)[0] for row, m in rows]
 
 
-@pytest.mark.parametrize("layers", SPANS, ids=str)
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(("name", "layers"), SOME_WAYS)
 def test_a_padded_batch_is_each_prompt_alone_is_no_cache(name: str, layers: slice | None) -> None:
     model = spread(name, layers)
     cache = AdaptiveCache()
@@ -59,8 +58,7 @@ def test_a_padded_batch_is_each_prompt_alone_is_no_cache(name: str, layers: slic
     assert beams != greedy
 
 
-@pytest.mark.parametrize("layers", SPANS, ids=str)
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(("name", "layers"), SOME_WAYS)
 def test_one_step_is_the_original(name: str, layers: slice | None) -> None:
     base = original(name)
     greedy, beams = texts(base), texts(base, num_beams=3)

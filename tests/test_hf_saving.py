@@ -98,7 +98,11 @@ torch.save((out.logits, out.trace.depth, ids), sys.argv[2])
 """
 
 
-@pytest.mark.parametrize(("name", "layers"), [("gpt2", slice(1, 3)), ("gpt_neox tied, serial", None)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("gpt2", slice(1, 3)), pytest.param("gpt_neox tied, serial", None, marks=pytest.mark.every)],
+    ids=str,
+)
 def test_saved_and_run_in_a_new_process_it_gives_the_same_bits(name: str, layers: slice | None, tmp_path: Path) -> None:
     model = spread(name, layers, torch.float32)
     model.save_pretrained(tmp_path / "saved")

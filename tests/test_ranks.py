@@ -1,10 +1,7 @@
 """Ranks whose tokens have depths of their own: two processes make what one makes of the rows of both."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 
 import adadepth as ad
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # of copies of a process
 SECONDS = 240  # of which a machine that has nothing else to do needs 15
 
 
@@ -23,28 +20,25 @@ SECONDS = 240  # of which a machine that has nothing else to do needs 15
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What `ranked.py` made of its cases, by rank."""
     pytest.importorskip("transformers")
+    import adadepth.hf  # noqa: F401 (once, for both)
+
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    logs = [folder / f"{rank}.txt" for rank in range(ranked.RANKS)]
-    started: list[subprocess.Popen[bytes]] = []
+    # Copies of this process have imported everything, but where it computed on a GPU they cannot train.
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    started = [context.Process(target=ranked.logged, args=(str(folder), rank)) for rank in range(ranked.RANKS)]
     try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, str(ROOT / "tests" / "ranked.py"), str(folder), str(rank)]
-            with log.open("wb") as said:
-                started.append(subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT))
-        codes = [process.wait(SECONDS) for process in started]
-    except subprocess.TimeoutExpired:
-        pytest.fail(f"After {SECONDS} s the ranks still wait for each other.\n{last_words(logs)}")
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(SECONDS)
+        codes = [process.exitcode for process in started]
     finally:
         for process in started:
             process.kill()
-            process.wait()
-    assert codes == [0] * ranked.RANKS, last_words(logs)
+            process.join()
+    assert None not in codes, f"After {SECONDS} s the ranks still wait for each other."
+    assert codes == [0] * ranked.RANKS, "\n".join(path.read_text() for path in folder.glob("*.txt"))
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranked.RANKS)]
-
-
-def last_words(logs: list[Path]) -> str:
-    return "\n".join(f"{log.name}:\n{log.read_text()[-4000:]}" for log in logs)
 
 
 @functools.cache
