@@ -82,9 +82,19 @@ class Run(NamedTuple):
     samples: dict[str, list[dict[str, Any]]]
 
 
+# `python -m adadepth.hf.lm_eval`, with no tasks but ours and without 100,000 samples for the error of each score.
+COMMAND = """
+import functools, runpy
+import lm_eval.api.metrics, lm_eval.tasks
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+lm_eval.api.metrics.bootstrap_stderr = lambda *args, **options: 0.0
+runpy.run_module("adadepth.hf.lm_eval", run_name="__main__", alter_sys=True)
+"""
+
+
 def lm_eval(model_args: str, out: Path) -> Run:
     """All three tasks in a new process."""
-    command = [sys.executable, "-m", "adadepth.hf.lm_eval", "--model", "adadepth", "--model_args", model_args]
+    command = [sys.executable, "-c", COMMAND, "--model", "adadepth", "--model_args", model_args]
     command += ["--tasks", "adadepth_choice,adadepth_text,adadepth_continue", "--include_path", "."]
     command += ["--batch_size", "4", "--device", "cpu", "--output_path", str(out), "--log_samples"]
     environment = os.environ | {
