@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -575,7 +576,37 @@ def test_an_interrupt_ends_what_runs(tmp_path: Path) -> None:
     assert the(subprocess.Popen, long.process).returncode == -15
 
 
-def test_a_whole_sweep_from_the_command_line(tmp_path: Path) -> None:
+class Forked:
+    """In place of `subprocess.Popen`: one of our programs in a copy of this process, which has imported everything."""
+
+    def __init__(self, command: list[str], *, stdout: Any, env: dict[str, str], **options: Any) -> None:
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.environ.update(env)
+                os.dup2(stdout.fileno(), 2)
+                {"train": train, "evaluate": evaluate}[Path(command[1]).stem].main(command[2:])
+                status = 0
+            except BaseException as error:
+                os.write(2, f"{error}\n".encode())
+            finally:
+                os._exit(status)
+
+    def poll(self) -> int | None:
+        pid, status = os.waitpid(self.pid, os.WNOHANG) if self.returncode is None else (0, 0)
+        self.returncode = os.waitstatus_to_exitcode(status) if pid else self.returncode
+        return self.returncode
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.every)])
+def test_a_whole_sweep_in_processes_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], forked: bool
+) -> None:
+    if forked and not torch.cuda.is_available():  # a copy of a process that trained on one cannot train
+        monkeypatch.setattr("examples.adaponderlm.processes.subprocess.Popen", Forked)
     (tmp_path / "text.txt").write_text("".join(f"{i} {WORDS}" for i in range(300)))
     (tmp_path / "mine.yaml").write_text("""
 base: [small.yaml]
@@ -585,41 +616,31 @@ runs:
   fixed-2: {files: [loop.yaml]}
   broken: {files: [loop.yaml], set: [data.validation=nowhere.txt]}
 """)
-    command = [sys.executable, "-m", "examples.adaponderlm.sweep", "mine.yaml", "--quick", "--out", "out", "--text"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "text.txt"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("broken-0 failed: error: there is no file nowhere.txt (exit")
-    assert "fixed-2-0: loss" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^broken-0 failed: error: there is no file nowhere\.txt \(exit"):
+        sweep.main(["mine.yaml", "--quick", "--out", "out", "--text", "text.txt"])
+    assert "fixed-2-0: loss" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "report.json").read_text())["entries"][0]["run"] == "fixed-2"
     assert (tmp_path / "out" / "time.json").exists()
 
 
-def test_lm_eval_goes_as_deep_as_the_run(swept: Swept, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    command = [
-        sys.executable,
-        "-m",
-        "examples.adaponderlm.harness",
-        *(str(swept.out / f"{run}-0") for run in ("fixed-1", "router")),
-    ]
-    command += ["--tasks", "adadepth_choice", "adadepth_text", "--include", ".", "--shots", "1"]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        command, cwd=ROOT / "tests" / "harness_task", env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+@pytest.mark.filterwarnings("ignore")  # lm-eval's own
+def test_lm_eval_goes_as_deep_as_the_run(swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    # Nothing is asked here of errors of the scores, 100,000 samples each, and of tasks that are not ours.
+    monkeypatch.setattr(lm_eval, "simple_evaluate", partial(lm_eval.simple_evaluate, bootstrap_iters=0))
+    tasks = pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.chdir(ROOT / "tests" / "harness_task")
+    runs = [str(swept.out / f"{run}-0") for run in ("fixed-1", "router")]
+    harness.main([*runs, "--tasks", "adadepth_choice", "adadepth_text", "--include", ".", "--shots", "1"])
     for run, low in (("fixed-1", 1), ("router", 1.0001)):
-        harness = found(swept, run)["harness"]
-        assert harness.keys() == {"1-shot"}
-        for result in harness.values():
+        scored = found(swept, run)["harness"]
+        assert scored.keys() == {"1-shot"}
+        for result in scored.values():
             assert 0 <= result["tasks"]["adadepth_choice"]["acc"] <= 1
             assert low <= result["mean_depth"] < 3
     assert found(swept, "fixed-1")["harness"]["1-shot"]["mean_depth"] == 1
