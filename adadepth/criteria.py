@@ -31,6 +31,7 @@ class ConvergenceGate(Gate):
     """
 
     measures = True
+    reads_step = False
 
     @torch.no_grad()
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
@@ -54,6 +55,7 @@ class KLGate(Gate):
     """
 
     measures = True
+    reads_step = False
     head: nn.Module
     __setattr__ = referring("head")
 
@@ -83,6 +85,7 @@ class MaxProbGate(Gate):
     """
 
     measures = True
+    reads_step = False
     head: nn.Module
     __setattr__ = referring("head")
 
@@ -112,6 +115,7 @@ class MarginGate(Gate):
     """
 
     measures = True
+    reads_step = False
     head: nn.Module
     __setattr__ = referring("head")
 
@@ -141,6 +145,7 @@ class EntropyGate(Gate):
     """
 
     measures = True
+    reads_step = False
     head: nn.Module
     __setattr__ = referring("head")
 

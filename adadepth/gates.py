@@ -22,10 +22,12 @@ from ._types import Hidden, Score
 class Gate(Called, nn.Module, ABC):
     """One score per token: how much it wants to go on.
 
-    `measures` is True for exit criteria, whose score is no scale: no update may multiply by it.
+    `measures` is True for exit criteria, whose score is no scale: no update may multiply by it. `reads_step` is False
+    for gates that do not read `step`: `adadepth.serving` then asks them once for tokens of several iterations.
     """
 
     measures: ClassVar[bool] = False
+    reads_step: ClassVar[bool] = True
 
     @abstractmethod
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
@@ -65,6 +67,8 @@ class LinearGate(Gate):
     Source: Graves 2016, arXiv 1603.08983, section 2, equation 5.
     """
 
+    reads_step = False
+
     def __init__(self, dim: int, bias: float = 3.0) -> None:
         super().__init__()
         _at_least_one("LinearGate", dim=dim)
@@ -92,6 +96,8 @@ class SharedMLPGate(Gate):
     Raises: `ValueError` if `dim` or `hidden` is below 1 or the last axis of `h` is not `dim`.
     Source: the "shared gate" ablation of AdaPonderLM, arXiv 2603.01914.
     """
+
+    reads_step = False
 
     def __init__(self, dim: int, hidden: int | None = None, bias: float = 3.0) -> None:
         super().__init__()

@@ -21,10 +21,13 @@ class Update(Called, nn.Module, ABC):
     """The next input of a token.
 
     `scales` says whether a score multiplies something in it: an update that scales trains a gate by itself, and
-    takes no exit criterion for a gate.
+    takes no exit criterion for a gate. `reads_step` is False for updates that read neither `step` nor how many scores
+    there are, and give the same with scores of 1 before the others: `adadepth.serving` then asks them once for tokens
+    of several iterations.
     """
 
     scales: bool = False
+    reads_step: bool = True
 
     @abstractmethod
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
@@ -50,6 +53,8 @@ class Replace(Update):
     Source: Universal Transformers, Dehghani et al. 2018, arXiv 1807.03819, section 2.1.
     """
 
+    reads_step = False
+
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`h`."""
         del x, start, scores, step
@@ -64,6 +69,7 @@ class Residual(Update):
     """
 
     scales = True
+    reads_step = False
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`x + s·h`."""
@@ -79,6 +85,7 @@ class Interpolate(Update):
     """
 
     scales = True
+    reads_step = False
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`lerp(x, h, s)`."""
@@ -93,6 +100,8 @@ class InputInjection(Update):
     Shapes: `(..., dim)` to the same.
     Source: Yang et al. 2023, arXiv 2311.12424 (looped transformers), section 4.
     """
+
+    reads_step = False
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`start + h`."""
@@ -116,6 +125,7 @@ class Ponder(Update):
     """
 
     scales = True
+    reads_step = False
     embedding: nn.Embedding
     head: nn.Linear
     __setattr__ = referring("embedding", "head")
@@ -171,7 +181,7 @@ class SurvivalScaled(Update):
     def __init__(self, update: Update) -> None:
         _check_update("SurvivalScaled", update)
         super().__init__()
-        self.update, self.scales = update, update.scales
+        self.update, self.scales, self.reads_step = update, update.scales, update.reads_step
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`update` with the running product in place of the scores."""
@@ -189,7 +199,7 @@ class Ungated(Update):
     def __init__(self, update: Update) -> None:
         _check_update("Ungated", update)
         super().__init__()
-        self.update = update
+        self.update, self.reads_step = update, update.reads_step
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """`update` at full scale."""
@@ -212,7 +222,7 @@ class ReZero(Update):
     def __init__(self, update: Update) -> None:
         _check_update("ReZero", update)
         super().__init__()
-        self.update, self.scales = update, update.scales
+        self.update, self.scales, self.reads_step = update, update.scales, update.reads_step
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:

@@ -118,9 +118,9 @@ def refuse_beside_view() -> NoReturn:
 
 
 def _in_graph() -> bool:
-    """Whether a graph makes this call, as it does for a compiled `view.attend`."""
+    """Whether a graph makes this call, as it does for a compiled `view.attend`: by itself or through an operator."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals["__name__"] == __name__:
+    while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch._ops"):
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith("<eval_with_key>")
 

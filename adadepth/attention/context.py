@@ -1,7 +1,7 @@
 """What blocks, gates and updates may know of the pass that runs them: which iteration, and where its tokens stand."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, final
 
 import torch
@@ -36,9 +36,31 @@ class Here:
 
     @lazy
     def rows(self) -> Int[Tensor, "rows length"]:
-        """The row of the batch that each token stands in, int64, from 0."""
-        live = self.tokens.live
-        return self.tokens.spread(torch.arange(len(live), device=live.device).unsqueeze(1)).expand(self.tokens.shape)
+        """The row of the batch, or of the cache, that each token stands in, int64, from 0."""
+        return self.tokens.spread(self.tokens.numbers.unsqueeze(1)).expand(self.tokens.shape)
+
+
+@final
+class Together:
+    """The tokens of several passes, one after the other; `tokens` are all of them."""
+
+    def __init__(self, parts: Sequence[Here], tokens: TokenSet) -> None:
+        self.parts, self.tokens = parts, tokens
+
+    @lazy
+    def iteration(self) -> Int[Tensor, "1 length"]:
+        """As of one pass."""
+        return torch.cat([part.iteration for part in self.parts], 1)
+
+    @lazy
+    def positions(self) -> Int[Tensor, "1 length"]:
+        """As of one pass."""
+        return torch.cat([part.positions for part in self.parts], 1)
+
+    @lazy
+    def rows(self) -> Int[Tensor, "1 length"]:
+        """The rows of the cache."""
+        return torch.cat([part.rows for part in self.parts], 1)
 
 
 @final
@@ -70,7 +92,7 @@ class Active(threading.local):
     """
 
     def __init__(self) -> None:  # in every thread: Dynamo guards on what the instance holds
-        self.here: Here | None = None
+        self.here: Here | Together | None = None
         self.view: Any = None  # a TokenView
         self.block: nn.Module | None = None
         self.takes_view = False  # whether the block does
@@ -87,7 +109,7 @@ def checking() -> bool:
     return active.window is not None and active.window.rows > 0
 
 
-def asked(piece: Callable[..., T], here: Here, *args: Any) -> T:
+def asked(piece: Callable[..., T], here: Here | Together, *args: Any) -> T:
     """What a piece gives, which may ask where the tokens stand."""
     before, active.here = active.here, here
     try:
@@ -96,7 +118,7 @@ def asked(piece: Callable[..., T], here: Here, *args: Any) -> T:
         active.here = before
 
 
-def here(caller: str) -> Here:
+def here(caller: str) -> Here | Together:
     """Where the tokens stand that this thread runs; an error that names `caller` if it runs none."""
     if active.here is None:
         raise RuntimeError(
@@ -148,7 +170,10 @@ def take(per_token: Shaped[Tensor, "batch seq *rest"]) -> Shaped[Tensor, "rows l
     skipped or padding is not read.
     Raises: `RuntimeError` outside a looped block, `ValueError` for another batch or length.
     """
-    tokens = here("take").tokens
+    at = here("take")
+    tokens = at.tokens
+    if isinstance(at, Together):
+        return tokens.take(per_token)
     batch, seq = tokens.live.shape if active.window is None else active.window.shape
     if tuple(per_token.shape[:2]) != (batch, seq):
         raise ValueError(

@@ -1,5 +1,7 @@
 """What a block asks of attention beside queries, keys and values, and what answers it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +10,17 @@ from torch import Tensor
 
 from .context import active
 from .dispatch import uncaught
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """A context in which the view answers: attention calls are its own, and are not caught."""
+    active.attends = True
+    try:
+        with uncaught():
+            yield
+    finally:
+        active.attends = False
 
 
 class How(NamedTuple):
@@ -25,18 +38,20 @@ class How(NamedTuple):
 
         PyTorch's attention, in a call that is not caught; or, for what it does not know, a softmax written out.
         """
+        if torch.compiler.is_compiling():
+            return self.answer(q, k, v, allowed, causal)
+        with answering():
+            return self.answer(q, k, v, allowed, causal)
+
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
+        """The same where no call is caught, as in `answering`."""
         causal = causal and allowed is None
         if self.softcap is not None or self.sinks is not None:
             return self._written_out(q, k, v, _tril(q, k) if causal else allowed)
         more: Any = {"scale": self.scale, "enable_gqa": self.enable_gqa}
         if torch.compiler.is_compiling():  # a function mode sees the one, and not the other
             return torch.ops.aten.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
-        active.attends = True
-        try:
-            with uncaught():
-                return F.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
-        finally:
-            active.attends = False
+        return F.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
 
     def _written_out(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         """The scores are held, `(rows, heads, queries, keys)`; the softmax is float32 or wider."""

@@ -64,13 +64,25 @@ class TokenSet(ABC):
         return rows + weight.unsqueeze(-1) * tokens
 
     @abstractmethod
-    def narrow(self, go: MaskRows) -> tuple["TokenSet", Select]:
-        """The tokens of `go`, and what takes a tensor of these tokens to a tensor of those."""
+    def narrow(self, go: MaskRows, step: int | None) -> tuple["TokenSet", Select]:
+        """The tokens of `go`, and what takes a tensor of these tokens to a tensor of those.
+
+        The others leave after iteration `step`; None: they are dropped, and nothing of them is seen.
+        """
+
+    def finish(self, step: int) -> None:
+        """All leave after iteration `step`."""
+        del step
 
     @lazy
     def positions(self) -> PositionRows:
         """The place of each token among its row's real tokens, from 0; before the first, that of the first."""
         return positions_of(self.live, self.mask)
+
+    @lazy
+    def numbers(self) -> Tensor:
+        """What each row is called, `(batch,)` int64."""
+        return torch.arange(len(self.live), device=self.live.device)
 
 
 def places(mask: MaskRows) -> PositionRows:
@@ -124,7 +136,8 @@ class WholeTokens(TokenSet):
         del rows
         return tokens
 
-    def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
+    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
+        del step
         if not self.skip:
             return DenseTokens(go, None), same
         packed = PackedTokens.of(go, None)
@@ -155,7 +168,8 @@ class DenseTokens(TokenSet):
     def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
         return torch.where(_like(self.live, tokens), tokens, rows)
 
-    def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
+    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
+        del step
         return DenseTokens(go, self.mask), same
 
 
@@ -223,7 +237,8 @@ class PackedTokens(Packed):
         rows = _rows_of(live)
         return cls(live, mask, live.flatten().nonzero().squeeze(1), width, rows, rows)
 
-    def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
+    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
+        del step
         kept = self.take(go).squeeze(0).nonzero().squeeze(1)
         if kept.numel() == self.index.numel():
             return self, same

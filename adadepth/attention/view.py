@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .._types import Attended, Keys, Queries, Values
-from .context import Here
+from .context import Here, Together
 from .how import How
 from .tokens import TokenSet, WholeTokens
 
@@ -68,7 +68,7 @@ class TokenView(ABC):
     def __init__(self, tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> None:
         self.tokens, self.step, self.causal, self.past, self.keep = tokens, step, causal, past, keep
         self.bare = step > 0 and not keep and isinstance(tokens, WholeTokens)
-        self.here = Here(tokens, step)
+        self.here: Here | Together = Here(tokens, step)
         self.calls, self.elsewhere = 0, False
         self.expected = None if past is None else len(past)
         self.present: list[KV] = []

@@ -2,7 +2,7 @@
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, final, get_args
 
@@ -11,6 +11,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from .layouts import Grids, Layout, Pool, chosen, longer, zeros
+from .runs import Span
 from .tokens import CachedTokens
 
 LayoutName = Literal["filled", "compact", "single"]
@@ -159,7 +160,7 @@ class KVReuseCache:
         self._check_capacity(longest)
         try:
             entries = self._with_room(longest, batch, steps, x.device)
-            yield CachedTokens.of(x, mask, entries, before, after)
+            yield CachedTokens.of(x, mask, entries, list(map(Span, range(batch), before, after)))
             self._owner = weakref.ref(owner)
         except BaseException:
             self._forget_beyond(longest)
@@ -168,7 +169,52 @@ class KVReuseCache:
     def commit(self, tokens: CachedTokens, depth: Int[Tensor, "batch seq"]) -> None:
         """What the pass over `tokens` wrote is held from now on."""
         self._depth.view(-1).index_copy_(0, tokens.slots, tokens.take(depth).squeeze(0))
-        self._lengths, self.layers = tokens.held.after, tokens.held.entries.calls
+        self._lengths, self.layers = [span.after for span in tokens.held.spans], tokens.held.entries.calls
+
+    def reserve(self, rows: int, steps: int, device: torch.device, owner: object) -> None:
+        """Room for `rows` rows, none of which holds anything, for passes over some of them.
+
+        Raises: `ValueError` for a cache that holds something, or without a capacity.
+        """
+        if self.steps is not None or self.capacity is None:
+            held = "no capacity" if self.capacity is None else "one that holds something"
+            raise ValueError(
+                f"Expected a new KVReuseCache with a capacity, the most tokens that a row may hold, got {held}. Pass "
+                f"adadepth.KVReuseCache(layout={self.layout!r}, capacity=2048), say."
+            )
+        self._with_room(self.capacity, rows, steps, device)
+        self._lengths, self._owner = [0] * rows, weakref.ref(owner)
+
+    def behind(self, x: Tensor, mask: Tensor | None, starts: Mapping[int, int]) -> CachedTokens:
+        """The tokens `x (batch, seq, dim)` of a pass over some rows: of each its number, and where its tokens begin."""
+        assert self._entries is not None, "reserve comes first"
+        new = [x.shape[1]] * len(x) if mask is None else mask.sum(-1).tolist()
+        spans = [Span(row, start, start + more) for (row, start), more in zip(starts.items(), new, strict=True)]
+        if self.capacity is not None and (full := [span for span in spans if span.after > self.capacity]):
+            raise ValueError(
+                f"Row {full[0].row} would hold {full[0].after} tokens, more than the {self.capacity} of "
+                f"KVReuseCache(capacity={self.capacity}). End its text here, or give the cache the capacity of the "
+                "longest prompt and its new tokens together."
+            )
+        return CachedTokens.of(x, mask, self._entries, spans)
+
+    def hold(self, row: int, depth: Int[Tensor, "tokens"]) -> None:
+        """The next tokens of a row have left, after `depth` iterations: they are held from now on."""
+        start = self._lengths[row]
+        self._depth[row, start : start + len(depth)] = depth
+        self._lengths[row] += len(depth)
+        self.layers = 0 if self._entries is None else self._entries.calls
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keep at most the first `length` tokens of a row."""
+        self._depth[row, length:] = 0
+        self._lengths[row] = min(length, self._lengths[row])
+
+    def release(self, row: int) -> None:
+        """Forget a row: nothing of it stands in the cache any more."""
+        self.truncate(row, 0)
+        if self._entries is not None:
+            self._entries.clear(row)
 
     def _check(self, x: Tensor, steps: int, causal: bool, owner: object) -> None:
         if not causal:

@@ -1,8 +1,7 @@
 """How a cache lays out its entries: an entry is a token's keys and values of one iteration, in every layer.
 
-Rows hold their real tokens from the left, so a token's slot is its position. Every layout follows one
-rule: an entry, once written, stands for its iteration and for all later ones, until the token runs again.
-A token that left thus shows its last entry without anybody seeing to it.
+Rows hold their real tokens from the left, so a token's slot is its position. The entry of a token's last
+iteration stands for all later ones. A call may be about tokens of several iterations.
 """
 
 from abc import ABC, abstractmethod
@@ -29,11 +28,18 @@ class Layout(ABC):
     capacity: int
 
     @abstractmethod
-    def place(self, step: int, slots: Tensor) -> None:
-        """Iteration `step` runs for the tokens in `slots (T,)`, of the flattened `(batch, capacity)`."""
+    def place(self, parts: Sequence[tuple[int, Tensor]]) -> None:
+        """What is written next: of each part an iteration, and the `slots (T,)` of the tokens that run it.
+
+        Slots are those of the flattened `(batch, capacity)`; the parts stand one after the other.
+        """
+
+    @abstractmethod
+    def last(self, step: int, slots: Tensor) -> None:
+        """Iteration `step` was the last of the tokens in `slots (T,)`: later ones are shown what it wrote."""
 
     def write(self, call: int, k: Tensor, v: Tensor) -> None:
-        """The keys and values `(T, kv_heads, head_dim)` of these tokens in attention call number `call`."""
+        """The keys and values `(1, kv_heads, T, head_dim)` of these tokens in attention call number `call`."""
         if k.requires_grad or v.requires_grad:
             raise ValueError(
                 "A KVReuseCache is for inference, but the keys and values require gradients, which it would lose. Run "
@@ -51,15 +57,15 @@ class Layout(ABC):
 
     @abstractmethod
     def held(self, call: int) -> KV:
-        """All that is held of a call, `(..., kv_heads, head_dim)`."""
+        """All that is held of a call, `(..., kv_heads, slots, head_dim)`."""
 
     @abstractmethod
     def put(self, call: int, k: Tensor, v: Tensor) -> None:
         """Write what is known to fit."""
 
     @abstractmethod
-    def read(self, call: int, rows: slice, width: int) -> KV:
-        """What the first `width` slots of `rows` show in this iteration, `(rows, kv_heads, width, head_dim)`."""
+    def read(self, call: int, step: int, rows: slice, width: int) -> KV:
+        """What the first `width` slots of `rows` show in iteration `step`, `(rows, kv_heads, width, head_dim)`."""
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
@@ -72,6 +78,10 @@ class Layout(ABC):
     @abstractmethod
     def keep(self, lengths: Sequence[int], used: int) -> None:
         """Forget what stands beyond each row's length, in the first `used` slots."""
+
+    @abstractmethod
+    def clear(self, row: int) -> None:
+        """Forget all that a row holds."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -94,32 +104,58 @@ class Grids(Layout):
         self.iterations, self.batch, self.capacity = iterations, batch, capacity
         self.grids: list[KV] = []  # (iterations, batch, kv_heads, capacity, head_dim): a head is read in one run
 
-    def place(self, step: int, slots: Tensor) -> None:
-        self.iteration = min(step, self.iterations - 1)
-        self.rows, self.slots = slots // self.capacity, slots % self.capacity
+    def place(self, parts: Sequence[tuple[int, Tensor]]) -> None:
+        planes = [self._plane(step) * self.batch * self.capacity + slots for step, slots in parts]
+        self.places = planes[0] if len(planes) == 1 else torch.cat(planes)
+        self.found = dict[tuple[int, torch.device], Tensor]()
+
+    def last(self, step: int, slots: Tensor) -> None:
+        later = self._plane(step) + 1
+        if later == self.iterations or not slots.numel():
+            return
+        found: dict[tuple[int, torch.device], Tensor] = {}
+        for grid in self.tensors():
+            which = grid.shape[2], grid.device
+            if which not in found:
+                found[which] = self._where(slots, *which)
+            planes = grid.view(self.iterations, -1, grid.shape[-1])
+            entries = planes[later - 1].index_select(0, found[which])
+            planes[later:].index_copy_(1, found[which], entries.expand(self.iterations - later, -1, -1))
+
+    def _plane(self, step: int) -> int:
+        return min(step, self.iterations - 1)
+
+    def _where(self, places: Tensor, heads: int, device: torch.device) -> Tensor:
+        """Where the vectors of the tokens in `places` stand, in all planes, `(heads * T,)`, head by head."""
+        slot = places % self.capacity
+        first = (places - slot) * heads + slot
+        each = torch.arange(0, heads * self.capacity, self.capacity, device=places.device)
+        return (each.unsqueeze(1) + first).flatten().to(device)
 
     @property
     def calls(self) -> int:
         return len(self.grids)
 
     def held(self, call: int) -> KV:
-        k, v = self.grids[call]
-        return k.transpose(2, 3), v.transpose(2, 3)
+        return self.grids[call]
 
     def put(self, call: int, k: Tensor, v: Tensor) -> None:
         if call == len(self.grids):
             self.grids.append((self._grid(k), self._grid(v)))
+        which = k.shape[1], k.device
+        if which not in self.found:
+            self.found[which] = self._where(self.places, *which)
         for grid, new in zip(self.grids[call], (k, v), strict=True):
-            rows, slots = self.rows.to(grid.device), self.slots.to(grid.device)
-            grid[self.iteration :, rows, :, slots] = new.unsqueeze(1)
+            grid.view(-1, grid.shape[-1]).index_copy_(0, self.found[which], new.reshape(-1, new.shape[-1]))
 
     def _grid(self, new: Tensor) -> Tensor:
-        heads, head_dim = new.shape[1:]
+        heads, _, head_dim = new.shape[1:]
         return zeros(new, self.iterations, self.batch, heads, self.capacity, head_dim)
 
-    def read(self, call: int, rows: slice, width: int) -> KV:
-        k, v = self.grids[call]
-        return k[self.iteration, rows, :, :width], v[self.iteration, rows, :, :width]
+    def read(self, call: int, step: int, rows: slice, width: int) -> KV:
+        k, v = (grid.select(0, self._plane(step)).narrow(2, 0, width) for grid in self.grids[call])
+        size = rows.stop - rows.start
+        return (k, v) if size == self.batch else (k.narrow(0, rows.start, size), v.narrow(0, rows.start, size))
 
     def grow(self, capacity: int) -> None:
         self.grids = [(longer(k, 3, capacity), longer(v, 3, capacity)) for k, v in self.grids]
@@ -136,6 +172,10 @@ class Grids(Layout):
         for grid in self.tensors():
             for row, length in enumerate(lengths):
                 grid[:, row, :, length:used] = 0
+
+    def clear(self, row: int) -> None:
+        for grid in self.tensors():
+            grid[:, row] = 0
 
     def tensors(self) -> list[Tensor]:
         return [tensor for kv in self.grids for tensor in kv]
@@ -156,21 +196,29 @@ class Pool(Layout):
         self.table = zeros(torch.empty(0, dtype=torch.int32, device=device), iterations, batch, capacity)
         self.pools: list[KV] = []  # (entries, kv_heads, head_dim)
 
-    def place(self, step: int, slots: Tensor) -> None:
-        self.first, self.count = self.count, self.count + len(slots)
-        entries = torch.arange(self.first, self.count, dtype=torch.int32, device=slots.device)
-        showing = self.table[step:].flatten(1, 2)
-        showing.index_copy_(1, slots, entries.expand(len(showing), -1))
-        self.step, self.shown = step, dict[tuple[int, int, int], Tensor]()
+    def place(self, parts: Sequence[tuple[int, Tensor]]) -> None:
+        self.first = self.count
+        for step, slots in parts:
+            entries = torch.arange(self.count, self.count + len(slots), dtype=torch.int32, device=slots.device)
+            self.count += len(slots)
+            # Numbers are small: all later iterations are shown this entry until there is another.
+            showing = self.table[step:].flatten(1, 2)
+            showing.index_copy_(1, slots, entries.expand(len(showing), -1))
+        self.shown = dict[tuple[int, int, int, int], Tensor]()
+
+    def last(self, step: int, slots: Tensor) -> None:
+        del step, slots  # the table shows it
 
     @property
     def calls(self) -> int:
         return len(self.pools)
 
     def held(self, call: int) -> KV:
-        return self.pools[call]
+        k, v = self.pools[call]
+        return k.transpose(0, 1), v.transpose(0, 1)
 
     def put(self, call: int, k: Tensor, v: Tensor) -> None:
+        k, v = (new.squeeze(0).transpose(0, 1) for new in (k, v))
         if call == len(self.pools):
             self.pools.append((zeros(k, 1, *k.shape[1:]), zeros(v, 1, *v.shape[1:])))
         if len(self.pools[call][0]) < self.count:
@@ -180,11 +228,11 @@ class Pool(Layout):
         for pool, new in zip(self.pools[call], (k, v), strict=True):
             pool[self.first : self.count] = new
 
-    def read(self, call: int, rows: slice, width: int) -> KV:
+    def read(self, call: int, step: int, rows: slice, width: int) -> KV:
         k, v = self.pools[call]
-        which = (rows.start, rows.stop, width)
+        which = (step, rows.start, rows.stop, width)
         if which not in self.shown:
-            self.shown[which] = self.table[self.step, rows, :width].flatten()
+            self.shown[which] = self.table[step, rows, :width].flatten()
         entries = self.shown[which].to(k.device)
         shape = (rows.stop - rows.start, width)
         return (
@@ -202,6 +250,10 @@ class Pool(Layout):
     def keep(self, lengths: Sequence[int], used: int) -> None:
         for row, length in enumerate(lengths):
             self.table[:, row, length:used] = 0
+        self._collect()
+
+    def clear(self, row: int) -> None:
+        self.table[:, row] = 0
         self._collect()
 
     def tensors(self) -> list[Tensor]:
@@ -232,7 +284,7 @@ def _check_entry(name: str, call: int, held: Tensor, new: Tensor) -> None:
     for what, have, got in (
         ("dtype", held.dtype, new.dtype),
         ("device", held.device, new.device),
-        ("(kv_heads, head_dim)", tuple(held.shape[-2:]), tuple(new.shape[-2:])),
+        ("(kv_heads, head_dim)", tuple(held.shape[-3::2]), tuple(new.shape[-3::2])),
     ):
         if have != got:
             raise ValueError(

@@ -6,6 +6,8 @@ There they are not copied: only neighbouring rows are read together, as they sta
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from torch import Tensor
+
 from ..attention.groups import FILL
 
 
@@ -22,26 +24,54 @@ class Run(NamedTuple):
     width: int
     sees: Literal["all", "causal", "own"]
 
+    def apart(self, tokens: Tensor) -> Tensor:
+        """Of its tokens `(1, heads, size * queries, head_dim)` the rows, `(size, heads, queries, head_dim)`."""
+        if self.size == 1:
+            return tokens
+        if self.queries == 1:
+            return tokens.transpose(0, 2)
+        return tokens.squeeze(0).unflatten(1, (self.size, self.queries)).transpose(0, 1)
 
-def runs_of(asked: list[int], before: list[int], after: list[int]) -> Iterator[Run]:
-    """The rows that ask something, in order: `asked` queries of each row, which held `before` and holds `after`."""
-    first = 0
-    for row in range(1, len(asked) + 1):
-        if row < len(asked) and asked[row] == asked[first] and _similar(after[first : row + 1]):
+    def joined(self, rows: Tensor) -> Tensor:
+        """The way back."""
+        if self.size == 1:
+            return rows
+        if self.queries == 1:
+            return rows.transpose(0, 2)
+        return rows.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+class Span(NamedTuple):
+    """A row of a cache that a pass is about: it held `before` real tokens, and is to hold `after`."""
+
+    row: int
+    before: int
+    after: int
+
+
+def runs_of(asked: list[int], spans: list[Span]) -> Iterator[Run]:
+    """The rows that ask something, in order: `asked` queries of each."""
+    group: list[Span] = []
+    queries = low = high = 0
+    for count, span in zip(asked, spans, strict=True):
+        if not count:
             continue
-        if asked[first]:
-            yield _run(slice(first, row), asked[first], before, after)
-        first = row
+        low, high = min(low, span.after), max(high, span.after)
+        if group and not (count == queries and span.row == group[-1].row + 1 and low >= FILL * high):
+            yield _run(queries, group)
+            group = []
+        if not group:
+            queries, low, high = count, span.after, span.after
+        group.append(span)
+    if group:
+        yield _run(queries, group)
 
 
-def _similar(lengths: list[int]) -> bool:
-    return min(lengths) >= FILL * max(lengths)
-
-
-def _run(rows: slice, queries: int, before: list[int], after: list[int]) -> Run:
-    held, holds = before[rows], after[rows]
-    size, width = len(held), max(holds)
-    if queries == width and not any(held):
-        return Run(rows, size, queries, width, "causal")
-    one_new = all(end - start == 1 for start, end in zip(held, holds, strict=True))
-    return Run(rows, size, queries, width, "all" if one_new and min(holds) == width else "own")
+def _run(queries: int, spans: list[Span]) -> Run:
+    width = max(span.after for span in spans)
+    rows = slice(spans[0].row, spans[-1].row + 1)
+    if queries == width and not any(span.before for span in spans):
+        return Run(rows, len(spans), queries, width, "causal")
+    one_new = all(span.after - span.before == 1 for span in spans)
+    full = min(span.after for span in spans) == width
+    return Run(rows, len(spans), queries, width, "all" if one_new and full else "own")

@@ -1,5 +1,6 @@
-"""The tokens of a pass with a cache."""
+"""The tokens of a pass with a cache, and of several passes together."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -9,18 +10,17 @@ from .._lazy import lazy
 from .._types import MaskRows, PositionRows
 from ..attention.tokens import Packed, Select, TokenSet, positions_of, same
 from .layouts import Layout
-from .runs import Run, runs_of
+from .runs import Run, Span, runs_of
 
 
 class Held(NamedTuple):
-    """What a cache knows of a pass: each row held `before` and is to hold `after` real tokens, in `entries`.
+    """What a cache knows of a pass: where its rows stand in `entries`, one span for each.
 
     `positions (batch, seq)` int64 are those of the pass's tokens, their slots in their rows.
     """
 
     entries: Layout
-    before: list[int]
-    after: list[int]
+    spans: list[Span]
     positions: PositionRows
 
 
@@ -33,27 +33,85 @@ class CachedTokens(Packed):
         self.positions = held.positions  # goes before the lazy one
 
     @classmethod
-    def of(
-        cls, x: Tensor, mask: MaskRows | None, entries: Layout, before: list[int], after: list[int]
-    ) -> "CachedTokens":
+    def of(cls, x: Tensor, mask: MaskRows | None, entries: Layout, spans: list[Span]) -> "CachedTokens":
+        """The tokens of the rows `x (batch, seq, dim)` that are real."""
         live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        positions = torch.tensor(before, dtype=torch.int64, device=x.device).unsqueeze(1) + positions_of(live, mask)
-        return cls(live, mask, live.flatten().nonzero().squeeze(1), Held(entries, before, after, positions))
+        before = torch.tensor([span.before for span in spans], dtype=torch.int64, device=x.device)
+        positions = before.unsqueeze(1) + positions_of(live, mask)
+        return cls(live, mask, live.flatten().nonzero().squeeze(1), Held(entries, spans, positions))
 
-    def narrow(self, go: MaskRows) -> tuple[TokenSet, Select]:
+    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
         kept = self.take(go).squeeze(0).nonzero().squeeze(1)
         if kept.numel() == self.index.numel():
             return self, same
+        if step is not None:
+            gone = torch.ones_like(self.index, dtype=torch.bool).index_fill_(0, kept, False)
+            self.held.entries.last(step, self.slots[gone])
         fewer = CachedTokens(go, self.mask, self.index.index_select(0, kept), self.held)
         return fewer, lambda tokens: tokens.index_select(1, kept)
+
+    def finish(self, step: int) -> None:
+        self.held.entries.last(step, self.slots)
+
+    @lazy
+    def numbers(self) -> Tensor:
+        """The row of the cache that each row stands in."""
+        return torch.tensor([span.row for span in self.held.spans], dtype=torch.int64, device=self.index.device)
 
     @lazy
     def slots(self) -> Tensor:
         """Each token's place in the flattened `(batch, capacity)` slots of the cache, `(T,)` int64."""
-        row = self.index // self.live.shape[1]
+        row = self.numbers.index_select(0, self.index // self.live.shape[1])
         return row * self.held.entries.capacity + self.take(self.positions).squeeze(0)
 
     @lazy
     def runs(self) -> list[Run]:
         """The rows that ask, in order."""
-        return list(runs_of(self.live.sum(-1).tolist(), self.held.before, self.held.after))
+        return list(runs_of(self.live.sum(-1).tolist(), self.held.spans))
+
+
+@final
+class JoinedTokens(TokenSet):
+    """The tokens of several passes with one cache, one pass after the other, each in an iteration of its own.
+
+    They stand in no rows together.
+    """
+
+    mask = None
+
+    def __init__(self, parts: Sequence[tuple[int, CachedTokens]]) -> None:
+        self.parts, self.live = parts, parts[0][1].live
+        self.length = sum(tokens.index.numel() for _, tokens in parts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return 1, self.length
+
+    @property
+    def empty(self) -> bool:
+        return not self.length
+
+    def take(self, rows: Tensor) -> Tensor:
+        raise _in_no_rows()
+
+    def spread(self, rows: Tensor) -> Tensor:
+        raise _in_no_rows()
+
+    def settle(self, new: Tensor, old: Tensor) -> Tensor:
+        raise _in_no_rows()
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        raise _in_no_rows()
+
+    def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        raise _in_no_rows()
+
+    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
+        raise _in_no_rows()
+
+
+def _in_no_rows() -> ValueError:
+    return ValueError(
+        "Tokens of several passes run in one call of the block, and stand in no rows together. What holds one entry "
+        "for each token is passed as block_kwargs; adadepth.rows() gives each token's row of the cache."
+    )

@@ -1,61 +1,95 @@
 """The view under which the tokens that run ask a cache."""
 
 from collections.abc import Sequence
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from .._lazy import lazy
-from ..attention.how import How
+from ..attention.context import Here, Together
+from ..attention.how import How, answering
 from ..attention.packed import bias
 from ..attention.view import KV, TokenView, seen
 from .runs import Run
-from .tokens import CachedTokens
+from .tokens import CachedTokens, JoinedTokens
+
+
+class _Asking(NamedTuple):
+    """A run, and the iteration in which its rows are."""
+
+    step: int
+    run: Run
+
+    @property
+    def size(self) -> int:
+        """The number of its queries."""
+        return self.run.size * self.run.queries
 
 
 @final
 class CachedView(TokenView):
-    """What is asked is a cache, which holds these tokens behind those of earlier passes."""
+    """What is asked is a cache, which holds these tokens behind those of earlier passes.
 
-    tokens: CachedTokens
+    Of one pass in iteration `step`; or of several, where each has its own.
+    """
+
     known = "that the cache holds (a cache belongs to one wrapper)"
 
-    def __init__(self, tokens: CachedTokens, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> None:
+    def __init__(
+        self,
+        tokens: CachedTokens | JoinedTokens,
+        step: int,
+        causal: bool,
+        past: Sequence[KV] | None = None,
+        keep: bool = False,
+    ) -> None:
         super().__init__(tokens, step, causal, past=None, keep=False)  # the cache keeps
-        self.entries = tokens.held.entries
-        self.expected = self.entries.calls or (0 if any(tokens.held.before) else None)
+        del past, keep
+        if isinstance(tokens, JoinedTokens):
+            self.parts = tokens.parts
+            self.here = Together([Here(part, step) for step, part in self.parts], tokens)
+        else:
+            self.parts = [(step, tokens)]
+        self.entries = self.parts[0][1].held.entries
+        begun = any(span.before for _, part in self.parts for span in part.held.spans)
+        self.expected = self.entries.calls or (0 if begun else None)
 
     def _merge(self, k: Tensor, v: Tensor) -> KV:
         if self.calls == 0:
-            self.entries.place(self.step, self.tokens.slots)
-        self.entries.write(self.calls, k.squeeze(0).transpose(0, 1), v.squeeze(0).transpose(0, 1))
+            self.entries.place([(step, tokens.slots) for step, tokens in self.parts])
+        self.entries.write(self.calls, k, v)
         return k, v
 
+    @lazy
+    def asking(self) -> list[_Asking]:
+        """All that is asked, in order."""
+        return [_Asking(step, run) for step, tokens in self.parts for run in tokens.runs]
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        runs = self.tokens.runs
-        parts = q.squeeze(0).transpose(0, 1).split([run.size * run.queries for run in runs])
-        answers = [self._ask(r, run, part, how) for r, (run, part) in enumerate(zip(runs, parts, strict=True))]
-        return (answers[0] if len(answers) == 1 else torch.cat(answers)).transpose(0, 1).unsqueeze(0)
+        asking = self.asking
+        parts = [q] if len(asking) == 1 else q.split([one.size for one in asking], 2)
+        with answering():
+            answers = [self._ask(i, *asking[i], part, how) for i, part in enumerate(parts)]
+        return answers[0] if len(answers) == 1 else torch.cat(answers, 2)
 
-    def _ask(self, r: int, run: Run, q: Tensor, how: How) -> Tensor:
-        k, v = self.entries.read(self.calls - 1, run.rows, run.width)
-        q = q.view(run.size, run.queries, *q.shape[1:]).transpose(1, 2)
-        out = how.ask(q, k, v, self._allowed(r, run, q.dtype, how.window), run.sees == "causal")
-        return out.transpose(1, 2).flatten(0, 1)
+    def _ask(self, i: int, step: int, run: Run, q: Tensor, how: How) -> Tensor:
+        k, v = self.entries.read(self.calls - 1, step, run.rows, run.width)
+        allowed = self._allowed(i, run, q.dtype, how.window)
+        return run.joined(how.answer(run.apart(q), k, v, allowed, run.sees == "causal"))
 
-    def _allowed(self, r: int, run: Run, dtype: torch.dtype, window: int | None) -> Tensor | None:
+    def _allowed(self, i: int, run: Run, dtype: torch.dtype, window: int | None) -> Tensor | None:
         """What the run's queries may see, added to the scores; None: all, or what `is_causal` says."""
         if run.sees != "own" and (window is None or window >= run.width):
             return None
-        return self._mask_of((r, window), lambda: bias(self._seen(r, run, window), dtype))
+        return self._mask_of((i, window), lambda: bias(self._seen(i, run, window), dtype))
 
-    def _seen(self, r: int, run: Run, window: int | None) -> Tensor:
+    def _seen(self, i: int, run: Run, window: int | None) -> Tensor:
         """`(size, 1, queries, width)` bool."""
-        own = self._own[r].view(run.size, 1, run.queries, 1)
+        own = self._own[i].view(run.size, 1, run.queries, 1)
         return seen(own, torch.arange(run.width, device=own.device), window)
 
     @lazy
     def _own(self) -> tuple[Tensor, ...]:
         """The slots at which the queries of each run stand in their rows."""
-        return self.positions.squeeze(0).split([run.size * run.queries for run in self.tokens.runs])
+        return self.positions.squeeze(0).split([asking.size for asking in self.asking])

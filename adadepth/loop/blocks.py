@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention.catch import catching, takes_view
-from ..attention.context import Here, Window, active, asked
+from ..attention.context import Here, Together, Window, active, asked
 from ..attention.dense import DenseView, WholeView
 from ..attention.packed import PackedView
 from ..attention.prepare import refuse_compiled
@@ -43,12 +43,13 @@ def run(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any], 
     if x.shape[:2] != view.tokens.shape:
         with _stand_in((shape[0], shape[1])):
             zeros = F.pad(x, (0, 0, 0, 1 - x.shape[1], 0, 1 - x.shape[0]))
-            out = _run(block, zeros, view, each(given, _no_token))
+            out = run_block(block, zeros, view, each(given, _no_token))
         return out[: x.shape[0], : x.shape[1]].expand(x.shape)
-    return _run(block, x, view, each(given, view.tokens.spread) if given else given)
+    return run_block(block, x, view, each(given, view.tokens.spread) if given else given)
 
 
-def _run(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any]) -> Tensor:
+def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any]) -> Tensor:
+    """`block` on the tokens `x` of a view, beside what it is `given` of each of them."""
     if active.view is not None:
         raise ValueError(
             "A RecurrentWrapper runs inside the block of another: it would take the packed tokens of all rows for one "
@@ -79,7 +80,7 @@ def _run(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any])
     return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
-def ask(piece: Any, here: Here, h: Tensor, *more: Any) -> Any:
+def ask_piece(piece: Any, here: Here | Together, h: Tensor, *more: Any) -> Any:
     """What a gate or an update gives for the tokens `h` and what else it reads."""
     if torch.compiler.is_compiling():
         return asked(piece, here, h, *more)

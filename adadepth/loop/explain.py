@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.catch import COMPILED, takes_view
-from ..attention.context import Here
+from ..attention.context import Here, Together
 from ..attention.tokens import Packed
 from ..updates import Update
 
@@ -24,7 +24,9 @@ PACKED = (
 )
 
 
-def explain(piece: nn.Module, h: Tensor, here: Here, given: Mapping[str, Any], error: Exception) -> str | None:
+def explain(
+    piece: nn.Module, h: Tensor, here: Here | Together, given: Mapping[str, Any], error: Exception
+) -> str | None:
     """What to say of an `error` that a piece raised for the tokens `h`, None where it speaks for itself."""
     name, text = type(piece).__name__, str(error)
     if isinstance(error, NotImplementedError) or type(error).__module__.startswith("torch._dynamo"):
@@ -98,7 +100,7 @@ def _on_shapes(text: str) -> bool:
     return any(word in text for word in ("size", "shape", "dimension", "broadcast"))
 
 
-def _packed(name: str, here: Here, text: str) -> str | None:
+def _packed(name: str, here: Here | Together, text: str) -> str | None:
     if not isinstance(here.tokens, Packed):
         return None
     rows, length = here.tokens.shape

@@ -3,6 +3,7 @@
 from typing import final
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from .._types import HiddenRows, MaskRows, ScoreHistoryRows, StateRows, WeightRows
@@ -60,14 +61,23 @@ class Recorder:
             return tokens.take(self.history).to(x.dtype)
         return self._one.expand(*x.shape[:2], len(self._live))
 
+    @property
+    def hidden(self) -> HiddenRows:
+        """The exit-weighted sum of the states so far; that of a token that left is whole."""
+        return torch.zeros_like(self._x) if self._hidden is None else self._hidden.to(self._x.dtype)
+
+    @property
+    def depth(self) -> Int[Tensor, "batch seq"]:
+        """The iterations that each token has run so far."""
+        return torch.stack(self._live).sum(0)
+
     def output(self) -> Output:
         """The result; iterations that nobody ran are filled in."""
         none = self._x.new_zeros(self._x.shape[:2], dtype=self.dtype)
         live = _stack(self._live, self._steps, none.bool())
         scores = _stack(self._scores, self._steps - 1, none) if self._has_scores else live[..., :-1].to(self.dtype)
         exits = _stack([none if weight is None else weight for weight in self._exits], self._steps, none)
-        hidden = torch.zeros_like(self._x) if self._hidden is None else self._hidden.to(self._x.dtype)
-        return Output(hidden, Trace(live, scores, exits), self._every_state())
+        return Output(self.hidden, Trace(live, scores, exits), self._every_state())
 
     def _every_state(self) -> StateRows | None:
         if self._states is None:

@@ -11,32 +11,28 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .._called import Called
 from .._types import HiddenRows, MaskRows
-from ..attention.context import Here
 from ..attention.tokens import TokenSet, all_tokens
-from ..attention.view import KV
 from ..cache.kv_reuse import KVReuseCache
 from ..gates import Gate
 from ..rules import Rule
 from ..updates import Update
+from .answers import answer
 from .arguments import check_cache, check_can_look, check_given, check_rows, looks, named
-from .blocks import ask, run, view_of
 from .bounds import Bounds, Depth
 from .checks import (
     PARTS,
     Identity,
     check_part,
-    check_result,
-    check_scores,
     check_state,
     check_steps,
     check_together,
     warn_of,
 )
 from .eager import uncompiled
+from .iterations import AskBlock, answered, iterations
 from .recorder import Recorder
 from .selfcheck import check_itself, due
 from .trace import Output
@@ -174,74 +170,10 @@ class RecurrentWrapper(Called, nn.Module):
         states: bool,
     ) -> Output:
         record = Recorder(rows, tokens, bounds.steps, scored=self.gate is not None, states=states)
-        remaining = tokens.live.to(record.dtype)
-        x = tokens.take(rows)
-        origin, start = start, x if start is None else tokens.take(start)
-        previous, past = x, None
-        # With gradients the first iteration runs even on nothing: parameters then get one, of zero.
-        if not (torch.is_grad_enabled() or self.agree(not tokens.empty)):
-            return record.output()
-        for step in range(bounds.steps):
-            if due(self, tokens, rows):
-                check_itself(self, rows, tokens.mask, {"start": origin, "block_kwargs": given})
-            exits = bounds.can_exit(step, self.rule is not None) or tokens.empty
-            h, past = self._iterate(x, tokens, step, past, exits, given)
-            h = tokens.settle(h, x)
-            record.ran(tokens, h)
-            if step == bounds.steps - 1:
-                record.left(tokens, remaining, h)
-                break
-            if self.gate is not None:
-                record.scored(self._score(h, previous, tokens, step))
-            if exits:
-                stays = self._stays(record.history, remaining, tokens, bounds, step)
-                record.left(tokens, remaining - stays, h)
-                remaining = stays
-                tokens, select = tokens.narrow(stays > 0)
-                x, h, start = select(x), select(h), select(start)
-            if not self.agree(not tokens.empty):
-                break
-            x = tokens.settle(self._next(x, h, start, record, tokens, step), x)
-            previous = x if self.gate is None else h
-            del h  # only a gate reads it: without one its graph does not outlive the iteration
+        asks = iterations(self, record, rows, tokens, start, bounds)
+        ask = answered(asks, None)
+        while ask is not None:
+            if isinstance(ask, AskBlock) and due(self, ask.tokens, rows):
+                check_itself(self, rows, ask.tokens.mask, {"start": start, "block_kwargs": given})
+            ask = answered(asks, answer(self, ask, given))
         return record.output()
-
-    def _iterate(self, *args: Any) -> tuple[Tensor, list[KV] | None]:
-        """`_run`, kept whole for the backward pass or made again in it."""
-        if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._run, *args, use_reentrant=False)
-        return self._run(*args)
-
-    def _run(
-        self,
-        x: Tensor,
-        tokens: TokenSet,
-        step: int,
-        past: list[KV] | None,
-        keep: bool,
-        given: Mapping[str, Any],
-    ) -> tuple[Tensor, list[KV] | None]:
-        """The block's output, and all tokens' keys and values if the next iteration may need them."""
-        view = view_of(tokens, step, self.causal, past, keep)
-        out = run(self.block, x, view, given, tokens.live.shape)
-        return out, view.present if keep else None
-
-    def _score(self, h: Tensor, previous: Tensor, tokens: TokenSet, step: int) -> Tensor:
-        score = ask(self.gate, Here(tokens, step), h, previous, step)
-        check_result(self.gate, "one score per token", h.shape[:-1], score, step)
-        rows = tokens.rows(score)
-        if not self.training and not torch.compiler.is_compiling() and rows.numel():
-            check_scores(self, rows, step)
-        return rows
-
-    def _stays(self, history: Tensor, remaining: Tensor, tokens: TokenSet, bounds: Bounds, step: int) -> Tensor:
-        stays = remaining
-        if self.rule is not None and not bounds.forced(step):
-            stays = self.rule(history, remaining, tokens.positions)
-            check_result(self.rule, "what stays of each token", remaining.shape, stays, step)
-        return bounds.clamp(stays, remaining, step)
-
-    def _next(self, x: Tensor, h: Tensor, start: Tensor, record: Recorder, tokens: TokenSet, step: int) -> Tensor:
-        new: Tensor = ask(self.update, Here(tokens, step), x, h, start, record.scores(tokens, x), step)
-        check_result(self.update, "the next input", x.shape, new, step)
-        return new if new.dtype == x.dtype else new.to(x.dtype)

@@ -16,6 +16,7 @@ from .compare import agree, drawn, dtype_of, each_alone, untouched
 _LEADING = ((5,), (1, 5), (2, 3), (0,), (2, 0))
 _ROUNDING = 1e-4  # by which a score in [0, 1] may lie outside
 
+_READS = "{0} has reads_step = False, but {1}. Leave the attribute out: it is True then."
 _AXIS = "To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
 
 
@@ -38,6 +39,11 @@ def check_gate(gate: Gate, dim: int, steps: int = 4, update: Update | None = Non
     for step in range(steps - 1):
         _scores_each_token(gate, dim, step, dtype)
     h, previous = (drawn(64, dim, seed=seed, dtype=dtype) for seed in (5, 6))
+    if not gate.reads_step:
+        for step in range(1, steps - 1):
+            assert torch.equal(gate(h, previous, step), gate(h, previous, 0)), _READS.format(
+                type(gate).__name__, f"its scores at step {step} are not those at step 0"
+            )
     scores = [gate(h, previous, step) for step in range(max(1, steps - 1))]
     update = _of_their_unit(type(gate).__name__, scores, dim, update)
     agree(dim, steps, gate, Threshold(float(scores[0].detach().median())), update, dtype)
@@ -106,6 +112,12 @@ def check_update(update: Update, dim: int, steps: int = 4) -> None:
             drawn(6, step + 1, dtype=dtype).sigmoid(),
         )
         each_alone("update", partial(_last, update, step), x, h, start, scores)
+        if not update.reads_step:
+            later = torch.nn.functional.pad(scores, (1, 0), value=1.0)
+            assert torch.equal(update(x, h, start, later, step + 1), update(x, h, start, scores, step)), _READS.format(
+                type(update).__name__,
+                f"it gives another input with a score of 1 before the others, at step {step + 1}",
+            )
     agree(dim, steps, LinearGate(dim, bias=0.0).to(dtype), Survival(), update, dtype)
     agree(dim, steps, LinearGate(dim, bias=0.0).to(dtype), Threshold(0.5), update, dtype)
 

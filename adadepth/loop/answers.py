@@ -1,0 +1,66 @@
+"""What a loop's block, gate and update answer when they are asked, checked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .._types import WeightRows
+from ..attention.context import Here, Together
+from ..attention.tokens import TokenSet
+from ..attention.view import KV
+from .blocks import ask_piece, run, view_of
+from .checks import check_result, check_scores
+from .iterations import Ask, AskGate, AskUpdate, Loop
+
+
+def answer(loop: Loop, ask: Ask, given: Mapping[str, Any]) -> Any:
+    """The answer to what a pass of `loop` asks; the block is `given` more beside its input."""
+    if isinstance(ask, AskGate):
+        return _score(loop, ask)
+    if isinstance(ask, AskUpdate):
+        return updated(loop, Here(ask.tokens, ask.step), ask.x, ask.h, ask.start, ask.scores, ask.step)
+    if loop.checkpoint and torch.is_grad_enabled():  # the iteration is made again in the backward pass
+        return checkpoint(_iterate, loop, *ask, given, use_reentrant=False)
+    return _iterate(loop, *ask, given)
+
+
+def _iterate(
+    loop: Loop,
+    x: Tensor,
+    tokens: TokenSet,
+    step: int,
+    past: list[KV] | None,
+    keep: bool,
+    given: Mapping[str, Any],
+) -> tuple[Tensor, list[KV] | None]:
+    """The block's output, and all tokens' keys and values if the next iteration may need them."""
+    view = view_of(tokens, step, loop.causal, past, keep)
+    out = run(loop.block, x, view, given, tokens.live.shape)
+    return out, view.present if keep else None
+
+
+def _score(loop: Loop, ask: AskGate) -> WeightRows:
+    """What the gate says of the tokens, in rows; 0 elsewhere."""
+    rows = ask.tokens.rows(scored(loop, Here(ask.tokens, ask.step), ask.h, ask.previous, ask.step))
+    if not loop.training and not torch.compiler.is_compiling() and rows.numel():
+        check_scores(loop, rows, ask.step)
+    return rows
+
+
+def scored(loop: Loop, here: Here | Together, h: Tensor, previous: Tensor, step: int) -> Tensor:
+    """What the gate says of tokens in the state `h (rows, length, dim)`."""
+    score: Tensor = ask_piece(loop.gate, here, h, previous, step)
+    check_result(loop.gate, "one score per token", h.shape[:-1], score, step)
+    return score
+
+
+def updated(
+    loop: Loop, here: Here | Together, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int
+) -> Tensor:
+    """What the update makes of tokens that go on."""
+    new: Tensor = ask_piece(loop.update, here, x, h, start, scores, step)
+    check_result(loop.update, "the next input", x.shape, new, step)
+    return new if new.dtype == x.dtype else new.to(x.dtype)
