@@ -19,7 +19,7 @@ ORDER = [
     {"attention"},
     {"cache"},
     {"loop"},
-    {"losses", "calibration", "diagnostics", "flops"},
+    {"losses", "calibration", "diagnostics", "flops", "serving"},
     {"budget"},
     {"testing"},
     {"hf", "viz"},

@@ -8,7 +8,7 @@ import torch
 from narrow import the
 
 import adadepth as ad
-from examples import a_gate_of_your_own, classify_sequences, soft_to_hard, wrap_a_block
+from examples import a_gate_of_your_own, classify_sequences, serve, soft_to_hard, wrap_a_block
 
 WRAPPED = """\
 check_block: nothing to say
@@ -135,3 +135,8 @@ def test_decoding_by_hand_equals_one_pass() -> None:
         for _ in range(3):
             at = min(row[at], at)
         assert row[at] == answer
+
+
+def test_a_server_gives_each_request_what_it_gets_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    serve.main()
+    assert capsys.readouterr().out.splitlines()[-1] == "40 of 40 texts are what they are alone"

@@ -1,0 +1,280 @@
+"""`DepthBatch`: passes of one loop that began at different times, in one call of the block.
+
+Weights are the same in all iterations, so a call may hold tokens of many. A row whose token left begins the next
+one at once, beside rows that are still deep in theirs, and the call stays full.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._types import HiddenRows, MaskRows
+from ..attention.context import Here, Together
+from ..cache.kv_reuse import KVReuseCache
+from ..cache.tokens import JoinedTokens
+from ..cache.view import CachedView
+from ..loop.agreement import altered
+from ..loop.answers import scored, updated
+from ..loop.arguments import check_given, check_rows
+from ..loop.blocks import run_block
+from ..loop.bounds import Bounds, Depth
+from ..loop.checks import check_scores, check_together
+from ..loop.iterations import AskBlock, AskGate, AskUpdate
+from ..loop.wrapper import RecurrentWrapper
+from ..rules import Rule
+from .passes import Flight, Pass
+
+A = TypeVar("A", AskBlock, AskGate, AskUpdate)
+Asked = tuple[Pass, A]
+
+
+class Ran(NamedTuple):
+    """What a call made of the tokens of a row that began together.
+
+    Shapes:
+        row, position: where the first of them stands.
+        hidden: `(tokens, dim)`; of a token that left its output, of one that goes on its state.
+        depth: `(tokens,)` int64, the iterations that each has run.
+        left: whether all have left; if not, it is a single token that goes on.
+    """
+
+    row: int
+    position: int
+    hidden: Tensor
+    depth: Tensor
+    left: bool
+
+
+class Failed(NamedTuple):
+    """A row that cannot go on, and why; what it had in flight is dropped."""
+
+    row: int
+    error: Exception
+
+
+@final
+class DepthBatch:
+    """Runs tokens of many rows, each at its own iteration, with one call of the block for all of them.
+
+    A row is a sequence of tokens, of one request say. `begin` gives rows new tokens, `call` runs the block once on
+    every token in flight, and says which have left. Each token gives what it would in a pass of its row alone.
+
+    Arguments:
+        looped: the loop, in evaluation mode; its own `skip` is not read.
+        cache: a new `KVReuseCache` with a capacity, the most tokens that a row may hold.
+        rows: how many rows there are.
+        width: how many tokens a call is to run; more may begin, `room` says how many fit.
+
+    Raises: `ValueError` for a cache that is not new, a loop that is training or not causal, or sizes below 1.
+    """
+
+    def __init__(self, looped: RecurrentWrapper, cache: KVReuseCache, rows: int, width: int) -> None:
+        if rows < 1 or width < 1:
+            raise ValueError(f"DepthBatch expected rows and width of 1 or more, got rows={rows}, width={width}.")
+        if looped.training or not looped.causal:
+            raise ValueError(
+                f"DepthBatch expected a causal loop in evaluation mode, got causal={looped.causal} and "
+                f"training={looped.training}. Call looped.eval() first; a loop that is not causal has no next token."
+            )
+        device = next((p.device for p in looped.parameters()), torch.device("cpu"))
+        cache.reserve(rows, looped.steps, device, looped._identity)
+        self.looped, self.cache, self.rows, self.width = looped, cache, rows, width
+        self._passes: list[Pass] = []
+        self._flights: list[list[Flight]] = [[] for _ in range(rows)]
+        self._done: dict[Flight, Tensor] = {}
+
+    @property
+    def room(self) -> int:
+        """How many tokens more the next call is to run."""
+        for run in self._passes:
+            run.leave_out()
+        return self.width - sum(run.size for run in self._passes)
+
+    def length(self, row: int) -> int:
+        """How many tokens a row holds and has in flight: where its next one stands."""
+        flights = self._flights[row]
+        return flights[-1].position + flights[-1].tokens if flights else self.cache._lengths[row]
+
+    @torch.no_grad()
+    def begin(
+        self,
+        rows: Sequence[int],
+        x: HiddenRows,
+        *,
+        mask: MaskRows | None = None,
+        start: HiddenRows | None = None,
+        min_depth: Depth = None,
+        max_depth: Depth = None,
+        rule: Rule | None = None,
+        block_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """New tokens for some rows, each behind what its row holds and has in flight.
+
+        Arguments:
+            rows: the numbers of the rows, from 0, each once.
+            x: `(len(rows), seq, dim)`, and likewise all others, as `RecurrentWrapper.forward` takes them.
+            rule: in place of the loop's.
+
+        Raises: `ValueError` as a `RecurrentWrapper` does, and for rows that do not exist, that come twice, or that
+            would hold more than the cache's capacity. Nothing has begun then.
+        """
+        if len({*rows}) != len(rows) or not all(0 <= row < self.rows for row in rows) or len(rows) != len(x):
+            raise ValueError(
+                f"begin expected numbers of the {self.rows} rows, from 0, each once, and x for each of them, got rows "
+                f"{list(rows)} and x of shape {tuple(x.shape)}."
+            )
+        check_rows(x, mask, start)
+        check_together(self.looped.gate, self.looped.update)
+        shape = (x.shape[0], x.shape[1])
+        given = check_given(block_kwargs, shape)
+        bounds = Bounds.of(self.looped.steps, min_depth, max_depth, shape)
+        loop = self.looped if rule is None else altered(self.looped, rule=rule)
+        tokens = self.cache.behind(x, mask, {row: self.length(row) for row in rows})
+        run = Pass(loop, x, tokens, start, bounds, given)
+        self._passes.append(run)
+        for flight in run.flights:
+            if flight.tokens:
+                self._flights[flight.row].append(flight)
+
+    @torch.no_grad()
+    def call(self) -> list[Ran | Failed]:
+        """Run the block once on all tokens in flight.
+
+        Returns: what ran: tokens that began together with others in their row once all of them have left, single
+            ones after each iteration.
+        Raises: what the block raises; nothing has changed then, and the call may be made again.
+        """
+        for run in self._passes:
+            run.leave_out()
+        self._answer_blocks(self._asked(AskBlock))
+        failed = self._answer_gates(self._asked(AskGate))
+        going = self._asked(AskUpdate)
+        ran = [*self._left(), *_going(going)]
+        self._answer_updates(going)
+        for run in self._passes:
+            if run.error is not None:
+                failed |= {flight.row: Failed(flight.row, run.error) for flight in run.flights}
+        self._passes = [run for run in self._passes if run.ask is not None]
+        for row in failed:
+            self.release(row)
+        return [*failed.values(), *(state for state in ran if state.row not in failed)]
+
+    def drop(self, row: int, position: int) -> None:
+        """Forget the tokens of a row from `position` on: they go no further, and the row's next one stands there."""
+        flights = self._flights[row]
+        while flights and flights[-1].position + flights[-1].tokens > position:
+            flight = flights.pop()
+            self._done.pop(flight, None)
+            flight.run.drop(flight.index)
+        self.cache.truncate(row, position)
+
+    def release(self, row: int) -> None:
+        """Forget a row: it holds nothing, and may be given to another request."""
+        self.drop(row, 0)
+        self.cache.release(row)
+
+    def _asked(self, kind: type[A]) -> "list[Asked[A]]":
+        return [(run, run.ask) for run in self._passes if isinstance(run.ask, kind)]
+
+    def _answer_blocks(self, asked: "list[Asked[AskBlock]]") -> None:
+        if not asked:
+            return
+        runs = [run for run, _ in asked]
+        (step, tokens), *others = parts = [run.part for run in runs]
+        view = CachedView(JoinedTokens(parts), 0, True) if others else CachedView(tokens, step, True)
+        given = together([run.each_given() for run in runs])
+        h = run_block(self.looped.block, _joined([ask.x for _, ask in asked]), view, given)
+        for run, part in _split(h, runs):
+            run.answer((part, None))
+
+    def _answer_gates(self, asked: "list[Asked[AskGate]]") -> dict[int, Failed]:
+        """Also says which rows had a score that is no number."""
+        failed: dict[int, Failed] = {}
+        for group in _groups(asked, self.looped.gate):
+            runs = [run for run, _ in group]
+            h, previous = _joined([ask.h for _, ask in group]), _joined([ask.previous for _, ask in group])
+            scores = scored(self.looped, _here(runs), h, previous, group[0][1].step)
+            for run, score in _split(scores, runs):
+                step, tokens = run.part
+                try:
+                    check_scores(self.looped, score, step)
+                except ValueError as error:
+                    wrong = zip(run.of_tokens(), score[0].isnan().tolist(), strict=True)
+                    failed |= {flight.row: Failed(flight.row, error) for flight, bad in wrong if bad}
+                run.answer(tokens.rows(score.nan_to_num()))
+        return failed
+
+    def _answer_updates(self, asked: "list[Asked[AskUpdate]]") -> None:
+        for group in _groups(asked, self.looped.update):
+            runs = [run for run, _ in group]
+            last = max(ask.step for _, ask in group)
+            scores = [F.pad(ask.scores, (last - ask.step, 0), value=1.0) for _, ask in group]
+            x, h = _joined([ask.x for _, ask in group]), _joined([ask.h for _, ask in group])
+            start = _joined([ask.start for _, ask in group])
+            for run, part in _split(updated(self.looped, _here(runs), x, h, start, _joined(scores), last), runs):
+                run.answer(part)
+
+    def _left(self) -> Iterator[Ran]:
+        """The rows of which tokens have left; what is whole from a row's beginning on is held by the cache."""
+        for flight in [flight for run in self._passes for flight in run.left()]:
+            hidden, depth = flight.run.result(flight.index)
+            self._done[flight] = depth
+            flights = self._flights[flight.row]
+            while flights and flights[0] in self._done:
+                self.cache.hold(flight.row, self._done.pop(flights.pop(0)))
+            yield Ran(flight.row, flight.position, hidden, depth, True)
+
+
+def _going(asked: "list[Asked[AskUpdate]]") -> Iterator[Ran]:
+    """The tokens that go on and are alone in their flight."""
+    for run, ask in asked:
+        depth = torch.full((1,), ask.step + 1)
+        for place, flight in enumerate(run.of_tokens()):
+            if flight.tokens == 1 and flight.index in run.going:
+                yield Ran(flight.row, flight.position, ask.h[0, place : place + 1], depth, False)
+
+
+def _groups(asked: "list[Asked[A]]", piece: Any) -> "list[list[Asked[A]]]":
+    """Those that a piece is asked about together."""
+    return [[one] for one in asked] if piece is None or piece.reads_step else [asked] if asked else []
+
+
+def _here(runs: list[Pass]) -> Here | Together:
+    """Where all their tokens stand."""
+    parts = [run.part for run in runs]
+    each = [Here(tokens, step) for step, tokens in parts]
+    return each[0] if len(each) == 1 else Together(each, JoinedTokens(parts))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """One after the other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _split(joined: Tensor, runs: list[Pass]) -> Iterator[tuple[Pass, Tensor]]:
+    """What is each one's of it."""
+    return zip(runs, joined.split([run.size for run in runs], 1), strict=True)
+
+
+def together(parts: list[Any]) -> Any:
+    """What passes were given for each of their tokens, one after the other.
+
+    Raises: `ValueError` where they were given different things that are not of each token.
+    """
+    first = parts[0]
+    if isinstance(first, Tensor) and first.dim():
+        return _joined(parts)
+    if isinstance(first, Mapping) and all(part.keys() == first.keys() for part in parts):
+        return {name: together([part[name] for part in parts]) for name in first}
+    if isinstance(first, tuple | list) and all(len(part) == len(first) for part in parts):
+        made = [together([*each]) for each in zip(*parts, strict=True)]
+        return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
+    if any(part is not first and part != first for part in parts):
+        raise ValueError(
+            "Tokens that run together are given the same block_kwargs, but for tensors with one entry for each token, "
+            f"got {parts}. Begin those that differ in another DepthBatch."
+        )
+    return first

@@ -1,0 +1,316 @@
+"""`DepthBatch` against the definition: each request gets what one full forward over it alone would give it."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from blocks_zoo import DEEP, DIM, looped
+from cached import exact
+from cases import Case, assert_same, by_definition, cases, of_its_own, setting
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from served import How, serve
+from torch import Tensor, nn
+
+import adadepth as ad
+from adadepth.cache.kv_reuse import LayoutName
+from adadepth.serving import DepthBatch, Failed, Ran
+
+hows = st.builds(
+    How,
+    seed=st.integers(0, 2**31),
+    layout=st.sampled_from(["filled", "compact"]),
+    rows=st.sampled_from([2, 3, 1, 4]),
+    width=st.sampled_from([4, 2, 8, 1]),
+    times=st.sampled_from([2, 1]),
+    draft=st.sampled_from([None, 1, 2]),
+    spoiled=st.booleans(),
+)
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("kind", DEEP)
+def test_each_request_is_one_full_forward_over_it(kind: str) -> None:
+    @of_its_own(kind, 8)
+    @given(case=cases(causal=[True]), how=hows)
+    def check(case: Case, how: How) -> None:
+        s = setting(DEEP[kind], case, torch.float64)
+        want = by_definition(DEEP[kind], case, s)
+        requests, mixed = serve(ad.RecurrentWrapper(**s.pieces).eval(), s, how)
+        assume(mixed)
+        for request in requests:
+            real = torch.tensor(request.columns, dtype=torch.int64)
+            assert [request.depth[i] for i in range(len(real))] == want.live[request.row, real].sum(-1).tolist()
+            if request.columns:
+                hidden = torch.stack([request.hidden[i] for i in range(len(real))])
+                here = want.hidden[request.row, real]
+                assert_same({"live": real, "hidden": hidden}, {"live": real, "hidden": here}, 1e-10, 1e-13)
+
+    check()
+
+
+class Conditioned(nn.Module):
+    """Adds what it is given for each token, and what it holds for each row of the cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.of_row = looped("attention").block, torch.randn(8, DIM, dtype=torch.float64)
+
+    def forward(self, x: Tensor, c: Tensor, scale: float = 1.0) -> Tensor:
+        out: Tensor = self.block(x + scale * c + self.of_row[ad.rows()])
+        return out
+
+
+class Counting(nn.Module):
+    """Counts its calls, and may fail once."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.calls, self.fails = module, 0, False
+        self.reads_step = getattr(module, "reads_step", True)
+
+    def forward(self, *args: Any) -> Tensor:
+        self.calls += 1
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("out of luck")
+        out: Tensor = self.module(*args)
+        return out
+
+
+class Counted(Counting, ad.Gate):
+    """The same as a gate."""
+
+
+def batch_of(loop: ad.RecurrentWrapper, rows: int = 4, width: int = 8, capacity: int = 8) -> DepthBatch:
+    return DepthBatch(loop.eval(), ad.KVReuseCache(capacity=capacity), rows, width)
+
+
+def x_of(batch: int, seq: int) -> Tensor:
+    return torch.randn(batch, seq, DIM, dtype=torch.float64)
+
+
+def left(batch: DepthBatch) -> dict[int, Ran | Failed]:
+    """What became of each row, once nothing is in flight any more."""
+    found: dict[int, Ran | Failed] = {}
+    while batch.room < batch.width:
+        found |= {one.row: one for one in batch.call() if isinstance(one, Failed) or one.left}
+    return found
+
+
+def assert_alone(loop: ad.RecurrentWrapper, x: Tensor, got: Ran | Failed, **arguments: Any) -> None:
+    """The row gives what it gives in a pass of its own."""
+    assert isinstance(got, Ran)
+    want = loop(x, **arguments)
+    torch.testing.assert_close(got.hidden, want.hidden[0], rtol=1e-10, atol=1e-12)
+    assert torch.equal(got.depth, want.trace.depth[0])
+
+
+def test_a_block_is_given_its_kwargs_and_knows_its_row() -> None:
+    loop, x, c = looped("attention"), x_of(3, 4), x_of(3, 4)
+    loop.block = Conditioned()
+    batch = batch_of(loop)
+    batch.begin([2], x[:1], block_kwargs={"c": c[:1]})
+    batch.call()
+    batch.begin([0, 1], x[1:], block_kwargs={"c": c[1:, :1]})
+    got = left(batch)
+    for row, i, own in ((2, 0, c[:1]), (0, 1, c[1:2, :1]), (1, 2, c[2:, :1])):
+        alone = copy.deepcopy(loop)
+        alone.block.of_row = loop.block.of_row[row:]
+        assert_alone(alone, x[i : i + 1], got[row], block_kwargs={"c": own})
+
+
+def test_what_is_no_tensor_must_be_the_same_for_all() -> None:
+    loop, x = looped("attention"), x_of(1, 2)
+    loop.block = Conditioned()
+    batch = batch_of(loop)
+    batch.begin([0], x, block_kwargs={"c": x, "scale": 1.0})
+    batch.begin([1], x, block_kwargs={"c": x, "scale": 2.0})
+    with pytest.raises(ValueError, match="Tokens that run together are given the same block_kwargs, but for tensors"):
+        batch.call()
+
+
+@pytest.mark.parametrize(("gate", "calls"), [(ad.LinearGate(DIM), 1), (ad.PerIterationMLPGate(DIM, 4), 2)])
+def test_gates_and_updates_are_asked_once_unless_they_read_the_step(gate: ad.Gate, calls: int) -> None:
+    loop = looped("attention")
+    loop.gate, loop.rule, loop.block = Counted(gate.double()), None, Counting(loop.block)
+    batch, x = batch_of(loop), x_of(3, 1)
+    for row in range(3):  # of which the first has one iteration left, which is not scored
+        batch.begin([row], x[row : row + 1])
+        batch.call()
+    before = loop.gate.calls, loop.block.calls
+    batch.call()
+    assert (loop.gate.calls - before[0], loop.block.calls - before[1]) == (calls, 1)
+
+
+def test_a_score_that_is_no_number_ends_its_row_alone() -> None:
+    loop, x = looped("attention"), x_of(3, 3)
+    x[1] = torch.nan
+    batch = batch_of(loop)
+    batch.begin([0, 1], x[:2])
+    (failed,) = (one for one in batch.call() if isinstance(one, Failed))
+    batch.begin([2], x[2:])
+    got = left(batch)
+    assert failed.row == 1
+    assert str(failed.error).startswith("PerIterationMLPGate scored NaN at iteration 0.")
+    for row in (0, 2):
+        assert_alone(loop, x[row : row + 1], got[row])
+    batch.begin([1], x[:1])
+    assert_alone(loop, x[:1], left(batch)[1])
+
+
+@exact
+def test_nothing_of_a_row_that_was_given_back_is_seen_by_the_next(layout: LayoutName) -> None:
+    loop, x = looped("attention"), x_of(1, 6)
+    loop.gate = loop.rule = None
+    batch = DepthBatch(loop.eval(), ad.KVReuseCache(layout, capacity=8), 2, 8)
+    batch.begin([0], torch.full_like(x, torch.nan))
+    left(batch)
+    batch.release(0)
+    batch.begin([1], x)  # longer than the new one beside it, which so is read as wide
+    batch.begin([0], x[:, :5])
+    got = left(batch)
+    assert_alone(loop, x[:, :5], got[0])
+    assert_alone(loop, x, got[1])
+
+
+def test_a_rule_that_fails_ends_the_rows_that_began_with_it() -> None:
+    def rule(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        raise ArithmeticError("no rule")
+
+    loop, x = looped("attention"), x_of(2, 3)
+    batch = batch_of(loop)
+    batch.begin([0], x[:1])
+    batch.begin([1], x[1:], rule=rule)
+    got = left(batch)
+    assert_alone(loop, x[:1], got[0])
+    assert isinstance(got[1], Failed)
+    assert isinstance(got[1].error, ArithmeticError)
+
+
+def test_a_call_whose_block_fails_may_be_made_again() -> None:
+    loop, x = looped("attention"), x_of(2, 3)
+    loop.block = Counting(loop.block)
+    batch = batch_of(loop)
+    batch.begin([0], x[:1])
+    batch.call()
+    batch.begin([1], x[1:])
+    loop.block.fails = True
+    with pytest.raises(RuntimeError, match="out of luck"):
+        batch.call()
+    got = left(batch)
+    for row in (0, 1):
+        assert_alone(loop, x[row : row + 1], got[row])
+
+
+def test_a_request_may_be_given_up_at_any_time() -> None:
+    loop, x = looped("attention"), x_of(3, 3)
+    batch = batch_of(loop, rows=2)
+    batch.begin([0, 1], x[:2])
+    batch.call()
+    batch.release(1)
+    batch.begin([1], x[2:])
+    got = left(batch)
+    assert_alone(loop, x[:1], got[0])
+    assert_alone(loop, x[2:], got[1])
+
+
+def test_rows_without_tokens_begin_nothing() -> None:
+    loop, x = looped("attention"), x_of(2, 3)
+    batch = batch_of(loop)
+    batch.begin([0, 1], x, mask=torch.tensor([[False] * 3, [True] * 3]))
+    assert batch.length(0) == 0
+    got = left(batch)
+    assert got.keys() == {1}
+    assert_alone(loop, x[1:], got[1])
+    batch.begin([0], x[:1, :0])
+    assert batch.room == batch.width
+
+
+ERRORS: dict[str, tuple[Callable[[], object], str]] = {
+    "a cache without a capacity": (
+        lambda: DepthBatch(looped("attention").eval(), ad.KVReuseCache(), 2, 2),
+        "Expected a new KVReuseCache with a capacity, the most tokens that a row may hold, got no capacity. Pass "
+        "adadepth.KVReuseCache(layout='filled', capacity=2048), say.",
+    ),
+    "a training loop": (
+        lambda: DepthBatch(looped("attention"), ad.KVReuseCache(capacity=4), 2, 2),
+        "DepthBatch expected a causal loop in evaluation mode, got causal=True and training=True. Call looped.eval() "
+        "first; a loop that is not causal has no next token.",
+    ),
+    "no rows": (
+        lambda: batch_of(looped("attention"), rows=0),
+        "DepthBatch expected rows and width of 1 or more, got rows=0, width=8.",
+    ),
+    "a row twice": (
+        lambda: batch_of(looped("attention")).begin([1, 1], x_of(2, 1)),
+        "begin expected numbers of the 4 rows, from 0, each once, and x for each of them, got rows [1, 1] and x of "
+        "shape (2, 1, 8).",
+    ),
+    "a row that is too long": (
+        lambda: batch_of(looped("attention")).begin([0], x_of(1, 9)),
+        "Row 0 would hold 9 tokens, more than the 8 of KVReuseCache(capacity=8). End its text here, or give the cache "
+        "the capacity of the longest prompt and its new tokens together.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    call, message = ERRORS[name]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call()
+
+
+def test_a_pass_that_was_refused_began_nothing() -> None:
+    loop, x = looped("attention"), x_of(1, 3)
+    batch = batch_of(loop)
+    batch.begin([0], x)
+    with pytest.raises(ValueError, match="Row 0 would hold 9 tokens"):
+        batch.begin([0], x_of(1, 6))
+    assert batch.length(0) == 3
+    assert_alone(loop, x, left(batch)[0])
+
+
+@pytest.mark.parametrize("requests", [300, pytest.param(20_000, marks=pytest.mark.every)])
+def test_memory_does_not_grow_with_requests(requests: int) -> None:
+    loop = looped("attention")
+    batch = DepthBatch(loop.eval(), ad.KVReuseCache("compact", capacity=4), 16, 8)
+    x, free = x_of(16, 3), list(range(16))
+    begun, sizes = 0, []
+    while begun < requests or len(free) < 16:
+        while free and begun < requests and batch.room > 0:
+            row = free.pop()
+            batch.begin([row], x[row : row + 1, : 1 + begun % 3])
+            begun += 1
+        for one in batch.call():
+            if isinstance(one, Ran) and one.left:
+                batch.release(one.row)
+                free.append(one.row)
+        sizes.append(batch.cache.nbytes)
+    assert max(sizes[len(sizes) // 4 :]) <= max(sizes[: len(sizes) // 4])
+    assert not batch.cache.lengths.any()
+    assert not batch._passes
+    assert not batch._done
+    assert_alone(loop, x[:1], (batch.begin([5], x[:1]), left(batch)[5])[1])
+
+
+def test_a_dropped_row_stays_away_while_others_of_its_pass_leave() -> None:
+    loop, x, most = looped("attention"), x_of(3, 2), torch.tensor([[4], [2], [4]])
+    loop.rule = None
+    batch = batch_of(loop)
+    batch.begin([0, 1, 2], x, max_depth=most)
+    batch.call()
+    batch.drop(0, 0)
+    got = left(batch)
+    assert got.keys() == {1, 2}
+    for row in (1, 2):
+        assert_alone(loop, x[row : row + 1], got[row], max_depth=most[row : row + 1])
