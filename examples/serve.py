@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import adadepth as ad
-from adadepth.serving import DepthBatch, Ran
+from adadepth.serving import DepthBatch, Failed
 
 from .decode_by_hand import WORDS, Block
 
@@ -29,29 +29,38 @@ def serve(model: Model, prompts: list[list[int]], new: int, rows: int = 32, widt
     cache = ad.KVReuseCache(capacity=max(map(len, prompts)) + new)
     batch = DepthBatch(model.looped, cache, rows, width)
     texts: list[list[int]] = [[] for _ in prompts]
-    waiting, free = deque(range(len(prompts))), list(range(rows))
-    request: dict[int, int] = {}  # of each row
-    finished: deque[tuple[int, Tensor]] = deque()  # rows and the state of their newest token, to be read out
-    ready: deque[tuple[int, int]] = deque()  # rows and their next token
-    while waiting or request:
-        while waiting and free:  # a prompt joins the next call
-            row, i = free.pop(), waiting.popleft()
-            request[row] = i
-            batch.begin([row], model.embed(torch.tensor([prompts[i]])))
-        if finished and len(ready) < batch.room:  # as late as possible: the head is cheapest for many
-            some = [finished.popleft() for _ in range(min(width, len(finished)))]
-            for (row, _), token in zip(some, newest(model, [state for _, state in some]), strict=True):
-                texts[request[row]].append(token)
-                if len(texts[request[row]]) < new:
+    waiting, free = deque(enumerate(prompts)), [*range(rows)]
+    owner: dict[int, int] = {}  # the request of each row
+    left: deque[tuple[int, Tensor]] = deque()  # rows, and a state to read
+    ready: deque[tuple[int, int]] = deque()  # rows, and their next token
+    while waiting or owner:
+        while waiting and free:
+            row = free.pop()
+            owner[row], prompt = waiting.popleft()
+            batch.begin([row], model.embed(torch.tensor([prompt])))
+        # As late as possible: the head is cheapest for many.
+        if left and len(ready) < batch.room:
+            read = [left.popleft() for _ in range(min(width, len(left)))]
+            tokens = newest(model, [state for _, state in read])
+            for (row, _), token in zip(read, tokens, strict=True):
+                text = texts[owner[row]]
+                text.append(token)
+                if len(text) < new:
                     ready.append((row, token))
                 else:
-                    del request[row]
                     batch.release(row)
                     free.append(row)
-        if begun := sorted(ready.popleft() for _ in range(min(batch.room, len(ready)))):
-            begin, tokens = zip(*begun, strict=True)
-            batch.begin(begin, model.embed(torch.tensor(tokens).unsqueeze(1)))
-        finished += [(ran.row, ran.hidden[-1]) for ran in batch.call() if isinstance(ran, Ran) and ran.left]
+                    del owner[row]
+        count = min(batch.room, len(ready))
+        if count > 0:
+            begun = sorted(ready.popleft() for _ in range(count))
+            x = model.embed(torch.tensor([[token] for _, token in begun]))
+            batch.begin([row for row, _ in begun], x)
+        for ran in batch.call():
+            if isinstance(ran, Failed):
+                raise ran.error
+            if ran.left:
+                left.append((ran.row, ran.hidden[-1]))
     return texts
 
 

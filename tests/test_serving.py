@@ -196,6 +196,25 @@ def test_a_rule_that_fails_ends_the_rows_that_began_with_it() -> None:
     assert isinstance(got[1].error, ArithmeticError)
 
 
+def test_a_row_that_has_left_a_pass_does_not_fail_with_it() -> None:
+    def rule(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        if scores.shape[-1] == 3:
+            raise ArithmeticError("no rule")
+        return remaining
+
+    loop, x = looped("attention"), x_of(2, 1)
+    batch = batch_of(loop)
+    batch.begin([0, 1], x, max_depth=torch.tensor([[1], [4]]), rule=rule)
+    assert next(one.row for one in batch.call() if isinstance(one, Ran) and one.left) == 0
+    batch.begin([0], x[1:], min_depth=4)
+    got = left(batch)
+    assert isinstance(got[1], Failed)
+    assert isinstance(got[0], Ran)
+    both = torch.cat([x[:1], x[1:]], 1)
+    want = loop(both, min_depth=torch.tensor([[1, 4]]), max_depth=torch.tensor([[1, 4]]))
+    torch.testing.assert_close(got[0].hidden, want.hidden[0, 1:], rtol=1e-10, atol=1e-12)
+
+
 def test_a_call_whose_block_fails_may_be_made_again() -> None:
     loop, x = looped("attention"), x_of(2, 3)
     loop.block = Counting(loop.block)

@@ -1,8 +1,6 @@
 """What a block asks of attention beside queries, keys and values, and what answers it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +10,17 @@ from .context import active
 from .dispatch import uncaught
 
 
-@contextmanager
-def answering() -> Iterator[None]:
+@final
+class answering:
     """A context in which the view answers: attention calls are its own, and are not caught."""
-    active.attends = True
-    try:
-        with uncaught():
-            yield
-    finally:
+
+    def __enter__(self) -> None:
+        active.attends = True
+        self.guard = uncaught()
+        self.guard.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.guard.__exit__(None, None, None)
         active.attends = False
 
 

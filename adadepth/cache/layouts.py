@@ -281,6 +281,8 @@ def zeros(like: Tensor, *shape: int) -> Tensor:
 
 
 def _check_entry(name: str, call: int, held: Tensor, new: Tensor) -> None:
+    if held.dtype is new.dtype and held.shape[-3::2] == new.shape[-3::2] and held.device == new.device:
+        return
     for what, have, got in (
         ("dtype", held.dtype, new.dtype),
         ("device", held.device, new.device),

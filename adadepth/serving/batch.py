@@ -156,7 +156,8 @@ class DepthBatch:
         self._answer_updates(going)
         for run in self._passes:
             if run.error is not None:
-                failed |= {flight.row: Failed(flight.row, run.error) for flight in run.flights}
+                rows = [run.flights[index].row for index in run.going]
+                failed |= {row: Failed(row, run.error) for row in rows}
         self._passes = [run for run in self._passes if run.ask is not None]
         for row in failed:
             self.release(row)

@@ -97,7 +97,9 @@ class Pass:
         self.answer(Only(go))
 
     def left(self) -> list[Flight]:
-        """Those whose last token has left since this was asked."""
+        """Those whose last token has left since this was asked; none where the pass ended with an error."""
+        if self.error is not None:
+            return []
         before, self.going = self.going, self._rows() - self._dropped
         return [self.flights[index] for index in sorted(before - self.going)]
 
