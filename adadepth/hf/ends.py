@@ -33,6 +33,31 @@ def around(
     return run(with_part(backbone, anatomy.layers, [first, *others]), x, positions)
 
 
+@final
+class _Reached(Exception):
+    """The first layer would run now, on `state`."""
+
+    def __init__(self, state: Tensor) -> None:
+        super().__init__()
+        self.state = state
+
+
+def before(base: Any, anatomy: Anatomy, x: Tensor, positions: Tensor) -> Tensor:
+    """What the backbone would give its first layer, for embeddings `x (batch, seq, dim)` at `positions`.
+
+    What comes after the layers is `around` with layers that give what is known.
+    """
+
+    def stop(state: Tensor) -> Tensor:
+        raise _Reached(state)
+
+    try:
+        around(base, anatomy, x, positions, stop, bool)
+    except _Reached as reached:
+        return reached.state
+    raise ValueError(f"{type(base).__name__} runs without its layers: nothing can stand in their place.")
+
+
 def head(base: Any, anatomy: Anatomy, hidden: Tensor, **options: Any) -> Any:
     """What the model returns for a last state `(batch, seq, dim)`, with a scale or a cap on logits as it writes them.
 

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NoReturn, final
+from typing import Any, final
 
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteriaList
@@ -109,7 +109,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
         now = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         past = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
         for name, depth in zip(_DEPTHS, (min_depth, max_depth), strict=True):
-            inputs[name] = _of_columns(name, depth, input_ids, past, past + now.shape[1])
+            inputs[name] = of_columns(name, depth, input_ids, past, past + now.shape[1])
         mask = inputs.get("attention_mask")
         if mask is not None:  # what the cache holds was checked at the start
             inputs["attention_mask"] = mask = mask[:, mask.shape[1] - now.shape[1] :]
@@ -128,28 +128,6 @@ class AdaptiveGenerationMixin(GenerationMixin):
         known = {name: kwargs[name] for name in ("input_ids", "inputs_tensor", "logits_processor")}
         return AssistedCandidateGenerator(assistant_model=self, generation_config=config, model_kwargs=shallow, **known)
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Not served.
-
-        Raises: `ValueError`.
-        """
-        _refuse_paging()
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Not served.
-
-        Raises: `ValueError`.
-        """
-        _refuse_paging()
-
-
-def _refuse_paging() -> NoReturn:
-    raise ValueError(
-        "transformers' continuous batching keeps keys and values in pages of its own, one for each token and layer; an "
-        "adapted model has several iterations of each. Call model.generate(ids, attention_mask=mask), whose rows may "
-        "end at different times."
-    )
-
 
 def _without(rows: Tensor, mask: Tensor | None, now: Tensor) -> Tensor:
     """The mask of the new columns, False where a row is done."""
@@ -157,8 +135,8 @@ def _without(rows: Tensor, mask: Tensor | None, now: Tensor) -> Tensor:
     return go_on if mask is None else go_on & mask.bool()
 
 
-def _of_columns(name: str, depth: GivenDepth, ids: Tensor, past: int, length: int) -> int | Tensor | None:
-    """The depths of the columns from `past` to `length`."""
+def of_columns(name: str, depth: GivenDepth, ids: Tensor, past: int, length: int) -> int | Tensor | None:
+    """The depths of the columns from `past` to `length` of a text, or of texts, whose `ids` so far are `(batch, n)`."""
     if callable(depth):
         if ids.shape[1] != length:
             raise ValueError(

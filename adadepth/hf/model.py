@@ -27,6 +27,7 @@ from .inputs import LOSS_OPTIONS
 from .pieces import KINDS, bind, complete, describe, rebind, reset
 from .routers import wants_routers
 from .saving import check_loaded, write_card, write_gates
+from .serving import AdaptiveServingMixin
 from .stack import Stack
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
@@ -58,7 +59,7 @@ class AdaptiveOutput(CausalLMOutputWithPast):
 
 
 @final
-class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveGenerationMixin):
+class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, AdaptiveGenerationMixin):
     """A causal language model whose layers, or some of them, each token runs as often as it needs; made by `adapt`.
 
     `base` is the original and owns its weights; `loop` the `RecurrentWrapper`, whose `gate`, `rule`,

@@ -1,0 +1,147 @@
+"""A request: a text that is being made beside others, as `generate` would make it alone."""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+
+from ..loop.bounds import Bounds
+from ..loop.checks import check_result
+from ..rules import Rule
+from .generation import GivenDepth, of_columns
+
+# What a request may ask for beside the options of a GenerationConfig.
+OWN = ("min_depth", "max_depth", "rule", "seed")
+# Options that change a text, but not through a logits processor.
+_REFUSED = ("stop_strings", "max_time", "token_healing")
+
+
+def configured(config: GenerationConfig, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
+    """A configuration with the options of a request, and those options that are adadepth's own.
+
+    Raises: `ValueError` for options that are not known, or that serving cannot honour.
+    """
+    config = copy.deepcopy(config)
+    unknown = config.update(**options)
+    own = {name: unknown.pop(name) for name in OWN if name in unknown}
+    if unknown:
+        raise ValueError(
+            f"A request does not take {', '.join(unknown)}. It takes the options of a GenerationConfig, and "
+            f"{', '.join(OWN)}."
+        )
+    mode = str(config.get_generation_mode().value)
+    refused = [name for name in _REFUSED if getattr(config, name, None)]
+    if getattr(config, "guidance_scale", None) not in (None, 1):
+        refused.append("guidance_scale")
+    if mode not in ("greedy_search", "sample") or refused:
+        raise ValueError(
+            f"Requests are served greedily or by sampling, got {', '.join(refused) or mode}. Call model.generate for "
+            "all else."
+        )
+    return config, own
+
+
+def check_rule(rule: Rule, device: torch.device) -> None:
+    """That a rule is one for any row.
+
+    Raises: `ValueError`.
+    """
+    one = torch.ones(1, 1, device=device)
+    check_result(rule, "what stays of a request's token", one.shape, rule(one.unsqueeze(2), one, one.long()), 0)
+
+
+@final
+@dataclass(eq=False)
+class Request:
+    """What is to be made, and how far it is.
+
+    Attributes:
+        ids: of the prompt and, behind it, of the answer so far.
+        longest: how many tokens its row holds at most; the last token of an answer is not run.
+        processors, sample, generator: how a token is chosen from logits.
+        logprobs: whether to say how likely the tokens were.
+        depth: iterations of each token that has run.
+        row: the row of the caches that is its own, -1 as long as it waits.
+    """
+
+    ids: list[int]
+    longest: int
+    processors: LogitsProcessorList
+    sample: bool
+    generator: torch.Generator | None = None
+    logprobs: bool = False
+    min_depth: GivenDepth = None
+    max_depth: GivenDepth = None
+    rule: Rule | None = None
+    depth: list[int] = field(default_factory=list)
+    row: int = -1
+
+    @classmethod
+    def of(
+        cls, model: Any, config: GenerationConfig, ids: list[int], new: int | None, logprobs: bool, options: Any
+    ) -> "Request":
+        """A request for at most `new` tokens behind a prompt.
+
+        Raises: `ValueError` for a prompt or options that cannot be served.
+        """
+        _check_prompt(ids, model.get_input_embeddings().weight.shape[0])
+        config, own = configured(config, options)
+        longest = len(ids) + max(new or 1, 1) - 1
+        config.max_length = longest + 1
+        config.pad_token_id = 0  # no row is padded: keeps transformers from warning that none is known
+        model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=model.device)
+        prompt = torch.tensor([ids], device=model.device)
+        processors = model._get_logits_processor(
+            config, input_ids_seq_length=len(ids), encoder_input_ids=prompt, device=model.device
+        )
+        seed = own.pop("seed", None)
+        generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
+        if own.get("rule") is not None:
+            check_rule(own["rule"], model.device)
+        return cls([*ids], longest, processors, bool(config.do_sample), generator, logprobs, **own)
+
+    def bounds(self, steps: int, past: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """The least and the most iterations of each of its tokens from `past` on; None: any number.
+
+        Raises: `ValueError` as `RecurrentWrapper` does, and whatever a function of the ids raises.
+        """
+        if self.min_depth is None and self.max_depth is None:
+            return None
+        ids, length = torch.tensor([self.ids], device=device), len(self.ids)
+        given = {
+            name: of_columns(name, getattr(self, name), ids, past, length) for name in ("min_depth", "max_depth")
+        }
+        bounds = Bounds.of(steps, **given, shape=(1, length - past))
+        least = bounds.least if bounds.least_each is None else bounds.least_each
+        most = bounds.steps if bounds.most_each is None else bounds.most_each
+        least, most = (torch.as_tensor(depth, device=device).expand(1, length - past)[0] for depth in (least, most))
+        return least, most
+
+    def choose(self, logits: Tensor, likeliest: int) -> tuple[int, float | None]:
+        """The next token from its logits `(1, vocabulary)`, and the logarithm of its probability on request.
+
+        Raises: `ValueError` for logits that are NaN, and what a logits processor raises.
+        """
+        if likeliest < 0:
+            raise ValueError(
+                "The model's logits of this request's next token are NaN. Look for weights that are not finite, or run "
+                "it in a wider dtype."
+            )
+        if not (self.processors or self.sample or self.logprobs):
+            return likeliest, None
+        scores = self.processors(torch.tensor([self.ids], device=logits.device), logits)
+        probabilities = scores.softmax(-1)
+        if self.sample:
+            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        else:
+            token = int(scores.argmax(-1))
+        return token, float(probabilities[0, token].log()) if self.logprobs else None
+
+
+def _check_prompt(ids: list[int], words: int) -> None:
+    if not ids or not all(isinstance(word, int) and 0 <= word < words for word in ids):
+        wrong = next((word for word in ids if not isinstance(word, int) or not 0 <= word < words), "none")
+        raise ValueError(f"A request expected the ids of a prompt, each from 0 to {words - 1}, got {wrong!r}.")
