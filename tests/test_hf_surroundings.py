@@ -5,7 +5,6 @@ import copy
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,18 +193,6 @@ def test_strings_that_stop(model: AdaptiveForCausalLM) -> None:
     got = model.generate(IDS[:1], max_new_tokens=6, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
     assert 9 < got.shape[1] <= 12 and torch.equal(got, plain[:, : got.shape[1]])
     assert stop in tokenizer.decode(got[0])
-
-
-def test_batches_of_requests_are_refused(model: AdaptiveForCausalLM) -> None:
-    message = (
-        "transformers' continuous batching keeps keys and values in pages of its own, one for each token and layer; an "
-        "adapted model has several iterations of each. Call model.generate(ids, attention_mask=mask), whose rows may "
-        "end at different times."
-    )
-    for call in (partial(model.generate_batch, [[3, 4]]), model.init_continuous_batching):
-        with pytest.raises(ValueError, match=r"^transformers' continuous") as error:
-            call()
-        assert str(error.value) == message
 
 
 @pytest.mark.filterwarnings("ignore")

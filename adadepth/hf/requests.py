@@ -111,9 +111,7 @@ class Request:
         if self.min_depth is None and self.max_depth is None:
             return None
         ids, length = torch.tensor([self.ids], device=device), len(self.ids)
-        given = {
-            name: of_columns(name, getattr(self, name), ids, past, length) for name in ("min_depth", "max_depth")
-        }
+        given = {name: of_columns(name, getattr(self, name), ids, past, length) for name in ("min_depth", "max_depth")}
         bounds = Bounds.of(steps, **given, shape=(1, length - past))
         least = bounds.least if bounds.least_each is None else bounds.least_each
         most = bounds.steps if bounds.most_each is None else bounds.most_each
@@ -143,5 +141,6 @@ class Request:
 
 def _check_prompt(ids: list[int], words: int) -> None:
     if not ids or not all(isinstance(word, int) and 0 <= word < words for word in ids):
-        wrong = next((word for word in ids if not isinstance(word, int) or not 0 <= word < words), "none")
-        raise ValueError(f"A request expected the ids of a prompt, each from 0 to {words - 1}, got {wrong!r}.")
+        wrong = [word for word in ids if not isinstance(word, int) or not 0 <= word < words]
+        got = repr(wrong[0]) if wrong else "none"
+        raise ValueError(f"A request expected the ids of a prompt, each from 0 to {words - 1}, got {got}.")

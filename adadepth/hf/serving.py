@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, TypeVar, final
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 from transformers.generation.continuous_batching.utils import WorkloadHints
+from transformers.utils.logging import tqdm
 
 from ..cache.kv_reuse import LayoutName
 from .engine import Engine, Event, Refused
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class AdaptiveGenerationOutput(GenerationOutput):  # type: ignore[misc]
+class AdaptiveGenerationOutput(GenerationOutput):
     """What became of a request: as transformers gives it, and `depth`.
 
     `depth` are the iterations of each token of prompt and answer; the last token was chosen, but not run.
@@ -91,12 +91,13 @@ class Processor:
 
     def fail_all_requests(self, error: Exception) -> None:
         """All requests end with this error."""
-        self.manager.output_router.deliver_batch([_failed(state, one, error) for one, state in self.states.items()])
+        failed = [_failed(state, error, request.depth) for request, state in self.states.items()]
+        self.manager.output_router.deliver_batch(failed)
         for request in list(self.states):
             self._end(request)
 
     def _handle_request_error(self, error: Exception, state: Any) -> None:
-        self.manager.output_router.fail_and_deliver(state, error)
+        self.manager.output_router.deliver(_failed(state, error, []))
 
     def reset(self) -> None:
         """Nothing: with the end of a session all its requests have ended."""
@@ -126,7 +127,7 @@ class Processor:
         request, state = event.request, self.states[event.request]
         if isinstance(event, Refused):
             del self.states[request]
-            return _failed(state, request, event.error)
+            return _failed(state, event.error, request.depth)
         if state.generated_len() == 0:
             state.status = RequestStatus.DECODING
         done: bool = state.update_and_check_completion(event.token, event.logprob)
@@ -134,15 +135,17 @@ class Processor:
             self._end(request)
         else:
             self.engine.go_on(request)
-        return _output(state, request) if done or state.streaming else None
+        return _output(state, request.depth) if done or state.streaming else None
 
 
 @final
-class AdaptiveBatchingManager(ContinuousBatchingManager):  # type: ignore[misc]
+class AdaptiveBatchingManager(ContinuousBatchingManager):
     """transformers' manager of requests, for an adapted model.
 
     Made by `model.init_continuous_batching`; `sizes` are those of its engine. Results are `AdaptiveGenerationOutput`s.
     """
+
+    batch_processor: Processor | None
 
     def __init__(
         self,
@@ -162,8 +165,7 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):  # type: ignore[misc]
         if self.batch_processor is None:
             with torch.inference_mode(False):
                 self.batch_processor = Processor(self, Engine(self.model, *self.sizes))
-        made: Processor = self.batch_processor
-        return made
+        return self.batch_processor
 
     def add_request(
         self,
@@ -342,13 +344,13 @@ def _answers(request_id: str, config: GenerationConfig) -> list[str]:
     return [*(f"{request_id}__child#{i}" for i in range((config.num_return_sequences or 1) - 1)), request_id]
 
 
-def _output(state: Any, request: Request) -> AdaptiveGenerationOutput:
-    return AdaptiveGenerationOutput(**vars(state.to_generation_output()), depth=[*request.depth])
+def _output(state: Any, depth: list[int]) -> AdaptiveGenerationOutput:
+    return AdaptiveGenerationOutput(**vars(state.to_generation_output()), depth=[*depth])
 
 
-def _failed(state: Any, request: Request, error: Exception) -> AdaptiveGenerationOutput:
+def _failed(state: Any, error: Exception, depth: list[int]) -> AdaptiveGenerationOutput:
     state.status, state.error = RequestStatus.FAILED, str(error)
-    return _output(state, request)
+    return _output(state, depth)
 
 
 def _drained(queue: "Queue[T]") -> Iterator[T]:
