@@ -27,7 +27,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, adapt
 from adadepth.hf.cache import CACHE
 from adadepth.hf.ends import head
-from adadepth.hf.serving import AdaptiveBatchingManager
+from adadepth.hf.manager import AdaptiveBatchingManager
 
 NEW = 6
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
@@ -106,12 +106,14 @@ def test_what_runs_at_once_is_bounded(model: AdaptiveForCausalLM, monkeypatch: p
         rows.append(int(hidden.abs().sum(-1).count_nonzero()))  # others are padding
         return head(base, anatomy, hidden, **options)
 
-    monkeypatch.setattr("adadepth.hf.engine.head", counted)
+    monkeypatch.setattr("adadepth.hf.outside.head", counted)
+    monkeypatch.setattr("adadepth.hf.engine._PROMPTS", 6)
     model.loop.block.register_forward_hook(lambda _part, args, _out: tokens.append(args[0].shape[1]))
     with model.continuous_batching_context_manager(GenerationConfig(**VARIED), rows=8, width=4, capacity=16) as manager:
         processor = manager.batch_processor
         assert processor is not None
-        parts = [processor.engine.prelude, processor.engine.loop, processor.engine.coda]
+        served = processor.engine
+        parts = [served.outside.prelude, served.loop, served.outside.coda]
         manager.add_requests(texts[:1])
         _results(manager, 1)
         before = [part.cache.nbytes for part in parts if part is not None]
@@ -119,7 +121,7 @@ def test_what_runs_at_once_is_bounded(model: AdaptiveForCausalLM, monkeypatch: p
         outs = _results(manager, 19)
         assert [part.cache.nbytes for part in parts if part is not None] == before and len(before) == 3
     assert all(made(outs[f"req_{i}"]) for i in range(1, 20))
-    assert max(rows) == 4 and 4 <= max(tokens) < 4 + max(map(len, texts))
+    assert max(rows) == 4 < max(tokens) < 4 + 6 + max(map(len, texts))
     assert sum(count >= 3 for count in tokens) > len(tokens) / 2  # calls are full
 
 
@@ -388,7 +390,7 @@ def test_a_rule_for_rows_is_no_rule_for_requests(model: AdaptiveForCausalLM) -> 
 
 
 MOVED = (
-    "transformers has moved what adadepth/hf/serving.py stands on: {}. Read its generation/continuous_batching (and "
+    "transformers has moved what adadepth/hf/manager.py stands on: {}. Read its generation/continuous_batching (and "
     "GenerationMixin for the last three), bring Processor and AdaptiveBatchingManager up to date so that both the "
     "oldest and the newest version in pyproject.toml work, and correct this list."
 )

@@ -1,0 +1,215 @@
+"""transformers' manager of requests, with an engine of ours in it.
+
+It has the queues, the thread, streaming and the delivery of results. Its own engine holds one entry
+for each token and layer, and its unit of work is a whole token; `Processor` stands in that engine's place. Of
+transformers this uses private names; tests/test_hf_serving.py lists them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from queue import Queue
+from typing import Any, NamedTuple, TypeVar, final
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
+
+from ..cache.kv_reuse import LayoutName
+from .engine import Engine, Event, Refused
+from .requests import Request, configured
+
+T = TypeVar("T")
+
+
+@dataclass
+class AdaptiveGenerationOutput(GenerationOutput):
+    """What became of a request: as transformers gives it, and `depth`.
+
+    `depth` are the iterations of each token of prompt and answer; the last token was chosen, but not run.
+    """
+
+    depth: list[int] = field(default_factory=list)
+
+
+class Sizes(NamedTuple):
+    """What an `Engine` is made with beside the model."""
+
+    rows: int
+    width: int
+    capacity: int
+    layout: LayoutName
+
+
+@final
+class Processor:
+    """What transformers' manager asks of a batch processor, answered by an `Engine`."""
+
+    use_async_batching = False
+    inputs_and_outputs = None
+
+    def __init__(self, manager: "AdaptiveBatchingManager", engine: Engine) -> None:
+        self.manager, self.engine = manager, engine
+        self.states: dict[Request, Any] = {}
+        self.events: list[Event] = []
+
+    def prepare_next_batch(self) -> bool:
+        """Take what was asked since; whether there is anything to do."""
+        status = self.manager.background_thread_status
+        status.update_with_tp_status(status.local_status)
+        if status.tp_status == status.HARD_STOP:
+            return False
+        if status.is_pause_requested():
+            status.pause_and_wait()
+        for state in _drained(self.manager.input_queue):
+            for number in range(1, state.num_children + 1):
+                self._add(state.fork(f"{state.request_id}__child#{number - 1}"), number)
+            self._add(state, 0)
+        for request_id in _drained(self.manager.cancel_queue):
+            for request in [one for one, state in self.states.items() if state.request_id == request_id]:
+                self._end(request)
+        return self.has_pending_requests()
+
+    def has_pending_requests(self) -> bool:
+        """Whether any request is waiting or in progress."""
+        return bool(self.states)
+
+    def _generation_step(self, _model: Any) -> None:
+        with torch.inference_mode(False):
+            self.events = self.engine.step()
+
+    def update_batch(self) -> None:
+        """Deliver what the last step made."""
+        outputs = [output for event in self.events if (output := self._take(event)) is not None]
+        self.events = []
+        self.manager.output_router.deliver_batch(outputs)
+
+    def fail_all_requests(self, error: Exception) -> None:
+        """All requests end with this error."""
+        failed = [_failed(state, error, request.depth) for request, state in self.states.items()]
+        self.manager.output_router.deliver_batch(failed)
+        for request in list(self.states):
+            self._end(request)
+
+    def _handle_request_error(self, error: Exception, state: Any) -> None:
+        self.manager.output_router.deliver(_failed(state, error, []))
+
+    def reset(self) -> None:
+        """Nothing: with the end of a session all its requests have ended."""
+
+    def warmup(self, _model: Any) -> None:
+        """Nothing: no graphs are captured."""
+
+    def _add(self, state: Any, number: int) -> None:
+        """Begin a request, the copy of this `number` where several answers are asked for; refused where it cannot."""
+        options = dict(state.logit_processor_kwargs)
+        if options.get("seed") is not None:
+            options["seed"] += number
+        try:
+            request = self.manager.request(state, options)
+            self.engine.add(request)
+        except Exception as error:
+            self._handle_request_error(error, state)
+        else:
+            self.states[request] = state
+
+    def _end(self, request: Request) -> None:
+        del self.states[request]
+        self.engine.end(request)
+
+    def _take(self, event: Event) -> AdaptiveGenerationOutput | None:
+        """Bring a request up to date; what is to be delivered of it."""
+        request, state = event.request, self.states[event.request]
+        if isinstance(event, Refused):
+            del self.states[request]
+            return _failed(state, event.error, request.depth)
+        if state.generated_len() == 0:
+            state.status = RequestStatus.DECODING
+        done: bool = state.update_and_check_completion(event.token, event.logprob)
+        if done:
+            self._end(request)
+        else:
+            self.engine.go_on(request)
+        return _output(state, request.depth) if done or state.streaming else None
+
+
+@final
+class AdaptiveBatchingManager(ContinuousBatchingManager):
+    """transformers' manager of requests, for an adapted model.
+
+    Made by `model.init_continuous_batching`; `sizes` are those of its engine. Results are `AdaptiveGenerationOutput`s.
+    """
+
+    batch_processor: Processor | None
+
+    def __init__(
+        self,
+        model: Any,
+        generation_config: GenerationConfig,
+        batching: ContinuousBatchingConfig,
+        sizes: Sizes,
+    ) -> None:
+        super().__init__(model, GenerationConfig(), batching)  # each request has logits processors of its own
+        self.generation_config, self.sizes = generation_config, sizes
+        self.num_return_sequences = generation_config.num_return_sequences or 1
+
+    def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
+        """Nothing: an adapted model attends through the loop."""
+
+    def _create_batch_processor(self) -> Processor:
+        if self.batch_processor is None:
+            with torch.inference_mode(False):
+                self.batch_processor = Processor(self, Engine(self.model, *self.sizes))
+        return self.batch_processor
+
+    def add_request(
+        self,
+        input_ids: list[int] | Tensor,
+        request_id: str | None = None,
+        max_new_tokens: int | None = None,
+        streaming: bool = False,
+        record_timestamps: bool = False,
+        eos_token_id: int | list[int] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Add a request; returns its id, or None if the manager is stopping.
+
+        Arguments:
+            options: of a `GenerationConfig`, for this request alone; `min_depth`, `max_depth` and `rule`, as `generate`
+                takes them for a batch of one; `seed`, with which sampling gives what it gives after
+                `torch.manual_seed(seed)` alone, whatever else is served.
+
+        Raises: `ValueError` for unknown options. What is wrong with a prompt, or an option's value, fails the request.
+        """
+        configured(self.generation_config, options)
+        ids = input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else input_ids
+        given: str | None = super().add_request(
+            ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id, **options
+        )
+        return given
+
+    def request(self, state: Any, options: dict[str, Any]) -> Request:
+        """What the engine is to serve for transformers' state of a request.
+
+        Raises: `ValueError` as `Request.of` does.
+        """
+        options["eos_token_id"] = sorted(state._eos_token_ids) or None
+        logprobs = self.continuous_batching_config.return_logprobs
+        ids, new = state.initial_tokens, state.max_new_tokens
+        return Request.of(self.model, self.generation_config, ids, new, logprobs, options)
+
+
+def _output(state: Any, depth: list[int]) -> AdaptiveGenerationOutput:
+    return AdaptiveGenerationOutput(**vars(state.to_generation_output()), depth=[*depth])
+
+
+def _failed(state: Any, error: Exception, depth: list[int]) -> AdaptiveGenerationOutput:
+    state.status, state.error = RequestStatus.FAILED, str(error)
+    return _output(state, depth)
+
+
+def _drained(queue: "Queue[T]") -> Iterator[T]:
+    """Everything that is in a queue now."""
+    while not queue.empty():
+        yield queue.get_nowait()
