@@ -13,6 +13,8 @@ from .calibration import OutOfReach as OutOfReach  # noqa: E402
 from .calibration import calibrate as calibrate  # noqa: E402
 from .config import AdaptiveConfig as AdaptiveConfig  # noqa: E402
 from .ends import Head as Head  # noqa: E402
+from .manager import AdaptiveBatchingManager as AdaptiveBatchingManager  # noqa: E402
+from .manager import AdaptiveGenerationOutput as AdaptiveGenerationOutput  # noqa: E402
 from .model import AdaptiveForCausalLM as AdaptiveForCausalLM  # noqa: E402
 from .model import AdaptiveOutput as AdaptiveOutput  # noqa: E402
 from .retrofit import adapt as adapt  # noqa: E402
