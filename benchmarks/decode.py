@@ -238,8 +238,8 @@ def main() -> None:
             say("")
         if args.only in "hand":
             say(
-                "Cached decode at fixed depth against a loop written by hand for the same block, with its own cache. Limit: "
-                "1.1, and 1.5 below 256 wide.",
+                "Cached decode at fixed depth against a loop written by hand for the same block, with its own cache. "
+                "Limit: 1.1, and 1.5 below 256 wide.",
                 "",
                 "| block | batch | by hand, ms a token | ours / by hand | µs more an attention call |",
                 "|" + "---|" * 5,
