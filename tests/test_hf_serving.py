@@ -99,6 +99,14 @@ def test_sixty_four_requests_in_a_compact_cache(model: AdaptiveForCausalLM) -> N
         assert served(model, texts, rows=12, width=6, layout="compact", **VARIED) == want
 
 
+def test_a_text_without_an_end(model: AdaptiveForCausalLM) -> None:
+    model.generation_config.eos_token_id = None
+    assert model.config.eos_token_id == EOS
+    options = {**GREEDY, "suppress_tokens": [word for word in range(VOCAB) if word != EOS]}
+    assert model.generate(torch.tensor([[3, 4]]), **options).tolist() == [[3, 4] + [EOS] * NEW]
+    assert served(model, [[3, 4]], **options)[0][0] == [EOS] * NEW
+
+
 def test_what_runs_at_once_is_bounded(model: AdaptiveForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, tokens, texts = [], [], prompts(20)
 

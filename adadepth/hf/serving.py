@@ -47,6 +47,8 @@ class AdaptiveServingMixin:
             return kept
         config, _ = model._prepare_generation_config(generation_config)
         configured(config, {})
+        if config.eos_token_id is None:
+            config.eos_token_id = -1  # none: the manager would ask the model's configuration, which generate does not
         batching = continuous_batching_config or ContinuousBatchingConfig()
         hints = workload_hints or WorkloadHints()
         rows = rows or batching.max_requests_per_batch or min(_ROWS, hints.num_requests or _ROWS)
