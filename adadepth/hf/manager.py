@@ -151,7 +151,12 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         sizes: Sizes,
     ) -> None:
         super().__init__(model, GenerationConfig(), batching)  # each request has logits processors of its own
-        self.generation_config, self.sizes = generation_config, sizes
+        self.sizes = sizes
+        self.configure(generation_config)
+
+    def configure(self, generation_config: GenerationConfig) -> None:
+        """From now on, what requests are served with where they say nothing else."""
+        self.generation_config = generation_config
         self.num_return_sequences = generation_config.num_return_sequences or 1
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:

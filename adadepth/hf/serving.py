@@ -37,18 +37,21 @@ class AdaptiveServingMixin:
         capacity: int | None = None,
         layout: LayoutName = "filled",
     ) -> AdaptiveBatchingManager:
-        """A manager of requests, not started; one that was kept for another session goes on.
+        """A manager of requests, not started. One that was kept for another session goes on in its sizes.
 
         Raises: `ValueError` for a way of generating that is not served.
         """
         model: Any = self
         kept: AdaptiveBatchingManager | None = getattr(self, "_cached_continuous_batching_manager", None)
-        if kept is not None:
+        if kept is not None and generation_config is None:
             return kept
         config, _ = model._prepare_generation_config(generation_config)
         configured(config, {})
         if config.eos_token_id is None:
             config.eos_token_id = -1  # none: the manager would ask the model's configuration, which generate does not
+        if kept is not None:
+            kept.configure(config)
+            return kept
         batching = continuous_batching_config or ContinuousBatchingConfig()
         hints = workload_hints or WorkloadHints()
         rows = rows or batching.max_requests_per_batch or min(_ROWS, hints.num_requests or _ROWS)
@@ -75,13 +78,14 @@ class AdaptiveServingMixin:
         manager = self.init_continuous_batching(generation_config, continuous_batching_config, workload_hints, **sizes)
         manager.warmup()  # makes the engine here, where its errors are seen
         manager.start()
-        failed = True
+        done = False
         try:
             yield manager
-            failed = False
+            done = True
         finally:
-            manager.stop(block, timeout, persistent_manager and not failed, hard_stop=failed)
-            if not persistent_manager:
+            kept = persistent_manager and done
+            manager.stop(block, timeout, keep_for_next_session=kept, hard_stop=not done)
+            if not kept:
                 manager.destroy()
 
     def generate_batch(
@@ -104,6 +108,7 @@ class AdaptiveServingMixin:
 
         Arguments:
             inputs: the ids of each prompt.
+            warmup: makes no difference; no graphs are captured.
             options: of a `GenerationConfig`, as `generate` takes them, and those of `add_request`; for all prompts.
 
         Raises: `ValueError` for options that are not known or not served. A request that fails has an `error`.
