@@ -287,3 +287,26 @@ def test_keys_of_a_lower_precision_than_the_state_are_kept_as_they_are(layout: L
     assert got.dtype == torch.float32
     if layout != "single":
         torch.testing.assert_close(got, want, rtol=0.1, atol=0.05)
+
+
+class ViewsHeads(torch.nn.Module):
+    """Takes the answers for a token's heads for one axis without a copy, which their memory must allow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(DIM, 3 * DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + out.transpose(1, 2).view(x.shape)
+
+
+@layouts
+def test_answers_lie_in_memory_token_by_token(layout: LayoutName) -> None:
+    loop = ad.RecurrentWrapper(ViewsHeads().double(), 3).eval()
+    x, mask, depth = rows(4, 9), torch.rand(4, 9) > 0.3, torch.randint(1, 4, (4, 9))
+    cache = ad.KVReuseCache(layout)
+    for columns in (slice(0, 3), slice(3, 4), slice(4, 7), slice(7, 9)):
+        loop(x[:, columns], mask=mask[:, columns], max_depth=depth[:, columns], cache=cache)
+    loop(x[:, :1], cache=cache)

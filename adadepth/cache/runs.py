@@ -33,12 +33,8 @@ class Run(NamedTuple):
         return tokens.squeeze(0).unflatten(1, (self.size, self.queries)).transpose(0, 1)
 
     def joined(self, rows: Tensor) -> Tensor:
-        """The way back."""
-        if self.size == 1:
-            return rows
-        if self.queries == 1:
-            return rows.transpose(0, 2)
-        return rows.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        """The way back, token by token: `(1, size * queries, heads, head_dim)`."""
+        return rows.transpose(1, 2).reshape(1, self.size * self.queries, rows.shape[1], rows.shape[3])
 
 
 class Span(NamedTuple):

@@ -71,7 +71,8 @@ class CachedView(TokenView):
         parts = [q] if len(asking) == 1 else q.split([one.size for one in asking], 2)
         with answering():
             answers = [self._ask(i, *asking[i], part, how) for i, part in enumerate(parts)]
-        return answers[0] if len(answers) == 1 else torch.cat(answers, 2)
+        # In memory token by token, as of PyTorch's own kernel: some blocks view the heads of a token as one axis.
+        return (answers[0] if len(answers) == 1 else torch.cat(answers, 1)).transpose(1, 2)
 
     def _ask(self, i: int, step: int, run: Run, q: Tensor, how: How) -> Tensor:
         k, v = self.entries.read(self.calls - 1, step, run.rows, run.width)

@@ -86,7 +86,7 @@ def attention(
         softcap=softcap,
         sinks=s_aux,
     )
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attention)
