@@ -168,7 +168,7 @@ class KVReuseCache:
 
     def commit(self, tokens: CachedTokens, depth: Int[Tensor, "batch seq"]) -> None:
         """What the pass over `tokens` wrote is held from now on."""
-        self._depth.view(-1).index_copy_(0, tokens.slots, tokens.take(depth).squeeze(0))
+        self._depth.view(-1).index_copy_(0, tokens.slots.flat, tokens.take(depth).squeeze(0))
         self._lengths, self.layers = [span.after for span in tokens.held.spans], tokens.held.entries.calls
 
     def reserve(self, rows: int, steps: int, device: torch.device, owner: object) -> None:

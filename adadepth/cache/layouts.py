@@ -19,6 +19,24 @@ GROWTH = 64
 WASTE = 256
 
 
+@final
+class Slots:
+    """The places of tokens in the flattened `(batch, capacity)` slots of a cache, `flat (T,)` int64."""
+
+    def __init__(self, flat: Tensor, capacity: int) -> None:
+        self.flat, self.capacity = flat, capacity
+        self._vectors: dict[tuple[int, torch.device], Tensor] = {}
+
+    def vectors(self, heads: int, device: torch.device) -> Tensor:
+        """Where their vectors stand in a flattened grid `(batch, heads, capacity)`, `(heads, T)`; made once."""
+        if (heads, device) not in self._vectors:
+            slot = self.flat % self.capacity
+            first = (self.flat - slot) * heads + slot
+            each = torch.arange(0, heads * self.capacity, self.capacity, device=self.flat.device)
+            self._vectors[heads, device] = (each.unsqueeze(1) + first).to(device)
+        return self._vectors[heads, device]
+
+
 class Layout(ABC):
     """The entries of `batch` rows with `capacity` slots each.
 
@@ -28,15 +46,12 @@ class Layout(ABC):
     capacity: int
 
     @abstractmethod
-    def place(self, parts: Sequence[tuple[int, Tensor]]) -> None:
-        """What is written next: of each part an iteration, and the `slots (T,)` of the tokens that run it.
-
-        Slots are those of the flattened `(batch, capacity)`; the parts stand one after the other.
-        """
+    def place(self, parts: Sequence[tuple[int, Slots]]) -> None:
+        """What is written next, part by part: an iteration, and the slots of the tokens that run it."""
 
     @abstractmethod
-    def last(self, step: int, slots: Tensor) -> None:
-        """Iteration `step` was the last of the tokens in `slots (T,)`: later ones are shown what it wrote."""
+    def last(self, step: int, slots: Slots) -> None:
+        """Iteration `step` was the last of the tokens in `slots`: later ones are shown what it wrote."""
 
     def write(self, call: int, k: Tensor, v: Tensor) -> None:
         """The keys and values `(1, kv_heads, T, head_dim)` of these tokens in attention call number `call`."""
@@ -104,33 +119,28 @@ class Grids(Layout):
         self.iterations, self.batch, self.capacity = iterations, batch, capacity
         self.grids: list[KV] = []  # (iterations, batch, kv_heads, capacity, head_dim): a head is read in one run
 
-    def place(self, parts: Sequence[tuple[int, Tensor]]) -> None:
-        planes = [self._plane(step) * self.batch * self.capacity + slots for step, slots in parts]
-        self.places = planes[0] if len(planes) == 1 else torch.cat(planes)
+    def place(self, parts: Sequence[tuple[int, Slots]]) -> None:
+        self.parts = parts
         self.found = dict[tuple[int, torch.device], Tensor]()
 
-    def last(self, step: int, slots: Tensor) -> None:
+    def last(self, step: int, slots: Slots) -> None:
         later = self._plane(step) + 1
-        if later == self.iterations or not slots.numel():
+        if later == self.iterations or not slots.flat.numel():
             return
-        found: dict[tuple[int, torch.device], Tensor] = {}
         for grid in self.tensors():
-            which = grid.shape[2], grid.device
-            if which not in found:
-                found[which] = self._where(slots, *which)
             planes = grid.view(self.iterations, -1, grid.shape[-1])
-            entries = planes[later - 1].index_select(0, found[which])
-            planes[later:].index_copy_(1, found[which], entries.expand(self.iterations - later, -1, -1))
+            where = slots.vectors(grid.shape[2], grid.device).flatten()
+            entries = planes[later - 1].index_select(0, where)
+            planes[later:].index_copy_(1, where, entries.expand(self.iterations - later, -1, -1))
 
     def _plane(self, step: int) -> int:
         return min(step, self.iterations - 1)
 
-    def _where(self, places: Tensor, heads: int, device: torch.device) -> Tensor:
-        """Where the vectors of the tokens in `places` stand, in all planes, `(heads * T,)`, head by head."""
-        slot = places % self.capacity
-        first = (places - slot) * heads + slot
-        each = torch.arange(0, heads * self.capacity, self.capacity, device=places.device)
-        return (each.unsqueeze(1) + first).flatten().to(device)
+    def _where(self, heads: int, device: torch.device) -> Tensor:
+        """Where the vectors that are written next stand in all planes, `(heads * T,)`, head by head."""
+        size = self.batch * heads * self.capacity
+        planes = [slots.vectors(heads, device) + self._plane(step) * size for step, slots in self.parts]
+        return (planes[0] if len(planes) == 1 else torch.cat(planes, 1)).flatten()
 
     @property
     def calls(self) -> int:
@@ -144,7 +154,7 @@ class Grids(Layout):
             self.grids.append((self._grid(k), self._grid(v)))
         which = k.shape[1], k.device
         if which not in self.found:
-            self.found[which] = self._where(self.places, *which)
+            self.found[which] = self._where(*which)
         for grid, new in zip(self.grids[call], (k, v), strict=True):
             grid.view(-1, grid.shape[-1]).index_copy_(0, self.found[which], new.reshape(-1, new.shape[-1]))
 
@@ -196,17 +206,18 @@ class Pool(Layout):
         self.table = zeros(torch.empty(0, dtype=torch.int32, device=device), iterations, batch, capacity)
         self.pools: list[KV] = []  # (entries, kv_heads, head_dim)
 
-    def place(self, parts: Sequence[tuple[int, Tensor]]) -> None:
+    def place(self, parts: Sequence[tuple[int, Slots]]) -> None:
         self.first = self.count
         for step, slots in parts:
-            entries = torch.arange(self.count, self.count + len(slots), dtype=torch.int32, device=slots.device)
-            self.count += len(slots)
+            flat, last = slots.flat, self.count + len(slots.flat)
+            entries = torch.arange(self.count, last, dtype=torch.int32, device=flat.device)
+            self.count = last
             # Numbers are small: all later iterations are shown this entry until there is another.
             showing = self.table[step:].flatten(1, 2)
-            showing.index_copy_(1, slots, entries.expand(len(showing), -1))
+            showing.index_copy_(1, flat, entries.expand(len(showing), -1))
         self.shown = dict[tuple[int, int, int, int], Tensor]()
 
-    def last(self, step: int, slots: Tensor) -> None:
+    def last(self, step: int, slots: Slots) -> None:
         del step, slots  # the table shows it
 
     @property

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._lazy import lazy
 from .._types import MaskRows, PositionRows
 from ..attention.tokens import Packed, Select, TokenSet, positions_of, same
-from .layouts import Layout
+from .layouts import Layout, Slots
 from .runs import Run, Span, runs_of
 
 
@@ -46,7 +46,7 @@ class CachedTokens(Packed):
             return self, same
         if step is not None:
             gone = torch.ones_like(self.index, dtype=torch.bool).index_fill_(0, kept, False)
-            self.held.entries.last(step, self.slots[gone])
+            self.held.entries.last(step, Slots(self.slots.flat[gone], self.slots.capacity))
         fewer = CachedTokens(go, self.mask, self.index.index_select(0, kept), self.held)
         return fewer, lambda tokens: tokens.index_select(1, kept)
 
@@ -59,10 +59,10 @@ class CachedTokens(Packed):
         return torch.tensor([span.row for span in self.held.spans], dtype=torch.int64, device=self.index.device)
 
     @lazy
-    def slots(self) -> Tensor:
-        """Each token's place in the flattened `(batch, capacity)` slots of the cache, `(T,)` int64."""
-        row = self.numbers.index_select(0, self.index // self.live.shape[1])
-        return row * self.held.entries.capacity + self.take(self.positions).squeeze(0)
+    def slots(self) -> Slots:
+        """Where each token stands in the cache."""
+        row, capacity = self.numbers.index_select(0, self.index // self.live.shape[1]), self.held.entries.capacity
+        return Slots(row * capacity + self.take(self.positions).squeeze(0), capacity)
 
     @lazy
     def runs(self) -> list[Run]:

@@ -52,8 +52,11 @@ class CachedView(TokenView):
         else:
             self.parts = [(step, tokens)]
         self.entries = self.parts[0][1].held.entries
-        begun = any(span.before for _, part in self.parts for span in part.held.spans)
-        self.expected = self.entries.calls or (0 if begun else None)
+        self.expected = self.entries.calls or (0 if self._begun() else None)
+
+    def _begun(self) -> bool:
+        """Whether a row holds tokens: of a block that attends nowhere, if the cache has no entries."""
+        return any(span.before for _, part in self.parts for span in part.held.spans)
 
     def _merge(self, k: Tensor, v: Tensor) -> KV:
         if self.calls == 0:
