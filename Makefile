@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN = $(VENV)/bin/python
+# Python compiles what it imports; to compile all of the packages takes longer than the rest of the installation.
+INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -12,7 +14,7 @@ INSTALLED = $(VENV)/.adadepth-installed
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 # make demo QUICK=1 SEED=1 POLICY=survival UPDATE=ponder TEXT='a.txt b.txt' OUT=somewhere
@@ -60,7 +62,7 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(RUN) -m mypy
 
 docs: $(INSTALLED)  ## build the documentation into site/
-	$(RUN) -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'
+	$(INSTALL) -e '.[docs]'
 	$(RUN) -m mkdocs build --strict
 
 bench: $(INSTALLED)  ## all benchmarks, into benchmarks/RESULTS.md
