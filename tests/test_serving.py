@@ -254,6 +254,37 @@ def test_rows_without_tokens_begin_nothing() -> None:
     assert batch.room == batch.width
 
 
+class Convolved(nn.Module):
+    """Mixes neighbours where no attention call shows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.conv = looped("attention").block, nn.Conv1d(DIM, DIM, 3, padding=1).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block(x + self.conv(x.mT).mT)
+        return out
+
+
+def test_a_block_that_mixes_tokens_unseen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ad.RecurrentWrapper, "self_check", True)
+    loop = looped("attention")
+    loop.block = Convolved()
+    with pytest.raises(ValueError, match="Convolved mixes tokens outside its attention calls"):
+        batch_of(loop).begin([0, 1], x_of(2, 4))
+
+
+def test_a_rule_for_certain_rows_is_given_when_they_begin() -> None:
+    loop, x, tau = looped("attention"), x_of(2, 4), torch.tensor([[0.0], [1.1]], dtype=torch.float64)
+    loop.rule = ad.Threshold(tau)
+    batch = batch_of(loop)
+    with pytest.raises(ValueError, match="Threshold expected to return what stays, for any row, shape"):
+        batch.begin([0, 1], x)
+    batch.begin([1], x[:1], rule=ad.Threshold(tau[:1]))
+    loop.rule = ad.Threshold(0.0)
+    assert_alone(loop, x[:1], left(batch)[1])
+
+
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "a cache without a capacity": (
         lambda: DepthBatch(looped("attention").eval(), ad.KVReuseCache(), 2, 2),

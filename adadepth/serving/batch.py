@@ -21,8 +21,9 @@ from ..loop.answers import scored, updated
 from ..loop.arguments import check_given, check_rows
 from ..loop.blocks import run_block
 from ..loop.bounds import Bounds, Depth
-from ..loop.checks import check_scores, check_together
+from ..loop.checks import check_result, check_scores, check_together
 from ..loop.iterations import AskBlock, AskGate, AskUpdate
+from ..loop.selfcheck import check_itself, due
 from ..loop.wrapper import RecurrentWrapper
 from ..rules import Rule
 from .passes import Flight, Pass
@@ -85,6 +86,7 @@ class DepthBatch:
         self._passes: list[Pass] = []
         self._flights: list[list[Flight]] = [[] for _ in range(rows)]
         self._done: dict[Flight, Tensor] = {}
+        self._seen: Rule | None = None
 
     @property
     def room(self) -> int:
@@ -119,7 +121,8 @@ class DepthBatch:
             rule: in place of the loop's.
 
         Raises: `ValueError` as a `RecurrentWrapper` does, and for rows that do not exist, that come twice, or that
-            would hold more than the cache's capacity. Nothing has begun then.
+            would hold more than the cache's capacity, and for a rule of the loop's that is for certain rows. Nothing
+            has begun then.
         """
         if len({*rows}) != len(rows) or not all(0 <= row < self.rows for row in rows) or len(rows) != len(x):
             raise ValueError(
@@ -131,8 +134,10 @@ class DepthBatch:
         shape = (x.shape[0], x.shape[1])
         given = check_given(block_kwargs, shape)
         bounds = Bounds.of(self.looped.steps, min_depth, max_depth, shape)
-        loop = self.looped if rule is None else altered(self.looped, rule=rule)
+        loop = self._loop_with(rule)
         tokens = self.cache.behind(x, mask, {row: self.length(row) for row in rows})
+        if due(loop, tokens, x):
+            check_itself(loop, x, mask, {"start": start, "block_kwargs": given})
         run = Pass(loop, x, tokens, start, bounds, given)
         self._passes.append(run)
         for flight in run.flights:
@@ -176,6 +181,19 @@ class DepthBatch:
         """Forget a row: it holds nothing, and may be given to another request."""
         self.drop(row, 0)
         self.cache.release(row)
+
+    def _loop_with(self, rule: Rule | None) -> RecurrentWrapper:
+        """The loop, with another rule if one is given; its own must be one for any row, once that is seen."""
+        if rule is not None:
+            loop: RecurrentWrapper = altered(self.looped, rule=rule)
+            return loop
+        if self.looped.rule is not None and self.looped.rule is not self._seen:
+            one = torch.ones(1, 1, device=self.cache.depth.device)
+            check_result(
+                self.looped.rule, "what stays, for any row", one.shape, self.looped.rule(one[None], one, one.long()), 0
+            )
+            self._seen = self.looped.rule
+        return self.looped
 
     def _asked(self, kind: type[A]) -> "list[Asked[A]]":
         return [(run, run.ask) for run in self._passes if isinstance(run.ask, kind)]
