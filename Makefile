@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN = $(VENV)/bin/python
-# Python compiles what it imports; to compile all of the packages takes longer than the rest of the installation.
+# Python compiles what it imports, once; to compile all of the packages takes longer than the rest of the installation.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
