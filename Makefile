@@ -39,8 +39,8 @@ WORKERS ?= 2
 PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # These reach every function whose shapes are annotated; tests marked `plain` cannot run with the hook.
-SHAPES = serving.py contracts.py criteria.py diagnostics.py flops.py foreign_blocks.py gates.py hf_scoring.py losses.py masks.py \
-	ponder.py rooms.py viz.py block_kwargs.py::test_gates_and_updates_know_where_a_token_stands \
+SHAPES = contracts.py criteria.py diagnostics.py flops.py foreign_blocks.py gates.py hf_scoring.py losses.py masks.py \
+	ponder.py rooms.py serving.py viz.py block_kwargs.py::test_gates_and_updates_know_where_a_token_stands \
 	budget.py::test_hard_exits_by_hand hf.py::test_hidden_states_by_their_numbers \
 	hf.py::test_several_texts_in_a_row_are_rows_of_their_own \
 	hf_generate.py::test_a_cache_is_cropped_reordered_and_forgotten loop.py::test_packed_equals_dense_in_float32 \

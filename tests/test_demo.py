@@ -89,9 +89,8 @@ def test_a_quick_run_prints_every_figure_and_writes_the_report(
         assert cell in report
 
 
-@pytest.mark.parametrize(
-    "wait", [pytest.param(1, id="while processes start", marks=pytest.mark.every), pytest.param(6, id="in training")]
-)
+@pytest.mark.every
+@pytest.mark.parametrize("wait", [pytest.param(1, id="while processes start"), pytest.param(6, id="in training")])
 def test_an_interrupt_leaves_a_report_of_what_there_is(tmp_path: Path, wait: int) -> None:
     command = [sys.executable, "-m", "examples.demo", "--quick", "--steps", "2000", "--out", str(tmp_path)]
     root = Path(demo.__file__).parents[2]

@@ -400,6 +400,7 @@ def test_options_that_change_speed_and_memory_change_no_loss(text: list[str], tm
 
 
 @pytest.mark.plain
+@pytest.mark.every
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_steps_without_exits_compile_to_one_graph(

@@ -578,6 +578,7 @@ def test_figures_of_one_seed_and_figures_that_are_none() -> None:
     assert report.figure([1.0, 3.0], ".2f") == "2.00\n±1.41"
 
 
+@pytest.mark.every
 def test_quick_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command.main(["--quick", "--seeds", "1", "--processes", "1", "--out", str(tmp_path / "new")])
     output = capsys.readouterr().out

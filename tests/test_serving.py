@@ -274,6 +274,7 @@ def test_a_block_that_mixes_tokens_unseen_is_refused(monkeypatch: pytest.MonkeyP
         batch_of(loop).begin([0, 1], x_of(2, 4))
 
 
+@pytest.mark.plain
 def test_a_rule_for_certain_rows_is_given_when_they_begin() -> None:
     loop, x, tau = looped("attention"), x_of(2, 4), torch.tensor([[0.0], [1.1]], dtype=torch.float64)
     loop.rule = ad.Threshold(tau)

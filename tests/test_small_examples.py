@@ -48,6 +48,7 @@ def test_the_rotary_positions_are_relative() -> None:
     torch.testing.assert_close(near, far)
 
 
+@pytest.mark.every
 def test_harder_questions_run_deeper(capsys: pytest.CaptureFixture[str]) -> None:
     classify_sequences.main(["--quick"])
     head, *lines = capsys.readouterr().out.splitlines()
