@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from ..loop.bounds import Bounds
-from ..loop.checks import check_result
+from ..loop.checks import check_any_row
 from ..rules import Rule
 from .generation import GivenDepth, of_columns
 
@@ -45,12 +45,11 @@ def configured(config: GenerationConfig, options: dict[str, Any]) -> tuple[Gener
 
 
 def check_rule(rule: Rule, device: torch.device) -> None:
-    """That a rule is one for any row.
+    """That a rule is one for any request.
 
     Raises: `ValueError`.
     """
-    one = torch.ones(1, 1, device=device)
-    check_result(rule, "what stays of a request's token", one.shape, rule(one.unsqueeze(2), one, one.long()), 0)
+    check_any_row(rule, "what stays of a request's token", device)
 
 
 @final

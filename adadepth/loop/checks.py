@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._given import named
 from ..attention.prepare import prepare
 from ..gates import Gate
-from ..rules import ACT, Survival, SurvivalThreshold, Threshold
+from ..rules import ACT, Rule, Survival, SurvivalThreshold, Threshold
 from ..updates import InputInjection, Replace, Ungated, Update
 
 PARTS = ("block", "gate", "rule", "update")
@@ -152,6 +152,15 @@ def check_state(looped: nn.Module, state: Mapping[str, Any]) -> None:
             "RecurrentWrapper.load_state_dict expected names that begin with 'block.', 'gate.' or 'update.', got "
             "those of the bare block. Load them into it: looped.block.load_state_dict(state)."
         )
+
+
+def check_any_row(rule: Rule, what: str, device: torch.device) -> None:
+    """That a rule is one for any row: `what` it returns for a single token has the shape of one.
+
+    Raises: `ValueError`.
+    """
+    one = torch.ones(1, 1, device=device)
+    check_result(rule, what, one.shape, rule(one.unsqueeze(2), one, one.long()), 0)
 
 
 def check_result(piece: object, what: str, shape: torch.Size, result: Any, step: int) -> None:

@@ -30,13 +30,7 @@ def explain(
     """What to say of an `error` that a piece raised for the tokens `h`, None where it speaks for itself."""
     name, text = type(piece).__name__, str(error)
     if isinstance(error, NotImplementedError) or type(error).__module__.startswith("torch._dynamo"):
-        return (
-            f"{name} {FLEX}"
-            if "flex_attention" in text
-            else f"A submodule of {name} {COMPILED}"
-            if COMPILED in text
-            else None
-        )
+        return _in_graph(name, text)
     if isinstance(error, TypeError):
         return _arguments(piece, given)
     if isinstance(error, RuntimeError):

@@ -21,7 +21,7 @@ from ..loop.answers import scored, updated
 from ..loop.arguments import check_given, check_rows
 from ..loop.blocks import run_block
 from ..loop.bounds import Bounds, Depth
-from ..loop.checks import check_result, check_scores, check_together
+from ..loop.checks import check_any_row, check_scores, check_together
 from ..loop.iterations import AskBlock, AskGate, AskUpdate
 from ..loop.selfcheck import check_itself, due
 from ..loop.wrapper import RecurrentWrapper
@@ -188,10 +188,7 @@ class DepthBatch:
             loop: RecurrentWrapper = altered(self.looped, rule=rule)
             return loop
         if self.looped.rule is not None and self.looped.rule is not self._seen:
-            one = torch.ones(1, 1, device=self.cache.depth.device)
-            check_result(
-                self.looped.rule, "what stays, for any row", one.shape, self.looped.rule(one[None], one, one.long()), 0
-            )
+            check_any_row(self.looped.rule, "what stays, for any row", self.cache.depth.device)
             self._seen = self.looped.rule
         return self.looped
 
@@ -238,8 +235,7 @@ class DepthBatch:
 
     def _left(self) -> Iterator[Ran]:
         """The rows of which tokens have left; what is whole from a row's beginning on is held by the cache."""
-        for flight in [flight for run in self._passes for flight in run.left()]:
-            hidden, depth = flight.run.result(flight.index)
+        for flight, hidden, depth in [left for run in self._passes for left in run.left()]:
             self._done[flight] = depth
             flights = self._flights[flight.row]
             while flights and flights[0] in self._done:

@@ -96,17 +96,18 @@ class Pass:
         self._dropped = set()
         self.answer(Only(go))
 
-    def left(self) -> list[Flight]:
-        """Those whose last token has left since this was asked; none where the pass ended with an error."""
+    def left(self) -> list[tuple[Flight, Tensor, Tensor]]:
+        """Those whose last token has left since this was asked, with output `(tokens, dim)` and depths `(tokens,)`.
+
+        None where the pass ended with an error.
+        """
         if self.error is not None:
             return []
         before, self.going = self.going, self._rows() - self._dropped
-        return [self.flights[index] for index in sorted(before - self.going)]
-
-    def result(self, index: int) -> tuple[Tensor, Tensor]:
-        """The output `(tokens, dim)` of a row that has left, and its depths `(tokens,)`."""
-        real = self.all.live[index]
-        return self.record.hidden[index][real], self.record.depth[index][real]
+        if not (gone := sorted(before - self.going)):
+            return []
+        hidden, depth, real = self.record.hidden, self.record.depth, self.all.live
+        return [(self.flights[i], hidden[i][real[i]], depth[i][real[i]]) for i in gone]
 
     def each_given(self) -> Any:
         """What the block is given beside its input, for each token that runs."""
