@@ -205,16 +205,12 @@ class KVReuseCache:
         self._lengths[row] += len(depth)
         self.layers = 0 if self._entries is None else self._entries.calls
 
-    def truncate(self, row: int, length: int) -> None:
-        """Keep at most the first `length` tokens of a row."""
-        self._depth[row, length:] = 0
-        self._lengths[row] = min(length, self._lengths[row])
-
-    def release(self, row: int) -> None:
-        """Forget a row: nothing of it stands in the cache any more."""
-        self.truncate(row, 0)
+    def forget(self, row: int, slots: slice) -> None:
+        """Forget the tokens of a row that stand in its last slots, held or in passes that are not done."""
+        self._depth[row, slots] = 0
+        self._lengths[row] = min(slots.start, self._lengths[row])
         if self._entries is not None:
-            self._entries.clear(row)
+            self._entries.clear(row, slots)
 
     def _check(self, x: Tensor, steps: int, causal: bool, owner: object) -> None:
         if not causal:

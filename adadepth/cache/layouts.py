@@ -17,6 +17,8 @@ from ..attention.view import KV
 GROWTH = 64
 # It is cleared once more than one part in so many of its entries is shown by nobody.
 WASTE = 256
+# Looking is slow: after parts of rows are forgotten, only once that may be more than one part in so many.
+LOOSE = 8
 
 
 @final
@@ -95,8 +97,8 @@ class Layout(ABC):
         """Forget what stands beyond each row's length, in the first `used` slots."""
 
     @abstractmethod
-    def clear(self, row: int) -> None:
-        """Forget all that a row holds."""
+    def clear(self, row: int, slots: slice) -> None:
+        """Forget what stands in some slots of a row: it is perhaps not finite."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
@@ -183,9 +185,9 @@ class Grids(Layout):
             for row, length in enumerate(lengths):
                 grid[:, row, :, length:used] = 0
 
-    def clear(self, row: int) -> None:
+    def clear(self, row: int, slots: slice) -> None:
         for grid in self.tensors():
-            grid[:, row] = 0
+            grid[:, row, :, slots] = 0
 
     def tensors(self) -> list[Tensor]:
         return [tensor for kv in self.grids for tensor in kv]
@@ -203,6 +205,7 @@ class Pool(Layout):
 
     def __init__(self, iterations: int, batch: int, capacity: int, device: torch.device) -> None:
         self.capacity, self.count = capacity, 1
+        self.loose = 0  # at most so many entries are shown by nobody since it was last looked at
         self.table = zeros(torch.empty(0, dtype=torch.int32, device=device), iterations, batch, capacity)
         self.pools: list[KV] = []  # (entries, kv_heads, head_dim)
 
@@ -263,9 +266,12 @@ class Pool(Layout):
             self.table[:, row, length:used] = 0
         self._collect()
 
-    def clear(self, row: int) -> None:
-        self.table[:, row] = 0
-        self._collect()
+    def clear(self, row: int, slots: slice) -> None:
+        gone = self.table[:, row, slots]
+        self.loose += int(gone.count_nonzero())
+        gone.zero_()
+        if not slots.start or self.loose > self.count // LOOSE:
+            self._collect()
 
     def tensors(self) -> list[Tensor]:
         return [self.table, *(tensor for kv in self.pools for tensor in kv)]
@@ -276,6 +282,7 @@ class Pool(Layout):
 
     def _collect(self) -> None:
         """Drop the entries that no slot shows, once they are too many."""
+        self.loose = 0
         used = torch.cat([self.table.new_zeros(1), self.table.flatten()]).unique()
         if self.count - len(used) <= self.count // WASTE:
             return

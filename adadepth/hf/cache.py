@@ -123,6 +123,12 @@ class AdaptiveCache(Cache):
         self._masks, self._columns = [], 0
         self._shorten()
 
+    def take(self, other: "AdaptiveCache", mask: Tensor) -> None:
+        """Hold what another holds, whose rows have real tokens in the columns of `mask (batch, columns)`."""
+        for name, part in other.parts.items():
+            part.capacity = self.parts[name].capacity
+        self.parts, self._masks, self._columns = other.parts, [mask], mask.shape[1]
+
     def to(self, device: torch.device | str) -> "AdaptiveCache":
         """Move what is held; the same cache."""
         self._masks = [mask.to(device) for mask in self._masks]

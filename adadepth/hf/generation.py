@@ -1,8 +1,6 @@
 """Generation with an adapted model: its cache, its depths per call and row, and rows that are done."""
 
 import copy
-import dataclasses
-from collections.abc import Callable
 from typing import Any, final
 
 from torch import Tensor
@@ -10,10 +8,11 @@ from transformers import GenerationMixin, StoppingCriteriaList
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from .cache import CACHE
+from .depths import DEPTHS, GivenDepth, in_rows, of_columns
+from .drafted import drafted
+from .drafts import Drafts
 from .inputs import cache_of, check_past
 
-GivenDepth = int | Tensor | Callable[[Tensor], int | Tensor] | None
-_DEPTHS = ("min_depth", "max_depth")
 # What `generate` passes to each step, but means for itself.
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 
@@ -50,6 +49,10 @@ class AdaptiveGenerationMixin(GenerationMixin):
     `(batch, columns)`, a depth per token, as the cache's `depth` of an earlier call gives them for a
     replay; or a function of the ids so far, `(batch, length)`, whose result broadcasts to them. `rule`
     stands in place of the loop's; its threshold may be `(batch, 1)`.
+
+    `draft_depth=n`: after n iterations of a token the next one begins, as the one that the model would choose then.
+    It is dropped if another is chosen in the end: the text is the same, sampled too. Rows run each at its own pace.
+    With `revise_drafts=True` the guess is made again after each later iteration.
     """
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
@@ -78,11 +81,13 @@ class AdaptiveGenerationMixin(GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if past is not None and mask is not None and len(mask) == past.batch_size:
             check_past(mask[:, : past.get_seq_length()], past)
-        own = {name: model_kwargs.pop(name) for name in (*_DEPTHS, "rule") if name in model_kwargs}
+        own = {name: model_kwargs.pop(name) for name in (*DEPTHS, "rule") if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
-        return input_ids, model_kwargs | {name: _per_row(value, expand_size) for name, value in own.items()}
+        return input_ids, model_kwargs | {
+            name: in_rows(value, lambda rows: rows.repeat_interleave(expand_size, 0)) for name, value in own.items()
+        }
 
     def _prepare_position_ids_for_generation(self, *args: Any) -> None:
         """None are made: the model counts."""
@@ -90,6 +95,9 @@ class AdaptiveGenerationMixin(GenerationMixin):
     def _sample(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        if (depth := kwargs.pop("draft_depth", None)) is not None:
+            drafts = Drafts(depth, bool(kwargs.pop("revise_drafts", False)))
+            return drafted(self, input_ids, logits_processor, stopping_criteria, *args, drafts=drafts, **kwargs)
         finished = _Finished(stopping_criteria, kwargs.get(CACHE) is not None and kwargs[CACHE].goes_on)
         return super()._sample(input_ids, logits_processor, finished, *args, finished=finished, **kwargs)
 
@@ -100,15 +108,22 @@ class AdaptiveGenerationMixin(GenerationMixin):
         min_depth: GivenDepth = None,
         max_depth: GivenDepth = None,
         finished: _Finished | None = None,
+        draft_depth: int | None = None,
+        revise_drafts: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next pass: ids, mask and depths of the new columns."""
+        if draft_depth is not None or revise_drafts:
+            raise ValueError(
+                "draft_depth is for greedy search and sampling, and revise_drafts goes with it. Leave them out, or "
+                "generate without beams and assistants."
+            )
         for name in _OF_GENERATE:
             kwargs.pop(name, None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         now = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         past = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
-        for name, depth in zip(_DEPTHS, (min_depth, max_depth), strict=True):
+        for name, depth in zip(DEPTHS, (min_depth, max_depth), strict=True):
             inputs[name] = of_columns(name, depth, input_ids, past, past + now.shape[1])
         mask = inputs.get("attention_mask")
         if mask is not None:  # what the cache holds was checked at the start
@@ -133,32 +148,3 @@ def _without(rows: Tensor, mask: Tensor | None, now: Tensor) -> Tensor:
     """The mask of the new columns, False where a row is done."""
     go_on = ~rows.to(now.device).unsqueeze(1).expand(now.shape[:2])
     return go_on if mask is None else go_on & mask.bool()
-
-
-def of_columns(name: str, depth: GivenDepth, ids: Tensor, past: int, length: int) -> int | Tensor | None:
-    """The depths of the columns from `past` to `length` of a text, or of texts, whose `ids` so far are `(batch, n)`."""
-    if callable(depth):
-        if ids.shape[1] != length:
-            raise ValueError(
-                f"{name} is a function of all ids so far, but of {length} only {ids.shape[1]} are known here. Pass all "
-                "ids, not embeddings, and no prefill_chunk_size."
-            )
-        depth = depth(ids)
-    if not isinstance(depth, Tensor) or depth.dim() == 0 or depth.shape[-1] == 1:
-        return depth
-    if depth.shape[-1] < length:
-        raise ValueError(
-            f"{name} gives the depths of {depth.shape[-1]} columns, but this pass needs those of {length}, prompt and "
-            "padding among them. Give one for every token to be generated but the last, or one per row, (batch, 1)."
-        )
-    return depth[..., past:length]
-
-
-def _per_row(value: Any, times: int) -> Any:
-    """Whatever a value holds for each row, for each of that row's `times` copies."""
-    if isinstance(value, Tensor):
-        return value if value.dim() < 2 or len(value) == 1 else value.repeat_interleave(times, 0)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        return dataclasses.replace(value, **{name: _per_row(part, times) for name, part in parts.items()})
-    return value

@@ -17,6 +17,8 @@ from transformers.generation.continuous_batching import ContinuousBatchingManage
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
 from ..cache.kv_reuse import LayoutName
+from .cache import AdaptiveCache
+from .drafts import Drafts
 from .engine import Engine, Event, Refused
 from .requests import Request, configured
 
@@ -40,6 +42,12 @@ class Sizes(NamedTuple):
     width: int
     capacity: int
     layout: LayoutName
+    draft_depth: int | None = None
+
+    def engine(self, model: Any) -> Engine:
+        """It, with a cache of its own."""
+        drafts = None if self.draft_depth is None else Drafts(self.draft_depth)
+        return Engine(model, self.rows, self.width, AdaptiveCache(self.layout, self.capacity), drafts)
 
 
 @final
@@ -165,7 +173,7 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
     def _create_batch_processor(self) -> Processor:
         if self.batch_processor is None:
             with torch.inference_mode(False):
-                self.batch_processor = Processor(self, Engine(self.model, *self.sizes))
+                self.batch_processor = Processor(self, self.sizes.engine(self.model))
         return self.batch_processor
 
     def add_request(

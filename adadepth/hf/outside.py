@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..cache.kv_reuse import KVReuseCache
 from ..loop.wrapper import RecurrentWrapper
 from ..serving import DepthBatch, Ran
+from .cache import AdaptiveCache
 from .ends import around, before, head
-from .requests import Request
+from .requests import Tokens
 
 _TILE = 16  # a matrix product of fewer rows often costs more
 
@@ -21,15 +21,16 @@ class Outside:
     """Embeddings and prelude, coda and head of an adapted model, for tokens of many requests.
 
     The model's own forward runs around layers that are not there: up to the first of them, and, for the same
-    embeddings at the same positions, from the last of them on. Prelude and coda have caches of their own, of `capacity`
-    tokens in each of `rows`.
+    embeddings at the same positions, from the last of them on. Prelude and coda have their parts
+    of the cache, which is new and has a capacity.
     """
 
-    def __init__(self, model: Any, rows: int, width: int, capacity: int) -> None:
-        def batch(part: RecurrentWrapper | None) -> DepthBatch | None:
-            return None if part is None else DepthBatch(part, KVReuseCache(capacity=capacity), rows, width)
+    def __init__(self, model: Any, rows: int, width: int, cache: AdaptiveCache) -> None:
+        def batch(name: str) -> DepthBatch | None:
+            part: RecurrentWrapper | None = getattr(model, name)
+            return None if part is None else DepthBatch(part, cache.parts[name], rows, width)
 
-        self.model, self.prelude, self.coda = model, batch(model.prelude), batch(model.coda)
+        self.model, self.prelude, self.coda = model, batch("prelude"), batch("coda")
 
     @property
     def device(self) -> torch.device:
@@ -37,24 +38,31 @@ class Outside:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
-    def before(self, requests: list[Request], places: list[range]) -> list[Tensor]:
-        """What the loop is given for tokens of requests, `(n, dim)` each: those at `places`, the next of their rows."""
+    def before(self, new: list[Tokens]) -> list[Tensor]:
+        """What the loop is given for new tokens, `(n, dim)` each: the next of their rows."""
         self.model.bind()
-        x = self._embedded(requests, places)
+        x = self._embedded([word for tokens in new for word in tokens.ids])
         if self.model.config.span is not None:
-            x = before(self.model.base, self.model.anatomy, x, self._tensor([at for span in places for at in span]))
-        return _once(self.prelude, requests, [*x[0].split([len(span) for span in places])])
+            places = self._tensor([at for tokens in new for at in range(tokens.position, tokens.end)])
+            x = before(self.model.base, self.model.anatomy, x, places)
+        return _once(self.prelude, [tokens.request.row for tokens in new], [*x[0].split([len(t.ids) for t in new])])
 
-    def logits(self, requests: list[Request], states: list[Tensor]) -> Tensor:
-        """Logits `(len(requests), vocabulary)` behind the newest token of each.
+    def logits(self, certain: list[Tokens], guesses: list[Tokens]) -> Tensor:
+        """Logits `(n, vocabulary)` of what stands behind some tokens: of certain ones that have left, and of others.
 
-        `states (n, dim)` are what the loop gave for the newest tokens; only with a coda those before the last are read.
+        For the others, one of a request each, the layers behind the loop forget what they were given.
         """
-        states = _once(self.coda, requests, states)
-        hidden = self._after(requests, torch.stack([state[-1] for state in states]).unsqueeze(0))
-        padded = F.pad(hidden, (0, 0, 0, -hidden.shape[1] % _TILE))
-        logits: Tensor = head(self.model.base, self.model.anatomy, padded).logits[0, : hidden.shape[1]]
-        return logits.float()  # as `generate` chooses
+        states = self._after_loop(certain, guesses)
+        hidden = self._after([*certain, *guesses], torch.stack(states).unsqueeze(0))
+        more = -hidden.shape[1] % _TILE if hidden.shape[1] > _TILE // 2 else 0
+        logits: Tensor = head(self.model.base, self.model.anatomy, F.pad(hidden, (0, 0, 0, more))).logits
+        return logits[0, : hidden.shape[1]].float()  # as `generate` chooses
+
+    def drop(self, row: int, position: int) -> None:
+        """Forget the tokens of a row from `position` on."""
+        for batch in (self.prelude, self.coda):
+            if batch is not None:
+                batch.drop(row, position)
 
     def release(self, row: int) -> None:
         """Forget a row."""
@@ -62,18 +70,36 @@ class Outside:
             if batch is not None:
                 batch.release(row)
 
-    def _after(self, requests: list[Request], hidden: Tensor) -> Tensor:
-        """What the head is given for the newest tokens, for what the layers gave, `(1, n, dim)` both."""
+    def _after_loop(self, certain: list[Tokens], guesses: list[Tokens]) -> list[Tensor]:
+        """What the coda gives for the last of each, `(dim,)`; without one, what the loop gave."""
+        coda = self.coda
+        if coda is None:
+            return [_state(tokens)[-1] for tokens in [*certain, *guesses]]
+        rows = [tokens.request.row for tokens in certain]
+        states = [state[-1] for state in _once(coda, rows, [_state(tokens) for tokens in certain])] if certain else []
+        if not guesses:
+            return states
+        rows = [tokens.request.row for tokens in guesses]
+        lengths = [coda.length(row) for row in rows]
+        chains = [
+            [one for one in tokens.request.chain if length <= one.position <= tokens.position]
+            for tokens, length in zip(guesses, lengths, strict=True)
+        ]
+        given = _once(coda, rows, [torch.cat([*map(_state, chain)]) for chain in chains])
+        for row, length in zip(rows, lengths, strict=True):
+            coda.drop(row, length)
+        return [*states, *(state[-1] for state in given)]
+
+    def _after(self, read: list[Tokens], hidden: Tensor) -> Tensor:
+        """What the head is given for the last of each, for what the layers gave, `(1, n, dim)` both."""
         if self.model.config.span is None:
             return hidden
-        places = [range(len(request.ids) - 1, len(request.ids)) for request in requests]
-        x, positions = self._embedded(requests, places), self._tensor([span.start for span in places])
+        x, positions = self._embedded([one.ids[-1] for one in read]), self._tensor([one.end - 1 for one in read])
         tuples = self.model.loop.block.tuples
         return around(self.model.base, self.model.anatomy, x, positions, lambda _: hidden, lambda: tuples)
 
-    def _embedded(self, requests: list[Request], places: list[range]) -> Tensor:
-        """Embeddings `(1, n, dim)` of tokens at some places, one request behind the other."""
-        ids = [word for one, span in zip(requests, places, strict=True) for word in one.ids[span.start : span.stop]]
+    def _embedded(self, ids: list[int]) -> Tensor:
+        """Embeddings `(1, n, dim)`."""
         x: Tensor = self.model.get_input_embeddings()(self._tensor(ids))
         return x
 
@@ -81,13 +107,18 @@ class Outside:
         return torch.tensor([numbers], device=self.device)
 
 
-def _once(batch: DepthBatch | None, requests: list[Request], states: list[Tensor]) -> list[Tensor]:
-    """What layers that run once give for the newest tokens of requests, `(n, dim)` each."""
+def _state(tokens: Tokens) -> Tensor:
+    assert tokens.state is not None, "they have begun"
+    return tokens.state
+
+
+def _once(batch: DepthBatch | None, rows: list[int], states: list[Tensor]) -> list[Tensor]:
+    """What layers that run once give for the next tokens of rows, `(n, dim)` each."""
     if batch is None:
         return states
-    rows = [request.row for request in requests]
-    x, mask = in_rows(states)
-    batch.begin(rows, x, mask=mask)
+    order = sorted(range(len(rows)), key=rows.__getitem__)
+    x, mask = in_rows([states[i] for i in order])
+    batch.begin([rows[i] for i in order], x, mask=mask)
     ran = {one.row: one.hidden for one in batch.call() if isinstance(one, Ran)}
     return [ran[row] for row in rows]
 

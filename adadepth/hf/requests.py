@@ -2,7 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 from ..loop.bounds import Bounds
 from ..loop.checks import check_any_row
 from ..rules import Rule
-from .generation import GivenDepth, of_columns
+from .depths import GivenDepth, of_columns
+from .noise import Noise
 
 # What a request may ask for beside the options of a GenerationConfig.
 OWN = ("min_depth", "max_depth", "rule", "seed")
@@ -52,6 +53,50 @@ def check_rule(rule: Rule, device: torch.device) -> None:
     check_any_row(rule, "what stays of a request's token", device)
 
 
+Depths = tuple[Tensor, Tensor] | None
+
+
+@final
+@dataclass(eq=False)
+class Tokens:
+    """Tokens of a request that begin together: those of its prompt, or a single one.
+
+    Attributes:
+        position: where the first stands in the row.
+        ids: theirs; of a single one perhaps a guess.
+        bounds: their least and most depths, `(n,)` each; None: any.
+        state: `(n, dim)`, what the loop is given, and later what it gave last.
+        depth: the iterations that each has run.
+        left: whether all have left the loop.
+        next: the token behind them, as the head last said; `read` when they had left, it is chosen.
+        reads, lost: how often the head was asked for a guess, and the iterations that were lost by guessing anew.
+    """
+
+    request: "Request"
+    position: int
+    ids: list[int]
+    bounds: Depths = None
+    state: Tensor | None = None
+    depth: list[int] = field(default_factory=list)
+    left: bool = False
+    next: "Choice | None" = None
+    read: bool = False
+    reads: int = 0
+    lost: int = 0
+
+    @property
+    def end(self) -> int:
+        """Where the token behind them stands."""
+        return self.position + len(self.ids)
+
+
+class Choice(NamedTuple):
+    """A token, and the logarithm of its probability on request."""
+
+    token: int
+    logprob: float | None
+
+
 @final
 @dataclass(eq=False)
 class Request:
@@ -60,23 +105,31 @@ class Request:
     Attributes:
         ids: of the prompt and, behind it, of the answer so far.
         longest: how many tokens its row holds at most; the last token of an answer is not run.
-        processors, sample, generator: how a token is chosen from logits.
+        processors, sample, noise: how a token is chosen from logits; of the noise it takes `column` by column.
         logprobs: whether to say how likely the tokens were.
+        before: ids of padding in front, for those that read ids in columns.
         depth: iterations of each token that has run.
         row: the row of the caches that is its own, -1 as long as it waits.
+        chain: its tokens that are not chosen through: the first are certain, those behind them are guesses.
     """
 
     ids: list[int]
     longest: int
     processors: LogitsProcessorList
     sample: bool
-    generator: torch.Generator | None = None
+    noise: Noise
     logprobs: bool = False
     min_depth: GivenDepth = None
     max_depth: GivenDepth = None
     rule: Rule | None = None
+    number: int = 0
+    before: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
     row: int = -1
+    chain: list[Tokens] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompt = len(self.ids)
 
     @classmethod
     def of(
@@ -100,25 +153,37 @@ class Request:
         generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
         if own.get("rule") is not None:
             check_rule(own["rule"], model.device)
-        return cls([*ids], longest, processors, bool(config.do_sample), generator, logprobs, **own)
+        return cls([*ids], longest, processors, bool(config.do_sample), Noise(1, generator), logprobs, **own)
 
-    def bounds(self, steps: int, past: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """The least and the most iterations of each of its tokens from `past` on; None: any number.
+    def bounds(self, steps: int, tokens: Tokens, device: torch.device) -> Depths:
+        """The least and the most iterations of each of these tokens; None: any number.
 
         Raises: `ValueError` as `RecurrentWrapper` does, and whatever a function of the ids raises.
         """
         if self.min_depth is None and self.max_depth is None:
             return None
-        ids, length = torch.tensor([self.ids], device=device), len(self.ids)
-        given = {name: of_columns(name, getattr(self, name), ids, past, length) for name in ("min_depth", "max_depth")}
-        bounds = Bounds.of(steps, **given, shape=(1, length - past))
+        ids = torch.tensor([self.until(tokens)], device=device)
+        columns = len(self.before) + tokens.position, len(self.before) + tokens.end
+        given = {name: of_columns(name, getattr(self, name), ids, *columns) for name in ("min_depth", "max_depth")}
+        shape = (1, len(tokens.ids))
+        bounds = Bounds.of(steps, **given, shape=shape)
         least = bounds.least if bounds.least_each is None else bounds.least_each
         most = bounds.steps if bounds.most_each is None else bounds.most_each
-        least, most = (torch.as_tensor(depth, device=device).expand(1, length - past)[0] for depth in (least, most))
+        least, most = (torch.as_tensor(depth, device=device).expand(shape)[0] for depth in (least, most))
         return least, most
 
-    def choose(self, logits: Tensor, likeliest: int) -> tuple[int, float | None]:
-        """The next token from its logits `(1, vocabulary)`, and the logarithm of its probability on request.
+    @property
+    def columns(self) -> list[int]:
+        """The ids so far, padding in front among them."""
+        return [*self.before, *self.ids]
+
+    def until(self, tokens: Tokens) -> list[int]:
+        """The ids of the text up to these tokens, padding and guesses among them."""
+        guesses = [one.ids[0] for one in self.chain if one.position >= len(self.ids) and one.position < tokens.end]
+        return [*self.before, *self.ids[: tokens.end], *guesses]
+
+    def choose(self, tokens: Tokens, logits: Tensor, likeliest: int) -> Choice:
+        """The token behind these from its logits `(1, vocabulary)`.
 
         Raises: `ValueError` for logits that are NaN, and what a logits processor raises.
         """
@@ -128,14 +193,20 @@ class Request:
                 "it in a wider dtype."
             )
         if not (self.processors or self.sample or self.logprobs):
-            return likeliest, None
-        scores = self.processors(torch.tensor([self.ids], device=logits.device), logits)
+            return Choice(likeliest, None)
+        scores = self.processors(torch.tensor([self.until(tokens)], device=logits.device), logits)
         probabilities = scores.softmax(-1)
-        if self.sample:
-            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
-        else:
-            token = int(scores.argmax(-1))
-        return token, float(probabilities[0, token].log()) if self.logprobs else None
+        token = int((self._sampled(probabilities, tokens.end - self.prompt) if self.sample else scores).argmax(-1))
+        return Choice(token, float(probabilities[0, token].log()) if self.logprobs else None)
+
+    def _sampled(self, probabilities: Tensor, column: int) -> Tensor:
+        """Largest where sampling falls."""
+        if bool(probabilities.isnan().any()):
+            raise ValueError(
+                "The logits of this request's next token, as its logits processors made them, have no softmax: one is "
+                "NaN or infinite, or all are -inf. Look at its sampling options."
+            )
+        return probabilities / self.noise.of(self.number, column, probabilities)
 
 
 def _check_prompt(ids: list[int], words: int) -> None:

@@ -24,6 +24,8 @@ class AdaptiveServingMixin:
         capacity: the most tokens of a request, prompt and answer; 1024 unless the lengths are known. Memory for
             `rows * capacity` tokens is allocated at once.
         layout: of the loop's cache, as of `KVReuseCache`.
+        draft_depth: begin a request's next token after so many iterations of the one before, as a guess that changes
+            no result, while calls have room for it and it pays; None: never.
     """
 
     def init_continuous_batching(
@@ -36,6 +38,7 @@ class AdaptiveServingMixin:
         width: int | None = None,
         capacity: int | None = None,
         layout: LayoutName = "filled",
+        draft_depth: int | None = None,
     ) -> AdaptiveBatchingManager:
         """A manager of requests, not started. One that was kept for another session goes on in its sizes.
 
@@ -57,7 +60,7 @@ class AdaptiveServingMixin:
         rows = rows or batching.max_requests_per_batch or min(_ROWS, hints.num_requests or _ROWS)
         width = width or batching.max_batch_tokens or max(1, rows // 2)
         capacity = capacity or hints.max_prompt_length + hints.max_generated_length or _CAPACITY
-        return AdaptiveBatchingManager(model, config, batching, Sizes(rows, width, capacity, layout))
+        return AdaptiveBatchingManager(model, config, batching, Sizes(rows, width, capacity, layout, draft_depth))
 
     @contextmanager
     def continuous_batching_context_manager(
@@ -102,6 +105,7 @@ class AdaptiveServingMixin:
         width: int | None = None,
         capacity: int | None = None,
         layout: LayoutName = "filled",
+        draft_depth: int | None = None,
         **options: Any,
     ) -> dict[str, AdaptiveGenerationOutput]:
         """Answer prompts, each as `generate` would alone; results by the id of the request, in the order of prompts.
@@ -134,6 +138,7 @@ class AdaptiveServingMixin:
             width=width,
             capacity=capacity,
             layout=layout,
+            draft_depth=draft_depth,
         ) as manager:
             ids = manager.add_requests(inputs, record_timestamps=record_timestamps, **own)
             results = _collected(manager, total, progress_bar)

@@ -50,9 +50,13 @@ class Ran(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A row that cannot go on, and why; what it had in flight is dropped."""
+    """A row that cannot go on from `position` on, and why; its tokens from there on are dropped.
+
+    What it holds before stays, and so do tokens that it has in flight before: those go on.
+    """
 
     row: int
+    position: int
     error: Exception
 
 
@@ -161,26 +165,25 @@ class DepthBatch:
         self._answer_updates(going)
         for run in self._passes:
             if run.error is not None:
-                rows = [run.flights[index].row for index in run.going]
-                failed |= {row: Failed(row, run.error) for row in rows}
+                _note(failed, [run.flights[index] for index in run.going], run.error)
         self._passes = [run for run in self._passes if run.ask is not None]
-        for row in failed:
-            self.release(row)
-        return [*failed.values(), *(state for state in ran if state.row not in failed)]
+        for row, failure in failed.items():
+            self.drop(row, failure.position)
+        ran = [state for state in ran if state.row not in failed or state.position < failed[state.row].position]
+        return [*failed.values(), *ran]
 
     def drop(self, row: int, position: int) -> None:
         """Forget the tokens of a row from `position` on: they go no further, and the row's next one stands there."""
-        flights = self._flights[row]
+        flights, end = self._flights[row], self.length(row)
         while flights and flights[-1].position + flights[-1].tokens > position:
             flight = flights.pop()
             self._done.pop(flight, None)
             flight.run.drop(flight.index)
-        self.cache.truncate(row, position)
+        self.cache.forget(row, slice(position, end))
 
     def release(self, row: int) -> None:
         """Forget a row: it holds nothing, and may be given to another request."""
         self.drop(row, 0)
-        self.cache.release(row)
 
     def _loop_with(self, rule: Rule | None) -> RecurrentWrapper:
         """The loop, with another rule if one is given; its own must be one for any row, once that is seen."""
@@ -219,7 +222,7 @@ class DepthBatch:
                     check_scores(self.looped, score, step)
                 except ValueError as error:
                     wrong = zip(run.of_tokens(), score[0].isnan().tolist(), strict=True)
-                    failed |= {flight.row: Failed(flight.row, error) for flight, bad in wrong if bad}
+                    _note(failed, [flight for flight, bad in wrong if bad], error)
                 run.answer(tokens.rows(score.nan_to_num()))
         return failed
 
@@ -241,6 +244,13 @@ class DepthBatch:
             while flights and flights[0] in self._done:
                 self.cache.hold(flight.row, self._done.pop(flights.pop(0)))
             yield Ran(flight.row, flight.position, hidden, depth, True)
+
+
+def _note(failed: dict[int, Failed], flights: list[Flight], error: Exception) -> None:
+    """The first of a row's tokens that cannot go on stand for those behind them."""
+    for flight in flights:
+        if flight.row not in failed or flight.position < failed[flight.row].position:
+            failed[flight.row] = Failed(flight.row, flight.position, error)
 
 
 def _going(asked: "list[Asked[AskUpdate]]") -> Iterator[Ran]:

@@ -1,0 +1,39 @@
+"""Depths and rules as a call of `generate` gives them: for its columns, and for its rows."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+GivenDepth = int | Tensor | Callable[[Tensor], int | Tensor] | None
+DEPTHS = ("min_depth", "max_depth")
+
+
+def of_columns(name: str, depth: GivenDepth, ids: Tensor, past: int, length: int) -> int | Tensor | None:
+    """The depths of the columns from `past` to `length` of a text, or of texts, whose `ids` so far are `(batch, n)`."""
+    if callable(depth):
+        if ids.shape[1] != length:
+            raise ValueError(
+                f"{name} is a function of all ids so far, but of {length} only {ids.shape[1]} are known here. Pass all "
+                "ids, not embeddings, and no prefill_chunk_size."
+            )
+        depth = depth(ids)
+    if not isinstance(depth, Tensor) or depth.dim() == 0 or depth.shape[-1] == 1:
+        return depth
+    if depth.shape[-1] < length:
+        raise ValueError(
+            f"{name} gives the depths of {depth.shape[-1]} columns, but this pass needs those of {length}, prompt and "
+            "padding among them. Give one for every token to be generated but the last, or one per row, (batch, 1)."
+        )
+    return depth[..., past:length]
+
+
+def in_rows(value: Any, choose: Callable[[Tensor], Tensor]) -> Any:
+    """Rows of whatever a value holds for each row."""
+    if isinstance(value, Tensor):
+        return value if value.dim() < 2 or len(value) == 1 else choose(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **{name: in_rows(part, choose) for name, part in parts.items()})
+    return value

@@ -1,0 +1,123 @@
+"""`generate` with drafts: the next token begins as a guess while the one before it still runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from .cache import CACHE, AdaptiveCache
+from .depths import DEPTHS, in_rows
+from .drafts import Drafts
+from .engine import Engine, Refused
+from .noise import Noise
+from .requests import Request
+
+_KEPT = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+
+
+def drafted(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    drafts: Drafts,
+    streamer: Any = None,
+    **given: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """What `generate` gives for the rows `input_ids (batch, columns)`, each run at a pace of its own as a request.
+
+    Raises: `ValueError` for what does not go with drafts, and whatever ends a row.
+    """
+    cache, config = given.get(CACHE), generation_config
+    mask = given["attention_mask"].bool() if given.get("attention_mask") is not None else input_ids >= 0
+    _check(mask, cache, config, streamer, given)
+    assert isinstance(cache, AdaptiveCache), "checked"
+    noise, own = Noise(len(input_ids)), {name: given.get(name) for name in (*DEPTHS, "rule")}
+    requests = [
+        Request(
+            ids=row[mask[i]].tolist(),
+            longest=int(mask[i].sum()) + config.max_length - len(row) - 1,
+            processors=logits_processor,
+            sample=bool(config.do_sample),
+            noise=noise,
+            number=i,
+            before=row[~mask[i]].tolist(),
+            **{name: in_rows(value, lambda rows, i=i: rows[i : i + 1]) for name, value in own.items()},
+        )
+        for i, row in enumerate(input_ids)
+    ]
+    held = AdaptiveCache(cache.parts["loop"].layout, max(request.longest for request in requests))
+    engine = Engine(model, len(requests), len(requests) * model.loop.steps, held, drafts)
+    _run(engine, requests, stopping_criteria, streamer)
+    texts = [torch.tensor(request.columns, device=input_ids.device) for request in requests]
+    longest = max(map(len, texts))
+    if cache.goes_on:  # then a row that ends early runs its last token
+        engine.run_through([one for one, text in zip(requests, texts, strict=True) if len(text) < longest])
+    cache.take(held, _real(requests, input_ids.device)[:, : longest - 1])
+    sequences = pad_sequence(texts, batch_first=True, padding_value=_padding(texts, config))
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
+
+
+def _run(engine: Engine, requests: list[Request], criteria: StoppingCriteriaList, streamer: Any) -> None:
+    """Run requests until criteria say of each that it ends; their rows stay."""
+    for request in requests:
+        engine.add(request)
+    going = len(requests)
+    while going:
+        for event in engine.step():
+            if isinstance(event, Refused):
+                raise event.error
+            if streamer is not None:
+                streamer.put(torch.tensor([event.token]))
+            request = event.request
+            if bool(criteria(torch.tensor([request.columns], device=engine.outside.device), None).all()):
+                engine.stop(request)
+                going -= 1
+            else:
+                engine.go_on(request)
+    if streamer is not None:
+        streamer.end()
+
+
+def _real(requests: list[Request], device: torch.device) -> Tensor:
+    """Which columns of their texts hold real tokens, `(batch, longest)` bool."""
+    rows = [torch.arange(len(one.columns), device=device) >= len(one.before) for one in requests]
+    return pad_sequence(rows, batch_first=True)
+
+
+def _padding(texts: list[Tensor], config: Any) -> int:
+    """What stands behind a text that is shorter than another.
+
+    Raises: `ValueError` if nothing is known.
+    """
+    if len({len(text) for text in texts}) == 1:
+        return 0
+    if config._pad_token_tensor is None:
+        raise ValueError("Rows of a batch have ended at different lengths, and no pad_token_id is known. Pass one.")
+    return int(config._pad_token_tensor)
+
+
+def _check(mask: Tensor, cache: Any, config: GenerationConfig, streamer: Any, given: Mapping[str, Any]) -> None:
+    """What goes with drafts.
+
+    Raises: `ValueError`.
+    """
+    refused = [name for name in _KEPT if config.return_dict_in_generate and getattr(config, name, None)]
+    refused += [name for name in ("inputs_embeds", "synced_gpus") if given.get(name) not in (None, False)]
+    if cache is None:
+        refused.append("use_cache=False")
+    elif cache.get_seq_length():
+        refused.append(f"a {CACHE} that holds tokens")
+    if streamer is not None and len(mask) > 1:
+        refused.append("a streamer for more than one row")
+    if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+        refused.append("padding behind or between real tokens")
+    if refused:
+        raise ValueError(f"generate(draft_depth=) does not go with {', '.join(refused)}. Leave one of the two out.")
