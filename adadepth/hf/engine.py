@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..cache.kv_reuse import KVReuseCache, LayoutName
 from ..serving import DepthBatch, Failed
+from .counts import Counts
 from .inputs import learned_positions
 from .outside import Outside, in_rows
 from .requests import Request, check_rule
@@ -69,12 +70,37 @@ class Engine:
             check_rule(model.loop.rule, model.device)
         self.outside = Outside(model, rows, width, self.capacity)
         self.loop = DepthBatch(model.loop, KVReuseCache(layout, self.capacity), rows, width)
+        self.counts = Counts()
         self._free = [*reversed(range(rows))]
         self._owners: dict[int, Request] = {}
         self._waiting, self._ready = deque[Request](), deque[_Tokens]()
         self._go_on: list[Request] = []
         self._flying: dict[Request, int] = {}  # how many tokens of each are in the loop
         self._left = deque[tuple[Request, Tensor]]()  # tokens that left the loop, before coda and head
+
+    @property
+    def in_progress(self) -> int:
+        """How many requests have a row."""
+        return len(self._owners)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches."""
+        parts = (self.outside.prelude, self.loop, self.outside.coda)
+        return sum(part.cache.nbytes for part in parts if part is not None)
+
+    def check(self, request: Request) -> None:
+        """That a request may be added.
+
+        Raises: `ValueError` if it does not fit into a row, and what its depths raise.
+        """
+        self._check_fits(request.longest)
+        request.bounds(self.loop.looped.steps, 0, self.outside.device)
 
     def add(self, request: Request) -> None:
         """Serve a request as soon as a row is free.
@@ -187,13 +213,16 @@ class Engine:
     def _call(self) -> list[Refused]:
         """Run the block once on all tokens in flight."""
         refused = list[Refused]()
+        self.counts.called(self.loop.width - self.loop.room)
         for ran in self.loop.call():
             request = self._owners[ran.row]
             if isinstance(ran, Failed):
                 refused.append(self._refuse(request, ran.error))
             elif ran.left:
                 del self._flying[request]
-                request.depth += ran.depth.tolist()
+                depth = ran.depth.tolist()
+                self.counts.exited(depth)
+                request.depth += depth
                 # Without layers behind the loop, only the newest token of a prompt is of use.
                 self._left.append((request, ran.hidden if self.outside.coda is not None else ran.hidden[-1:]))
         return refused
@@ -216,8 +245,10 @@ class Engine:
         except Exception as error:
             return self._refuse(request, error)
         request.ids.append(token)
+        self.counts.tokens += 1
         return Chosen(request, token, logprob)
 
     def _refuse(self, request: Request, error: Exception) -> Refused:
         self.end(request)
+        self.counts.failed += 1
         return Refused(request, error)
