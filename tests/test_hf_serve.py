@@ -2,8 +2,6 @@
 
 import asyncio
 import inspect
-import logging
-import os
 import re
 import signal
 import socket
@@ -23,8 +21,9 @@ import adadepth as ad
 pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
+import openai
 import transformers
 from hf_words import tokenizer
 from hf_zoo import EOS, STEPS, spread
@@ -39,7 +38,7 @@ from adadepth.hf.memory import bytes_of, bytes_per_token
 from adadepth.hf.serve import prepared
 from adadepth.hf.server import REPLACED, Asks
 
-NEW, CAPACITY = 8, 100
+NEW, CAPACITY = 8, 2000
 GREEDY: dict[str, Any] = {"max_tokens": NEW, "temperature": 0}
 # What single requests ask for, as their body says it, and as `generate` is told.
 ASKED: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -98,8 +97,8 @@ class Server:
                 assert self.process.poll() is None, self.log.read_text()
                 time.sleep(0.1)
 
-    def client(self, retries: int = 0) -> Any:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=retries, timeout=60)
+    def client(self) -> Any:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=60)
 
     def metrics(self) -> dict[str, float]:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
@@ -159,48 +158,30 @@ def wanted(model: Any, prompt: str, chat: bool = False, **options: Any) -> Any:
     return words.decode(new, skip_special_tokens=True), cache.depth[0, : len(out) - 1].tolist(), why
 
 
-def of(server: Server, retries: int = 0) -> Any:
-    client = server.client(retries)
+def of(server: Server) -> Any:
+    client = server.client()
     client.folder = server.folder
     return client
 
 
-async def _idle(server: Server) -> dict[str, float]:
-    """The metrics once nothing is in progress."""
+async def until(server: Server, **values: int) -> dict[str, float]:
+    """The metrics, once these are what they should be."""
     for _ in range(300):
         said = await asyncio.to_thread(server.metrics)
-        if said["adadepth_requests_in_progress"] == said["adadepth_requests_waiting"] == 0:
-            break
+        if all(said[f"adadepth_{name}"] == value for name, value in values.items()):
+            return said
         await asyncio.sleep(0.05)
-    return said
+    raise AssertionError(said)
 
 
-async def _cancelled(client: Any, stream: bool) -> str:
-    """A request that would take long, given up."""
-    begun = asyncio.ensure_future(asked(client, "b", stream=stream, max_tokens=CAPACITY - 1, logit_bias=None))
-    await asyncio.sleep(0.05)
-    begun.cancel()
-    await asyncio.wait([begun])
-    return "cancelled" if begun.cancelled() else "done"
-
-
-async def _refused(client: Any, **options: Any) -> tuple[int, str]:
-    try:
-        await asked(client, **options)
-    except openai.APIStatusError as error:
-        return error.status_code, error.body["message"] if isinstance(error.body, dict) else str(error.body)
-    except openai.APIError as error:  # in a stream
-        return 0, str(error)
-    return 200, ""
-
-
+IDLE = {"requests_in_progress": 0, "requests_waiting": 0}
 INVALID: list[tuple[dict[str, Any], str]] = [
     (
-        {"prompt": "abc" * 40},
-        "The request needs room for 127 tokens, of its prompt and of all new ones but the last, got a capacity of 100. "
-        "Pass a larger capacity=, as far as the model knows positions, or ask for fewer new tokens.",
+        {"prompt": "a" * CAPACITY},
+        "The request needs room for 2007 tokens, of its prompt and of all new ones but the last, got a capacity of "
+        "2000. Pass a larger capacity=, as far as the model knows positions, or ask for fewer new tokens.",
     ),
-    ({"prompt": "abc", "max_depth": 9, "stream": True}, ""),
+    ({"prompt": "abc", "max_depth": 9, "stream": True}, "max_depth expected an int from 1 to steps=3, got 9."),
     ({"prompt": "abc", "max_depth": "two"}, "A request expected max_depth to be of type int, got 'two'."),
     ({"prompt": "abc", "max_tokens": 0}, "A request expected 1 or more new tokens, got 0."),
     (
@@ -209,19 +190,226 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     ),
     ({"prompt": ""}, "A request expected the ids of a prompt, each from 0 to 36, got none."),
 ]
-NAN = {"prompt": "abc", "temperature": 1e-40}
+NAN: list[dict[str, Any]] = [{"prompt": "abc", "temperature": 1e-40, "stream": stream} for stream in (False, True)]
+NAN_MESSAGE = (
+    "The request's options turn the logits of its next token into NaN. Look for a temperature too close to 0, or for "
+    "options that forbid every token."
+)
 
 
-def test_concurrent_clients(server: Server, model: Any) -> None:
-    async def all_at_once() -> tuple[list[Any], ...]:
+async def refused(client: Any, **options: Any) -> tuple[int | None, str]:
+    with pytest.raises(openai.APIError) as caught:
+        await asked(client, **options)
+    body: Any = caught.value.body
+    return getattr(caught.value, "status_code", None), body if isinstance(body, str) else body["message"]
+
+
+def together(*groups: list[Any]) -> Any:
+    return asyncio.gather(*(asyncio.gather(*group) for group in groups))
+
+
+def test_each_of_many_clients_gets_what_generate_gives(server: Server, model: Any) -> None:
+    async def at_once(client: Any) -> Any:
+        endless = {"chat": True, "max_tokens": CAPACITY - 9, "logit_bias": {str(EOS): -100}}
+        gone = [asyncio.ensure_future(asked(client, "b", stream=stream, **endless)) for stream in (False, True)]
+        await until(server, requests_in_progress=2)
+        good = [asked(client, word, chat, stream, **body) for word, body, _, chat, stream in MANY]
+        bad, nan = [refused(client, **body) for body, _ in INVALID], [refused(client, **body) for body in NAN]
+        answers = asyncio.ensure_future(together(good, bad, nan))
+        await asyncio.sleep(0.1)
+        for one in gone:
+            one.cancel()
+        return await answers
+
+    async def run() -> Any:
         async with of(server) as client:
-            good = [asked(client, word, chat, stream, **body) for word, body, _, chat, stream in MANY]
-            gone = [_cancelled(client, stream) for stream in (False, True)]
-            bad = [_refused(client, **body) for body, _ in INVALID]
-            nan = [_refused(client, **NAN, stream=stream) for stream in (False, True)]
-            groups = (good, gone, bad, nan)
-            return tuple(await asyncio.gather(*(asyncio.gather(*some) for some in groups)))
+            return await at_once(client), await until(server, **IDLE)
 
-    for some in asyncio.run(all_at_once()): print(*some, sep="\n")
-    print(server.metrics())
-    print(server.log.read_text()[-3000:])
+    (good, bad, nan), said = asyncio.run(run())
+    assert [*good] == [wanted(model, word, chat, **options) for word, _, options, chat, _ in MANY]
+    assert len({tuple(depth) for _, depth, _ in good}) > 15
+    assert bad == [(400, message) for _, message in INVALID]
+    assert nan[0][0] == 500 and nan[0][1].endswith(f": {NAN_MESSAGE}") and nan[1] == (None, NAN_MESSAGE)
+    assert (
+        said["adadepth_failed_total"] == 2 and said["adadepth_tokens_total"] < 2 * CAPACITY * 0.9
+    )  # two were cancelled
+    assert said["adadepth_calls_total"] > 50 and 1 < said["adadepth_mean_depth"] < STEPS
+    assert said["adadepth_iterations_total"] >= said["adadepth_depth_total"]
+    assert re.search(
+        r"done, prompt \d+, new 8, mean depth \d\.\d\d, .* tokens/s; in progress \d", server.log.read_text()
+    )
+
+
+def test_other_ways_of_asking(server: Server, model: Any) -> None:
+    async def run() -> Any:
+        async with of(server) as client:
+            free = await client.completions.create(model=server.folder, prompt="a" * (CAPACITY - 4), temperature=0)
+            said = await client.responses.create(
+                model=server.folder,
+                input="abc",
+                temperature=0,
+                max_output_tokens=NEW,
+                stream=False,
+                extra_body={"max_depth": 1},
+            )
+            with pytest.raises(openai.BadRequestError, match="A chat expected messages, a list of objects"):
+                await client.post("/chat/completions", body={"model": server.folder}, cast_to=object)
+            with pytest.raises(openai.UnprocessableEntityError, match="max_dpeth"):
+                await client.completions.create(model=server.folder, prompt="a", extra_body={"max_dpeth": 1})
+            return free, said
+
+    free, said = asyncio.run(run())
+    assert len(free.usage.depth) == free.usage.total_tokens - 1 <= CAPACITY
+    assert (said.output_text, said.usage.depth) == wanted(model, "abc", True, max_depth=1)[:2]
+
+
+@pytest.mark.parametrize("number", [80, pytest.param(1000, marks=pytest.mark.every)])
+def test_memory_is_flat(server: Server, number: int) -> None:
+    async def run(count: int) -> int:
+        async with of(server) as client:
+            for _ in range(0, count, 20):
+                some = [(word, chat, stream, body | {"max_tokens": 2}) for word, body, _, chat, stream in MANY[:20]]
+                await together([asked(client, word, chat, stream, **body) for word, chat, stream, body in some])
+        await until(server, **IDLE)
+        return server.memory()
+
+    before = asyncio.run(run(40))
+    after = asyncio.run(run(number))
+    print(f"{number} requests: {before} kB, then {after} kB")
+    assert after - before < 8_000
+
+
+def test_a_killed_server_comes_back(server: Server, model: Any) -> None:
+    async def patient(client: Any, word: str, **body: Any) -> Any:
+        while True:
+            try:
+                return await asked(client, word, **body)
+            except openai.APIConnectionError:
+                await asyncio.sleep(0.2)
+
+    async def run() -> Any:
+        async with of(server) as client:
+            some = [asyncio.ensure_future(patient(client, word, **body)) for word, body, *_ in MANY[:12]]
+            await until(server, requests_in_progress=4)
+            server.process.send_signal(signal.SIGKILL)
+            server.process.wait(30)
+            server.begin()
+            return await asyncio.gather(*some)
+
+    assert asyncio.run(run()) == [wanted(model, word, **options) for word, _, options, *_ in MANY[:12]]
+    assert server.metrics()["adadepth_failed_total"] == 0
+
+
+@pytest.mark.parametrize("layout", ["filled", "single", "compact"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_bytes_of_a_token_are_those_of_a_run(name: str, layout: Any) -> None:
+    model = spread(name, slice(1, 3))
+    each, tokens = bytes_per_token(model, layout), 5 * 9
+    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    with model.continuous_batching_context_manager(config, memory=tokens * each, rows=5, layout=layout) as manager:
+        assert manager.sizes[:3] == (5, 2, 9)
+        for _ in range(7):
+            manager.add_request([3] * 6, min_depth=STEPS)
+        for _ in range(7):
+            assert manager.get_result(timeout=30).error is None
+        held = manager.batch_processor.engine.nbytes  # type: ignore[union-attr]
+    assert held == tokens * each if layout != "compact" else held <= tokens * each
+    assert model.init_continuous_batching(config, memory=f"{tokens * each}B", capacity=9, layout=layout).sizes[:2] == (
+        5,
+        2,
+    )
+
+
+def test_a_budget_of_bytes() -> None:
+    assert [bytes_of(one) for one in (7, "7", "1.5GiB", "2 MB", "3KB")] == [7, 7, 3 * 2**29, 2_000_000, 3000]
+    with pytest.raises(
+        ValueError, match=r"^memory expected bytes, such as 2000000, '500MB' or '2GiB', got '2 apples'\.$"
+    ):
+        bytes_of("2 apples")
+    model = spread("gpt2", slice(1, 3))
+    each = bytes_per_token(model)
+    assert model.init_continuous_batching(memory="1TiB").sizes[:3] == (256, 128, 64)  # the model knows 64 positions
+    assert model.init_continuous_batching(memory="1TiB", rows=3).sizes[:3] == (3, 1, 64)
+    message = (
+        f"memory='1KB' has room for {1000 // each} tokens of {each} bytes, got rows=3 of capacity=9. Pass more memory, "
+        "or fewer rows or a smaller capacity."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model.init_continuous_batching(memory="1KB", rows=3, capacity=9)
+
+
+def test_the_loader_finds_the_class_and_the_sizes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "AdaptiveForCausalLM", None, raising=False)
+    assert prepared([folder, "--rows", "3", "--port", "1"]) == [folder, "--port", "1", "--continuous-batching"]
+    assert prepared(["--continuous-batching"]) == ["--continuous-batching"]
+
+    def sizes(*arguments: str) -> Any:
+        prepared([folder, *arguments])
+        return transformers.AdaptiveForCausalLM.from_pretrained(folder).init_continuous_batching().sizes
+
+    assert sizes("--rows", "3", "--capacity", "64") == (3, 1, 64, "filled")
+    assert sizes("--rows", "6", "--width", "4") == (6, 4, 2048, "filled")
+    rows = 64 * 2**20 // 2048 // bytes_per_token(spread("llama", slice(1, 3)))
+    assert sizes("--memory", "64MiB") == (rows, rows // 2, 2048, "filled")
+
+
+def test_the_text_of_the_metrics() -> None:
+    text = metrics(Counts(calls=2, ran=6, tokens=3, left=4, depth=6, seconds=1.5), 1, 0)
+    assert text.startswith("# HELP adadepth_tokens_total new tokens chosen\n# TYPE adadepth_tokens_total counter\n")
+    for line in ("mean_depth 1.5", "tokens_per_call 3.0", "tokens_per_second 2.0", "requests_in_progress 1"):
+        assert f"\nadadepth_{line}\n" in text
+
+
+MOVED = (
+    "transformers has moved what adadepth/hf/server.py stands on: {}. Read its cli/serve.py and cli/serving, bring the "
+    "classes in REPLACED up to date so that both the oldest and the newest version in pyproject.toml work, and correct "
+    "this test."
+)
+
+
+def test_the_private_names_that_the_server_stands_on() -> None:
+    from transformers.cli import serve
+
+    source = inspect.getsource(serve) + inspect.getsource(utils.GenerationState)
+    lost = [name for module, name, _ in REPLACED if not hasattr(module, name) or name not in source]
+    for _, _, ours in REPLACED[:3]:
+        lost += [
+            name
+            for name in vars(Asks)
+            if name.startswith(("handle", "_build_g", "_val")) and not hasattr(ours.__mro__[2], name)
+        ]
+    lost += [
+        name
+        for name in ("init_cb", "generate_streaming", "generate_non_streaming")
+        if not hasattr(REPLACED[3][2].__base__, name)
+    ]
+    asked = inspect.getsource(utils.CBGenerateManager.__base__) + inspect.getsource(REPLACED[3][2].__base__)
+    lost += [
+        name
+        for name in ("self._cb", "self._cb_config", "cb.add_request(", "cb.register_result_handler(")
+        if name not in asked
+    ]
+    lost += [
+        name for name in ("_build_chunk_sse", "init_cb(model, gen_config)") if name not in inspect.getsource(completion)
+    ]
+    assert not lost, MOVED.format(f"{lost} are not there")
+
+
+def test_a_client_that_is_gone_ends_what_is_done_for_it() -> None:
+    ended: list[str] = []
+
+    async def app(_scope: Any, receive: Any, _send: Any) -> None:
+        assert [(await receive())["body"] for _ in range(2)] == [b"a", b"b"]
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    messages = [{"type": "http.request", "body": b"a", "more_body": True}, {"type": "http.request", "body": b"b"}]
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    asyncio.run(Departures(app)({"type": "http", "method": "POST"}, receive, None))
+    assert ended == ["cancelled"]

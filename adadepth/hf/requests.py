@@ -133,8 +133,8 @@ class Request:
         probabilities = scores.softmax(-1)
         if bool(probabilities.isnan().any()):  # drawing from them would end all work on a GPU
             raise ValueError(
-                "The request's options turn the logits of its next token into NaN. Look for a temperature too close to 0, "
-                "or for options that forbid every token."
+                "The request's options turn the logits of its next token into NaN. Look for a temperature too close to "
+                "0, or for options that forbid every token."
             )
         if self.sample:
             token = int(torch.multinomial(probabilities, 1, generator=self.generator))

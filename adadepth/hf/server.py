@@ -1,8 +1,8 @@
 """What transformers' server does otherwise for an adapted model.
 
-Each request is served with its own depths and sampling options; what cannot be served is refused with status 400; the
-answer says its depths; `/metrics`. transformers has no hooks for this: `install` puts subclasses in place of the classes
-that it builds its server of. tests/test_hf_serve.py lists the private names that this stands on.
+Each request is served with its own depths and sampling options; what cannot be served is refused with status 400; an
+answer says its depths; `/metrics` says what was done. transformers has no hooks for this: `install` puts subclasses in
+place of the classes that it builds its server of. tests/test_hf_serve.py lists the private names that this stands on.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from functools import lru_cache
 from time import perf_counter
 from typing import Any, final
 
+from fastapi import HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse
 from transformers.cli.serving import chat_completion, completion, response, server, utils
 
@@ -83,6 +84,8 @@ class Asks:
         config = super()._build_generation_config(_without(body), usual, use_cb=use_cb)  # type: ignore[misc]
         if body.get("temperature") or (body.get("temperature") is None and body.get("top_p") is not None):
             config.do_sample = True  # as any client expects that asks for a temperature
+        if config.sequence_bias:  # of a body's logit_bias, in which whole numbers are usual
+            config.sequence_bias = {ids: float(bias) for ids, bias in config.sequence_bias.items()}
         if config.max_new_tokens < 1:
             raise ValueError(f"A request expected 1 or more new tokens, got {config.max_new_tokens}.")
         before = vars(usual)
@@ -222,6 +225,7 @@ def build_server(model_manager: Any, *handlers: Any, generation_state: Any, **op
         raise ValueError("The server expected a saved adapted model, got none. Pass its folder first.")
     app = _BUILD(model_manager, *handlers, generation_state=generation_state, **options)
     app.exception_handler(ValueError)(lambda _, error: _refused(400, "invalid_request_error", error))
+    app.exception_handler(HTTPException)(lambda _, error: _refused(error.status_code, "invalid_request_error", error))
     app.exception_handler(RuntimeError)(lambda _, error: _refused(500, "server_error", error))
     app.add_middleware(Departures)
     model_id = model_manager.process_model_name(model_manager.force_model)
@@ -240,7 +244,8 @@ def build_server(model_manager: Any, *handlers: Any, generation_state: Any, **op
 def _refused(status: int, kind: str, error: Exception) -> JSONResponse:
     if status >= 500:
         LOG.error("%s", error)
-    return JSONResponse({"error": {"message": str(error), "type": kind}}, status)
+    message = str(getattr(error, "detail", error))
+    return JSONResponse({"error": {"message": message, "type": kind}}, status)
 
 
 REPLACED = (
