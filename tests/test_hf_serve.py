@@ -28,15 +28,18 @@ import transformers
 from hf_words import tokenizer
 from hf_zoo import EOS, STEPS, spread
 from transformers import GenerationConfig
-from transformers.cli.serving import completion, utils
+from transformers.cli import serve
+from transformers.cli.serving import chat_completion, completion, response, utils
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM
 from adadepth.hf.cache import CACHE
 from adadepth.hf.clients import Departures
 from adadepth.hf.counts import Counts, metrics
 from adadepth.hf.memory import bytes_of, bytes_per_token
-from adadepth.hf.serve import prepared
-from adadepth.hf.server import REPLACED, Asks
+from adadepth.hf.serve import main, prepared
+from adadepth.hf.server import REPLACED
+from examples.ask import ask
 
 NEW, CAPACITY = 8, 2000
 GREEDY: dict[str, Any] = {"max_tokens": NEW, "temperature": 0}
@@ -131,8 +134,8 @@ def server(folder: str) -> Iterator[Server]:
 async def asked(client: Any, prompt: str, chat: bool = False, stream: bool = False, **options: Any) -> Any:
     """Text, depths and why it ended."""
     known = {name: options.pop(name) for name in [*options] if name not in ("min_depth", "max_depth", "threshold")}
-    given = {"model": None, **GREEDY, **known, "extra_body": options, "stream": stream}
-    given["model"] = client.folder
+    given = {**GREEDY, **known, "extra_body": options, "stream": stream}
+    given |= {"model": client.folder, "extra_headers": {"X-Request-ID": "all the same"}}
     if chat:
         answer = await client.chat.completions.create(messages=[{"role": "user", "content": prompt}], **given)
     else:
@@ -210,7 +213,7 @@ def together(*groups: list[Any]) -> Any:
 
 def test_each_of_many_clients_gets_what_generate_gives(server: Server, model: Any) -> None:
     async def at_once(client: Any) -> Any:
-        endless = {"chat": True, "max_tokens": CAPACITY - 9, "logit_bias": {str(EOS): -100}}
+        endless: dict[str, Any] = {"chat": True, "max_tokens": CAPACITY - 9, "logit_bias": {str(EOS): -100}}
         gone = [asyncio.ensure_future(asked(client, "b", stream=stream, **endless)) for stream in (False, True)]
         await until(server, requests_in_progress=2)
         good = [asked(client, word, chat, stream, **body) for word, body, _, chat, stream in MANY]
@@ -256,14 +259,16 @@ def test_other_ways_of_asking(server: Server, model: Any) -> None:
                 await client.post("/chat/completions", body={"model": server.folder}, cast_to=object)
             with pytest.raises(openai.UnprocessableEntityError, match="max_dpeth"):
                 await client.completions.create(model=server.folder, prompt="a", extra_body={"max_dpeth": 1})
-            return free, said
+            return free, said, await asyncio.to_thread(ask, server.folder, "abc", f"{server.url}/v1")
 
-    free, said = asyncio.run(run())
+    free, said, example = asyncio.run(run())
     assert len(free.usage.depth) == free.usage.total_tokens - 1 <= CAPACITY
+    sampled: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "seed": 1, "max_depth": 2}
+    assert example == wanted(model, "abc", **sampled)[:2]
     assert (said.output_text, said.usage.depth) == wanted(model, "abc", True, max_depth=1)[:2]
 
 
-@pytest.mark.parametrize("number", [80, pytest.param(1000, marks=pytest.mark.every)])
+@pytest.mark.parametrize("number", [60, pytest.param(1000, marks=pytest.mark.every)])
 def test_memory_is_flat(server: Server, number: int) -> None:
     async def run(count: int) -> int:
         async with of(server) as client:
@@ -273,7 +278,7 @@ def test_memory_is_flat(server: Server, number: int) -> None:
         await until(server, **IDLE)
         return server.memory()
 
-    before = asyncio.run(run(40))
+    before = asyncio.run(run(20))
     after = asyncio.run(run(number))
     print(f"{number} requests: {before} kB, then {after} kB")
     assert after - before < 8_000
@@ -289,21 +294,20 @@ def test_a_killed_server_comes_back(server: Server, model: Any) -> None:
 
     async def run() -> Any:
         async with of(server) as client:
-            some = [asyncio.ensure_future(patient(client, word, **body)) for word, body, *_ in MANY[:12]]
+            some = [asyncio.ensure_future(patient(client, word, **body)) for word, body, *_ in MANY[:6]]
             await until(server, requests_in_progress=4)
             server.process.send_signal(signal.SIGKILL)
             server.process.wait(30)
             server.begin()
             return await asyncio.gather(*some)
 
-    assert asyncio.run(run()) == [wanted(model, word, **options) for word, _, options, *_ in MANY[:12]]
+    assert asyncio.run(run()) == [wanted(model, word, **options) for word, _, options, *_ in MANY[:6]]
     assert server.metrics()["adadepth_failed_total"] == 0
 
 
 @pytest.mark.parametrize("layout", ["filled", "single", "compact"])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_bytes_of_a_token_are_those_of_a_run(name: str, layout: Any) -> None:
-    model = spread(name, slice(1, 3))
+def test_the_bytes_of_a_token_are_those_of_a_run(layout: Any) -> None:
+    model = spread("llama", slice(1, 3))
     each, tokens = bytes_per_token(model, layout), 5 * 9
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
     with model.continuous_batching_context_manager(config, memory=tokens * each, rows=5, layout=layout) as manager:
@@ -367,32 +371,37 @@ MOVED = (
 )
 
 
-def test_the_private_names_that_the_server_stands_on() -> None:
-    from transformers.cli import serve
+PLAIN = utils.CBGenerateManager
+NEEDED: list[tuple[Any, str]] = [
+    *((serve, f"import {name}\n") for name in ("CompletionHandler", "ChatCompletionHandler", "ResponseHandler")),
+    (serve, "import build_server\n"),
+    (utils.GenerationState, "CBGenerateManager(cb_config=self._cb_config)"),
+    (utils.BaseHandler, "def _validate_request(self, body: dict)"),
+    *((module, "self._validate_request(body)\n") for module in (completion, chat_completion, response)),
+    *((module, "super()._build_generation_config(") for module in (completion, chat_completion, response)),
+    *((module, "gen_manager.init_cb(model, gen_config)") for module in (completion, chat_completion, response)),
+    *((module, "def _build_chunk_sse(") for module in (completion, chat_completion)),
+    *((module, "usage=usage") for module in (completion, chat_completion)),
+    *(
+        (PLAIN, text)
+        for text in ("cb = self._cb\n", "cb.add_request(", "cb.register_result_handler(", "self._cb_config")
+    ),
+    *((PLAIN, f"def {name}(") for name in ("init_cb", "generate_streaming", "generate_non_streaming")),
+    (ContinuousBatchingManager, "self.output_router.result_handlers[request_id]"),
+]
 
-    source = inspect.getsource(serve) + inspect.getsource(utils.GenerationState)
-    lost = [name for module, name, _ in REPLACED if not hasattr(module, name) or name not in source]
-    for _, _, ours in REPLACED[:3]:
-        lost += [
-            name
-            for name in vars(Asks)
-            if name.startswith(("handle", "_build_g", "_val")) and not hasattr(ours.__mro__[2], name)
-        ]
-    lost += [
-        name
-        for name in ("init_cb", "generate_streaming", "generate_non_streaming")
-        if not hasattr(REPLACED[3][2].__base__, name)
-    ]
-    asked = inspect.getsource(utils.CBGenerateManager.__base__) + inspect.getsource(REPLACED[3][2].__base__)
-    lost += [
-        name
-        for name in ("self._cb", "self._cb_config", "cb.add_request(", "cb.register_result_handler(")
-        if name not in asked
-    ]
-    lost += [
-        name for name in ("_build_chunk_sse", "init_cb(model, gen_config)") if name not in inspect.getsource(completion)
-    ]
+
+def test_the_private_names_that_the_server_stands_on() -> None:
+    lost = [text for at, text in NEEDED if text not in inspect.getsource(at)]
     assert not lost, MOVED.format(f"{lost} are not there")
+    assert all(issubclass(ours, getattr(module, name)) for module, name, ours in REPLACED[:4])
+
+
+def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    message = "fastapi is not installed. Install it with: pip install 'adadepth[serving]'"
+    with pytest.raises(ImportError, match=f"^{re.escape(message)}$"):
+        main()
 
 
 def test_a_client_that_is_gone_ends_what_is_done_for_it() -> None:

@@ -131,6 +131,8 @@ class Responses(Asks, response.ResponseHandler):
 class Batches(utils.CBGenerateManager):
     """Adds each request with its own options, once it is known that they can be served."""
 
+    _cb: Any
+
     def init_cb(self, model: Any, gen_config: Any) -> None:
         """Begin a manager for a model, with the model's own configuration: that of a request is for it alone."""
         if self._cb is None:
