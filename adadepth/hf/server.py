@@ -5,14 +5,9 @@ answer says its depths; `/metrics` says what was done. transformers has no hooks
 place of the classes that it builds its server of. tests/test_hf_serve.py lists the private names that this stands on.
 """
 
-import asyncio
 import json
-import logging
 import uuid
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import lru_cache
-from time import perf_counter
 from typing import Any, final
 
 from fastapi import HTTPException
@@ -20,37 +15,16 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from transformers.cli.serving import chat_completion, completion, response, server, utils
 
 from ..rules import Threshold
+from .asked import ASKED, LOG, Asked, Batches
 from .clients import Departures
 from .counts import metrics
-from .manager import AdaptiveBatchingManager
 
-LOG = logging.getLogger("adadepth.serve")
 # Fields of a body that are adadepth's own, and of what type.
 FIELDS: dict[str, type] = {"min_depth": int, "max_depth": int, "threshold": float, "seed": int}
 _LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "generation_config")
 # Given to the manager by themselves, or about a cache that is not ours.
 _APART = ("max_new_tokens", "eos_token_id", "use_cache", "cache_implementation")
-
-
-@final
-@dataclass
-class Asked:
-    """A request over HTTP: what it asks for, and what became of it so far.
-
-    Attributes:
-        options: of `add_request`.
-        limited: whether it says how many new tokens it wants at most.
-        depth: as of `AdaptiveGenerationOutput`.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    limited: bool = False
-    depth: list[int] = field(default_factory=list)
-    began: float = field(default_factory=perf_counter)
-
-
-_BATCHES, _BUILD = utils.CBGenerateManager, server.build_server  # before `install`
-_ASKED: ContextVar[Asked] = ContextVar("asked")  # of the task that serves it
+_BUILD = server.build_server  # before `install`
 
 
 @lru_cache(64)
@@ -65,7 +39,7 @@ class Asks:
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """Serve a request, under an id of ours: two clients may choose the same."""
         asked = Asked()
-        _ASKED.set(asked)
+        ASKED.set(asked)
         answer = await super().handle_request(body, f"{request_id}-{uuid.uuid4().hex[:8]}")  # type: ignore[misc]
         if not isinstance(answer, JSONResponse):
             return answer
@@ -93,7 +67,7 @@ class Asks:
         own = {name: body[name] for name in FIELDS if body.get(name) is not None}
         if "threshold" in own:
             own["rule"] = _threshold(float(own.pop("threshold")))
-        asked = _ASKED.get()
+        asked = ASKED.get()
         asked.options = {
             name: value for name, value in (changed | own).items() if name not in _APART and not name.startswith("_")
         }
@@ -102,7 +76,7 @@ class Asks:
 
     def _build_chunk_sse(self, *args: Any, usage: Any = None, **options: Any) -> Any:
         if usage is not None:
-            usage.depth = _ASKED.get().depth
+            usage.depth = ASKED.get().depth
         return super()._build_chunk_sse(*args, usage=usage, **options)  # type: ignore[misc]
 
 
@@ -125,96 +99,6 @@ class Chats(Asks, chat_completion.ChatCompletionHandler):
 @final
 class Responses(Asks, response.ResponseHandler):
     """`/v1/responses`."""
-
-
-@final
-class Batches(utils.CBGenerateManager):
-    """Adds each request with its own options, once it is known that they can be served."""
-
-    _cb: Any
-
-    def init_cb(self, model: Any, gen_config: Any) -> None:
-        """Begin a manager for a model, with the model's own configuration: that of a request is for it alone."""
-        if self._cb is None:
-            self._cb = model.init_continuous_batching(model.generation_config, self._cb_config)
-            self._cb.warmup()
-            self._cb.start()
-
-    def generate_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **options: Any
-    ) -> Any:
-        """Begin a request; a queue of texts, and what fills it."""
-        return self._alone(inputs, gen_config).generate_streaming(
-            model, processor, inputs, gen_config, request_id, **options
-        )
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
-    ) -> Any:
-        """Text, length of the prompt, and new ids; a client that goes away ends its request."""
-        one = self._alone(inputs, gen_config)
-        try:
-            return await one.generate_non_streaming(model, processor, inputs, gen_config, request_id)
-        except asyncio.CancelledError:
-            one._cb.cancel_request(request_id)
-            raise
-
-    def _alone(self, inputs: Any, config: Any) -> utils.CBGenerateManager:
-        """transformers' class once more, about a single request.
-
-        Raises: `ValueError` for a request that cannot be served.
-        """
-        one, asked = _BATCHES(self._cb_config), _ASKED.get()
-        ids, manager = inputs["input_ids"], self._cb
-        if not asked.limited:  # then what its row has room for
-            config.max_new_tokens = max(1, min(config.max_new_tokens, manager.capacity + 1 - len(ids)))
-        manager.check(ids, config.max_new_tokens, dict(asked.options))
-        one._cb = OneRequest(manager, asked)
-        return one
-
-
-@final
-class OneRequest:
-    """A manager as one request sees it, which is added with its own options, and is told what became of it."""
-
-    def __init__(self, manager: AdaptiveBatchingManager, asked: Asked) -> None:
-        self.manager, self.asked = manager, asked
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.manager, name)
-
-    def add_request(self, ids: list[int], **given: Any) -> str | None:
-        """Add it."""
-        return self.manager.add_request(ids, **given, **self.asked.options)
-
-    def register_result_handler(self, request_id: str, callback: Any) -> None:
-        """Have `callback` told of it."""
-
-        def told(output: Any) -> None:
-            self.asked.depth = output.depth
-            if output.is_finished():
-                _log(output, self.asked, self.manager)
-            if output.error is not None:
-                output.error = json.dumps(output.error)[1:-1]  # it is put between quotes
-            callback(output)
-
-        self.manager.register_result_handler(request_id, told)
-
-
-def _log(output: Any, asked: Asked, manager: Any) -> None:
-    """A line about a request that has ended."""
-    new, depth, engine = len(output.generated_tokens), output.depth, manager.batch_processor.engine
-    LOG.info(
-        "request %s: %s, prompt %d, new %d, mean depth %.2f, %.1f tokens/s; in progress %d, waiting %d",
-        output.request_id,
-        output.error or "done",
-        len(output.prompt_ids),
-        new,
-        sum(depth) / max(len(depth), 1),
-        new / (perf_counter() - asked.began),
-        engine.in_progress,
-        engine.waiting,
-    )
 
 
 def _without(body: dict[str, Any]) -> dict[str, Any]:
