@@ -365,9 +365,9 @@ def test_the_text_of_the_metrics() -> None:
 
 
 MOVED = (
-    "transformers has moved what adadepth/hf/server.py and asked.py stand on: {}. Read its cli/serve.py and cli/serving, "
-    "bring the classes in REPLACED up to date so that both the oldest and the newest version in pyproject.toml work, and "
-    "correct this test."
+    "transformers has moved what adadepth/hf/server.py and asked.py stand on: {}. Read its cli/serve.py and "
+    "cli/serving, bring the classes in REPLACED up to date so that both the oldest and the newest version in "
+    "pyproject.toml work, and correct this test."
 )
 PLAIN = utils.CBGenerateManager
 NEEDED: list[tuple[Any, str]] = [
