@@ -37,3 +37,8 @@ def in_rows(value: Any, choose: Callable[[Tensor], Tensor]) -> Any:
         parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         return dataclasses.replace(value, **{name: in_rows(part, choose) for name, part in parts.items()})
     return value
+
+
+def row_of(value: Any, row: int) -> Any:
+    """What a value holds for one row, as a batch of one."""
+    return in_rows(value, lambda rows: rows[row : row + 1])

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import CACHE, AdaptiveCache
-from .depths import DEPTHS, in_rows
+from .depths import DEPTHS, row_of
 from .drafts import Drafts
 from .engine import Engine, Refused
 from .noise import Noise
@@ -21,11 +21,11 @@ _KEPT = ("output_scores", "output_logits", "output_hidden_states", "output_atten
 
 def drafted(
     model: Any,
+    drafts: Drafts,
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    drafts: Drafts,
     streamer: Any = None,
     **given: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
@@ -47,7 +47,7 @@ def drafted(
             noise=noise,
             number=i,
             before=row[~mask[i]].tolist(),
-            **{name: in_rows(value, lambda rows, i=i: rows[i : i + 1]) for name, value in own.items()},
+            **{name: row_of(value, i) for name, value in own.items()},
         )
         for i, row in enumerate(input_ids)
     ]

@@ -1,21 +1,20 @@
 """Many requests at once: their tokens share calls of the block, each at its own iteration."""
 
 from collections import deque
-from collections.abc import Iterable
-from itertools import groupby
 from time import perf_counter
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from ..serving import DepthBatch, Failed
+from ..serving import DepthBatch
 from .cache import AdaptiveCache
+from .counts import Counts
 from .drafts import Drafts
+from .flight import Flight, Lost, without
 from .inputs import learned_positions
-from .outside import Outside, in_rows
-from .requests import Depths, Request, Tokens, check_rule
+from .outside import Outside
+from .requests import Request, Tokens, check_rule
 
 _PROMPTS = 512  # tokens of prompts that may be in flight when another prompt begins
 
@@ -55,40 +54,55 @@ class Engine:
             allocated at once.
         drafts: how the next token is guessed, where a call has room for it; None: no token is.
 
-    Raises: `ValueError` for sizes below 1, a cache that holds something or has no capacity, or a rule
-        that is only for some rows.
+    Raises: `ValueError` for sizes below 1, a cache that holds something or has no capacity, or a rule that is only for
+        some rows.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        rows: int,
-        width: int,
-        cache: AdaptiveCache,
-        drafts: Drafts | None = None,
-    ) -> None:
+    def __init__(self, model: Any, rows: int, width: int, cache: AdaptiveCache, drafts: Drafts | None = None) -> None:
         if model.loop.rule is not None:
             check_rule(model.loop.rule, model.device)
         self.outside = Outside(model, rows, width, cache)
         self.loop = DepthBatch(model.loop, cache.parts["loop"], rows, width)
         limit, given = learned_positions(model.base, model.anatomy), cache.parts["loop"].capacity
-        self.width, self.drafts = width, drafts
         self.capacity = min(capacity for capacity in (limit, given) if capacity is not None)
+        self.width, self.drafts, self.counts = width, drafts, Counts()
+        self._flight = Flight(self.loop, self.outside, self.capacity)
         self._free = [*reversed(range(rows))]
         self._owners: dict[int, Request] = {}
         self._waiting = deque[Request]()
-        self._new: list[Tokens] = []
-        self._ready = deque[Tokens]()
-        self._flying: dict[tuple[int, int], Tokens] = {}  # in the loop, by row and position
         self._left = deque[Tokens]()  # have left the loop, before coda and head
         self._guessing: list[Tokens] = []  # what stands behind them may be guessed now
+
+    @property
+    def in_progress(self) -> int:
+        """How many requests have a row."""
+        return len(self._owners)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a row."""
+        return len(self._waiting)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches."""
+        parts = (self.outside.prelude, self.loop, self.outside.coda)
+        return sum(part.cache.nbytes for part in parts if part is not None)
+
+    def check(self, request: Request) -> None:
+        """That a request may be added.
+
+        Raises: `ValueError` if it does not fit into a row, and what its depths raise.
+        """
+        self._flight.check_fits(request.longest)
+        request.bounds(self.loop.looped.steps, Tokens(request, 0, request.ids), self.outside.device)
 
     def add(self, request: Request) -> None:
         """Serve a request as soon as a row is free.
 
         Raises: `ValueError` if it does not fit into a row.
         """
-        self._check_fits(request.longest)
+        self._flight.check_fits(request.longest)
         self._waiting.append(request)
 
     def go_on(self, request: Request) -> None:
@@ -96,7 +110,7 @@ class Engine:
         if request.chain:
             self._certain(request.chain[0])
         else:
-            self._next(request, request.ids[-1])
+            self._flight.next(request, request.ids[-1:])
 
     def end(self, request: Request) -> None:
         """Forget a request, wherever it is; its row is free."""
@@ -114,117 +128,47 @@ class Engine:
         request.noise.end(request.number)
 
     @torch.no_grad()
+    def step(self) -> list[Event]:
+        """Begin as many tokens as there is room for; then run the head, if more could begin, or else the block."""
+        self._admit()
+        refused = self._lost(self._flight.begin())
+        read = (self._left or self._guessing) and self._flight.room > 0
+        return [*refused, *(self._read() if read else self._call())]
+
+    @torch.no_grad()
     def run_through(self, requests: list[Request]) -> None:
-        """Run the last tokens of requests that are stopped, for whoever goes on from their rows."""
+        """Run the last tokens of requests that are stopped, for whoever goes on from their rows.
+
+        Raises: what ends one of them.
+        """
         for request in requests:
             request.longest = len(request.ids)
-            self._next(request, request.ids[-1])
+            self._flight.next(request, request.ids[-1:])
         while not all(tokens.left for request in requests for tokens in request.chain):
-            refused = self._before()
-            self._begin()
-            for one in (*refused, *self._call()):
+            for one in (*self._lost(self._flight.begin()), *self._call()):
                 raise one.error
         if self._left:
             self.outside.logits([*self._left], [])  # also what stands behind the loop goes on from there
             self._left.clear()
 
-    @torch.no_grad()
-    def step(self) -> list[Event]:
-        """Begin as many tokens as there is room for; then run the head, if more could begin, or else the block."""
-        refused = self._before()
-        self._begin()
-        return [*refused, *(self._read() if (self._left or self._guessing) and self._room > 0 else self._call())]
-
-    @property
-    def _room(self) -> int:
-        """How many single tokens may begin."""
-        return self.width - sum(len(tokens.ids) == 1 for tokens in self._flying.values())
-
-    def _next(self, request: Request, *ids: int) -> None:
-        """A request's next tokens are these."""
-        position = request.chain[-1].end if request.chain else self.loop.length(request.row)
-        tokens = Tokens(request, position, [*ids])
-        request.chain.append(tokens)
-        self._new.append(tokens)
-
     def _admit(self) -> None:
         """Prompts for which there is a row."""
-        tokens = sum(len(tokens.ids) for tokens in self._flying.values() if len(tokens.ids) > 1)
+        tokens = self._flight.of_prompts
         while tokens < _PROMPTS and self._waiting and self._free:
             request = self._waiting.popleft()
             request.row = self._free.pop()
             self._owners[request.row] = request
-            self._next(request, *request.ids)
+            self._flight.next(request, [*request.ids])
             tokens += len(request.ids)
-
-    def _before(self) -> list[Refused]:
-        """What comes before the loop, for all new tokens in one call; a request without depths is refused."""
-        self._admit()
-        new, self._new = self._new, []
-        refused, bounded = list[Refused](), list[Tokens]()
-        for tokens in new:
-            try:
-                self._check_fits(tokens.end)
-                tokens.bounds = tokens.request.bounds(self.loop.looped.steps, tokens, self.outside.device)
-                bounded.append(tokens)
-            except Exception as error:
-                refused += self._fail(tokens, error)
-        for tokens, state in zip(bounded, self.outside.before(bounded) if bounded else [], strict=True):
-            tokens.state = state
-            self._ready.append(tokens)
-        return refused
-
-    def _begin(self) -> None:
-        """Begin all prompts, and single tokens as long as there is room."""
-        room, some, rest = self._room, list[Tokens](), deque[Tokens]()
-        for tokens in self._ready:
-            single = len(tokens.ids) == 1
-            (rest if single and room <= 0 else some).append(tokens)
-            room -= single
-        self._ready = rest
-        some.sort(key=lambda tokens: (id(tokens.request.rule), tokens.request.row))
-        for _, group in groupby(some, key=lambda tokens: id(tokens.request.rule)):
-            begun = [*group]
-            states = [tokens.state for tokens in begun if tokens.state is not None]
-            x, mask = in_rows(states)
-            least, most = self._depths(states, [tokens.bounds for tokens in begun])
-            rows = [tokens.request.row for tokens in begun]
-            self.loop.begin(rows, x, mask=mask, min_depth=least, max_depth=most, rule=begun[0].request.rule)
-            self._flying |= {(tokens.request.row, tokens.position): tokens for tokens in begun}
-
-    def _depths(self, states: list[Tensor], bounds: list[Depths]) -> tuple[Tensor | None, ...]:
-        """The bounds of requests that begin together, in rows; None where no request has any."""
-        if not any(bounds):
-            return None, None
-        steps = self.loop.looped.steps
-        whole = [
-            torch.tensor([[1], [steps]], device=self.outside.device).expand(2, len(state)) if pair is None else pair
-            for state, pair in zip(states, bounds, strict=True)
-        ]
-        return tuple(pad_sequence([pair[i] for pair in whole], True, 1) for i in range(2))
-
-    def _check_fits(self, tokens: int) -> None:
-        if tokens > self.capacity:
-            raise ValueError(
-                f"The request needs room for {tokens} tokens, of its prompt and of all new ones but the last, got a "
-                f"capacity of {self.capacity}. Pass a larger capacity=, as far as the model knows positions, or ask "
-                "for fewer new tokens."
-            )
 
     def _call(self) -> list[Refused]:
         """Run the block once on all tokens in flight."""
         self._guessing = []
-        refused, began, singles = list[Refused](), perf_counter(), self._singles()
-        for ran in self.loop.call():
-            tokens = self._flying[ran.row, ran.position]
-            if isinstance(ran, Failed):
-                refused += self._fail(tokens, ran.error)
-                continue
-            tokens.left, tokens.depth = ran.left, ran.depth.tolist()
-            # Without layers behind the loop, only the newest token of a prompt is of use.
-            tokens.state = ran.hidden if self.outside.coda is not None else ran.hidden[-1:]
-            if ran.left:
-                del self._flying[ran.row, ran.position]
+        began, singles = perf_counter(), self._flight.singles
+        self.counts.called(self.loop.width - self.loop.room)
+        ran, lost = self._flight.call()
+        refused = self._lost(lost)
+        for tokens in ran:
             if tokens is tokens.request.chain[0]:
                 self._certain(tokens)
             self._may_guess(tokens)
@@ -236,7 +180,19 @@ class Engine:
         """Tokens that are no guess, or no longer: once they have left, the head may say what comes behind them."""
         if tokens.left:
             tokens.request.depth += tokens.depth
+            self.counts.exited(tokens.depth)
             self._left.append(tokens)
+
+    def _lost(self, lost: list[Lost]) -> list[Refused]:
+        """Tokens that cannot go on: nor can their request, if they are no guess."""
+        refused = list[Refused]()
+        for tokens, error in lost:
+            chain = tokens.request.chain
+            if tokens is chain[0]:
+                refused.append(self._refuse(tokens.request, error))
+            else:
+                self._cut(tokens.request, chain.index(tokens))
+        return refused
 
     def _read(self) -> list[Event]:
         """Choose the next token of some requests, and guess that of others."""
@@ -259,15 +215,15 @@ class Engine:
         return some
 
     def _guessable(self) -> list[Tokens]:
-        """Those whose next token is guessed now, if there is room for it."""
+        """Those whose next token is guessed now: where it pays, and where there is room beside what waits."""
         waiting, self._guessing = self._guessing, []
         if self.drafts is None or not waiting:
             return []
-        rows = len({row for row, _ in self._flying})
-        room = self._room - len(self._left) - len(self._ready) - len(self._new)
-        alone = [tokens for tokens in waiting if tokens is tokens.request.chain[-1]][: max(0, room)]
+        room = max(0, self._flight.room - self._flight.waiting - len(self._left))
+        new = [tokens for tokens in waiting if tokens is tokens.request.chain[-1]][:room]
         revised = [tokens for tokens in waiting if tokens is not tokens.request.chain[-1]]
-        return [tokens for tokens in (*alone, *revised) if self.drafts.pays(max(rows, 1))]
+        rows = max(1, self._flight.rows)
+        return [tokens for tokens in (*new, *revised) if self.drafts.pays(rows)]
 
     def _logits(self, certain: list[Tokens], guesses: list[Tokens]) -> tuple[Tensor | list[Tensor], list[int]]:
         """Logits behind tokens, `(1, vocabulary)` of each, and the likeliest; -1 where one is NaN."""
@@ -281,23 +237,31 @@ class Engine:
         return logits.unsqueeze(1), likeliest
 
     def _choose(self, tokens: Tokens, logits: Tensor | None, likeliest: int) -> Event:
-        """The next token of a request, and whether what was guessed goes on."""
+        """The next token of a request; what was guessed goes on if it was that."""
         request = tokens.request
         try:
             choice = tokens.next if logits is None else request.choose(tokens, logits, likeliest)
         except Exception as error:
             return self._refuse(request, error)
         assert choice is not None, "it was read"
-        request.ids.append(choice.token)
-        request.noise.forget(request.number, len(request.ids) - request.prompt)
-        request.chain.remove(tokens)
+        request.chosen(tokens, choice.token)
+        self.counts.tokens += 1
         if request.chain and self.drafts is not None:
-            right, ran = request.chain[0].ids == [choice.token], sum(sum(one.depth) for one in request.chain)
-            saved = sum(request.chain[0].depth) if right else 0
-            self.drafts.resolved(right, saved, tokens.lost + (0 if right else ran), tokens.reads)
+            first = request.chain[0]
+            right, ran = first.ids == [choice.token], sum(sum(one.depth) for one in request.chain)
+            saved, lost = (sum(first.depth), 0) if right else (0, ran)
+            self.drafts.resolved(right, saved, tokens.lost + lost, tokens.reads)
             if not right:
                 self._cut(request, 0)
         return Chosen(request, *choice)
+
+    def _may_guess(self, tokens: Tokens) -> None:
+        """Tokens that have run: whether what stands behind them may be guessed."""
+        chain, drafts = tokens.request.chain, self.drafts
+        if drafts is None or tokens.end >= tokens.request.longest or (tokens.left and tokens is chain[0]):
+            return
+        if (tokens.left or tokens.depth[-1] >= drafts.depth) and (tokens is chain[-1] or drafts.revise):
+            self._guessing.append(tokens)
 
     def _guess(self, tokens: Tokens, logits: Tensor, likeliest: int) -> None:
         """Let a token begin behind these; in place of another, where the guess has changed."""
@@ -313,45 +277,18 @@ class Engine:
             tokens.lost += sum(sum(one.depth) for one in begun)
             self._cut(request, place)
         if place == len(request.chain):
-            self._next(request, tokens.next.token)
-
-    def _may_guess(self, tokens: Tokens) -> None:
-        """Tokens that have run: whether what stands behind them may be guessed."""
-        chain, drafts = tokens.request.chain, self.drafts
-        if drafts is None or tokens.end >= tokens.request.longest or (tokens.left and tokens is chain[0]):
-            return
-        if (tokens.left or tokens.depth[-1] >= drafts.depth) and (tokens is chain[-1] or drafts.revise):
-            self._guessing.append(tokens)
+            self._flight.next(request, [tokens.next.token])
 
     def _cut(self, request: Request, place: int) -> None:
         """Drop the tokens of a request's chain from a place on."""
         gone = request.chain[place:]
-        if not gone:
-            return
-        del request.chain[place:]
-        self.outside.drop(request.row, gone[0].position)
-        self.loop.drop(request.row, gone[0].position)
-        for tokens in gone:
-            self._flying.pop((request.row, tokens.position), None)
-        self._new, self._guessing = _without(self._new, gone), _without(self._guessing, gone)
-        self._ready, self._left = deque(_without(self._ready, gone)), deque(_without(self._left, gone))
-
-    def _fail(self, tokens: Tokens, error: Exception) -> list[Refused]:
-        """Tokens cannot go on: nor can their request, if they are no guess."""
-        if tokens is tokens.request.chain[0]:
-            return [self._refuse(tokens.request, error)]
-        self._cut(tokens.request, tokens.request.chain.index(tokens))
-        return []
-
-    def _singles(self) -> int:
-        """How many tokens the next call runs; 0 if prompts are among them."""
-        alone = all(len(tokens.ids) == 1 for tokens in self._flying.values())
-        return len(self._flying) if alone else 0
+        if gone:
+            del request.chain[place:]
+            self._flight.drop(request.row, gone)
+            self._guessing = without(self._guessing, gone)
+            self._left = deque(without(self._left, gone))
 
     def _refuse(self, request: Request, error: Exception) -> Refused:
         self.end(request)
+        self.counts.failed += 1
         return Refused(request, error)
-
-
-def _without(some: Iterable[Tokens], gone: list[Tokens]) -> list[Tokens]:
-    return [tokens for tokens in some if tokens not in gone]

@@ -97,7 +97,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
     ) -> Any:
         if (depth := kwargs.pop("draft_depth", None)) is not None:
             drafts = Drafts(depth, bool(kwargs.pop("revise_drafts", False)))
-            return drafted(self, input_ids, logits_processor, stopping_criteria, *args, drafts=drafts, **kwargs)
+            return drafted(self, drafts, input_ids, logits_processor, stopping_criteria, *args, **kwargs)
         finished = _Finished(stopping_criteria, kwargs.get(CACHE) is not None and kwargs[CACHE].goes_on)
         return super()._sample(input_ids, logits_processor, finished, *args, finished=finished, **kwargs)
 

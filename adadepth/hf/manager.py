@@ -8,6 +8,7 @@ transformers this uses private names; tests/test_hf_serving.py lists them.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import Queue
+from time import perf_counter
 from typing import Any, NamedTuple, TypeVar, final
 
 import torch
@@ -77,6 +78,7 @@ class Processor:
         for request_id in _drained(self.manager.cancel_queue):
             for request in [one for one, state in self.states.items() if state.request_id == request_id]:
                 self._end(request)
+            self.manager.forget_handler(request_id)
         return self.has_pending_requests()
 
     def has_pending_requests(self) -> bool:
@@ -84,8 +86,10 @@ class Processor:
         return bool(self.states)
 
     def _generation_step(self, _model: Any) -> None:
+        began = perf_counter()
         with torch.inference_mode(False):
             self.events = self.engine.step()
+        self.engine.counts.seconds += perf_counter() - began
 
     def update_batch(self) -> None:
         """Deliver what the last step made."""
@@ -201,6 +205,25 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
             ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id, **options
         )
         return given
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens of a request, prompt and answer."""
+        return self.sizes.capacity if self.batch_processor is None else self.batch_processor.engine.capacity
+
+    def check(self, ids: list[int], max_new_tokens: int | None, options: dict[str, Any]) -> None:
+        """That a request could be served, without adding it; the manager is warm.
+
+        Raises: `ValueError` for options, a prompt or a length that cannot.
+        """
+        assert self.batch_processor is not None, "warmup comes first"
+        request = Request.of(self.model, self.generation_config, ids, max_new_tokens, False, options)
+        self.batch_processor.engine.check(request)
+
+    def forget_handler(self, request_id: str) -> None:
+        """Nothing more is delivered of a request that was cancelled: transformers drops a handler only at an end."""
+        with self.output_router._lock:
+            self.output_router.result_handlers.pop(request_id, None)
 
     def request(self, state: Any, options: dict[str, Any]) -> Request:
         """What the engine is to serve for transformers' state of a request.

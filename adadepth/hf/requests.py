@@ -172,6 +172,12 @@ class Request:
         least, most = (torch.as_tensor(depth, device=device).expand(shape)[0] for depth in (least, most))
         return least, most
 
+    def chosen(self, tokens: Tokens, token: int) -> None:
+        """The token behind its certain tokens is chosen: it is of the text."""
+        self.ids.append(token)
+        self.noise.forget(self.number, len(self.ids) - self.prompt)
+        self.chain.remove(tokens)
+
     @property
     def columns(self) -> list[int]:
         """The ids so far, padding in front among them."""
@@ -196,17 +202,15 @@ class Request:
             return Choice(likeliest, None)
         scores = self.processors(torch.tensor([self.until(tokens)], device=logits.device), logits)
         probabilities = scores.softmax(-1)
-        token = int((self._sampled(probabilities, tokens.end - self.prompt) if self.sample else scores).argmax(-1))
-        return Choice(token, float(probabilities[0, token].log()) if self.logprobs else None)
-
-    def _sampled(self, probabilities: Tensor, column: int) -> Tensor:
-        """Largest where sampling falls."""
-        if bool(probabilities.isnan().any()):
+        if bool(probabilities.isnan().any()):  # drawing from them would choose at random
             raise ValueError(
-                "The logits of this request's next token, as its logits processors made them, have no softmax: one is "
-                "NaN or infinite, or all are -inf. Look at its sampling options."
+                "The request's options turn the logits of its next token into NaN. Look for a temperature too close to "
+                "0, or for options that forbid every token."
             )
-        return probabilities / self.noise.of(self.number, column, probabilities)
+        if self.sample:
+            scores = probabilities / self.noise.of(self.number, tokens.end - self.prompt, probabilities)
+        token = int(scores.argmax(-1))
+        return Choice(token, float(probabilities[0, token].log()) if self.logprobs else None)
 
 
 def _check_prompt(ids: list[int], words: int) -> None:

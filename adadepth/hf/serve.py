@@ -1,9 +1,11 @@
-"""An OpenAI-compatible server for a saved adapted model: transformers' own, which then finds the model's class.
+"""An OpenAI-compatible server for a saved adapted model: transformers' own, with depths for each request.
 
-`python -m adadepth.hf.serve MODEL --rows 16 --width 8 --capacity 2048`, and any option of `transformers serve`. It
-needs `pip install "transformers[serving]"`. All requests are sampled as the first one asks: so does transformers.
+`python -m adadepth.hf.serve MODEL --rows 16 --width 8 --capacity 2048`, or `--memory 2GiB` in place of rows; and any
+option of `transformers serve`. It needs `pip install "adadepth[serving]"`. The body of a request may say `min_depth`,
+`max_depth`, `threshold` and `seed`; its `usage` says the depth of each token.
 """
 
+import logging
 import sys
 from argparse import ArgumentParser
 from functools import partial
@@ -11,12 +13,15 @@ from typing import Any, final
 
 import transformers
 
+from .._extras import need
 from .model import AdaptiveForCausalLM
 
-_OPTIONS = {
-    "--rows": (16, "how many requests are in progress at once"),
-    "--width": (8, "how many tokens of answers a call of the block runs"),
-    "--capacity": (2048, "the most tokens of a request, prompt and answer"),
+_ROWS, _CAPACITY = 16, 2048
+_OPTIONS: dict[str, tuple[type, str]] = {
+    "--rows": (int, f"how many requests are in progress at once ({_ROWS}, or as many as fit into --memory)"),
+    "--width": (int, "how many tokens of answers a call of the block runs (half of the rows)"),
+    "--capacity": (int, f"the most tokens of a request, prompt and answer ({_CAPACITY}, or what fits with --rows)"),
+    "--memory": (str, "the most that the caches may take, 2GiB say"),
 }
 
 
@@ -24,7 +29,7 @@ _OPTIONS = {
 class Sized:
     """In place of the model's class: loads a model whose managers have these sizes."""
 
-    def __init__(self, sizes: dict[str, int]) -> None:
+    def __init__(self, sizes: dict[str, Any]) -> None:
         self.sizes = sizes
 
     def from_pretrained(self, *args: Any, **kwargs: Any) -> AdaptiveForCausalLM:
@@ -37,9 +42,13 @@ class Sized:
 def prepared(arguments: list[str]) -> list[str]:
     """Make transformers load adapted models of the sizes that arguments say; returns the other arguments."""
     parser = ArgumentParser(prog="python -m adadepth.hf.serve", add_help=False, allow_abbrev=False)
-    for name, (default, what) in _OPTIONS.items():
-        parser.add_argument(name, type=int, default=default, help=what)
+    for name, (kind, what) in _OPTIONS.items():
+        parser.add_argument(name, type=kind, help=what)
     sizes, others = parser.parse_known_args(arguments)
+    if sizes.memory is None:
+        sizes.rows = sizes.rows or _ROWS
+    if sizes.memory is None or sizes.rows is None:
+        sizes.capacity = sizes.capacity or _CAPACITY
     # Its loader looks a model's class up by name, in the package itself.
     transformers.AdaptiveForCausalLM = Sized(vars(sizes))
     return others if "--continuous-batching" in others else [*others, "--continuous-batching"]
@@ -47,11 +56,18 @@ def prepared(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Run the server."""
+    for package in ("fastapi", "uvicorn", "openai", "typer"):
+        need(package, "serving")
     others = prepared(sys.argv[1:])
     from transformers.cli.transformers import app
 
+    from .server import install
+
+    install()
     if "--help" in others:
-        print(*(f"  {name}: {what} ({default})" for name, (default, what) in _OPTIONS.items()), sep="\n")
+        print(*(f"  {name}: {what}" for name, (_, what) in _OPTIONS.items()), sep="\n")
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("adadepth").setLevel(logging.INFO)
     app(["serve", *others])
 
 

@@ -10,6 +10,7 @@ from transformers.utils.logging import tqdm
 
 from ..cache.kv_reuse import LayoutName
 from .manager import AdaptiveBatchingManager, AdaptiveGenerationOutput, Sizes
+from .memory import Wanted, fitting
 from .requests import configured
 
 _ROWS, _CAPACITY = 32, 1024
@@ -26,6 +27,8 @@ class AdaptiveServingMixin:
         layout: of the loop's cache, as of `KVReuseCache`.
         draft_depth: begin a request's next token after so many iterations of the one before, as a guess that changes
             no result, while calls have room for it and it pays; None: never.
+        memory: the most bytes that the caches may take, a number or `"2GiB"`. Rows are then derived from the capacity,
+            at most 256, or, where `rows` is given and `capacity` is not, the capacity from the rows.
     """
 
     def init_continuous_batching(
@@ -39,6 +42,7 @@ class AdaptiveServingMixin:
         capacity: int | None = None,
         layout: LayoutName = "filled",
         draft_depth: int | None = None,
+        memory: int | str | None = None,
     ) -> AdaptiveBatchingManager:
         """A manager of requests, not started. One that was kept for another session goes on in its sizes.
 
@@ -57,9 +61,12 @@ class AdaptiveServingMixin:
             return kept
         batching = continuous_batching_config or ContinuousBatchingConfig()
         hints = workload_hints or WorkloadHints()
-        rows = rows or batching.max_requests_per_batch or min(_ROWS, hints.num_requests or _ROWS)
+        rows = rows or batching.max_requests_per_batch
+        capacity = capacity or hints.max_prompt_length + hints.max_generated_length or None
+        if memory is not None:
+            rows, capacity = fitting(model, memory, Wanted(rows, capacity, hints.num_requests), _CAPACITY, layout)
+        rows, capacity = rows or min(_ROWS, hints.num_requests or _ROWS), capacity or _CAPACITY
         width = width or batching.max_batch_tokens or max(1, rows // 2)
-        capacity = capacity or hints.max_prompt_length + hints.max_generated_length or _CAPACITY
         return AdaptiveBatchingManager(model, config, batching, Sizes(rows, width, capacity, layout, draft_depth))
 
     @contextmanager
@@ -106,6 +113,7 @@ class AdaptiveServingMixin:
         capacity: int | None = None,
         layout: LayoutName = "filled",
         draft_depth: int | None = None,
+        memory: int | str | None = None,
         **options: Any,
     ) -> dict[str, AdaptiveGenerationOutput]:
         """Answer prompts, each as `generate` would alone; results by the id of the request, in the order of prompts.
@@ -139,6 +147,7 @@ class AdaptiveServingMixin:
             capacity=capacity,
             layout=layout,
             draft_depth=draft_depth,
+            memory=memory,
         ) as manager:
             ids = manager.add_requests(inputs, record_timestamps=record_timestamps, **own)
             results = _collected(manager, total, progress_bar)

@@ -1,0 +1,40 @@
+"""Clients that go away before they have their answer."""
+
+import asyncio
+from contextlib import suppress
+from typing import Any, final
+
+
+@final
+class Departures:
+    """An ASGI middleware: when a client disconnects, what is done for its request is cancelled.
+
+    A server by itself sees that only where it streams, and would else make the whole answer for nobody.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        body = [await receive()]
+        while body[-1].get("more_body"):
+            body.append(await receive())
+        gone = asyncio.ensure_future(receive())  # all that comes behind a body is that the client is gone
+
+        async def replay() -> Any:
+            return body.pop(0) if body else await asyncio.shield(gone)
+
+        served = asyncio.ensure_future(self.app(scope, replay, send))
+        try:
+            await asyncio.wait({served, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if served.done():
+                return await served
+            served.cancel()
+            with suppress(asyncio.CancelledError):
+                await served
+        finally:
+            served.cancel()
+            gone.cancel()
