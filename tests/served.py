@@ -1,15 +1,17 @@
 """Requests served by a `DepthBatch`: rows of a case, cut into prompts and single tokens, in any order of arrival."""
 
 import random
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from cases import Setting
 from torch import Tensor
 
 import adadepth as ad
 from adadepth.cache.kv_reuse import LayoutName
-from adadepth.serving import DepthBatch, Ran
+from adadepth.serving import DepthBatch, Failed, Ran
 
 
 class How(NamedTuple):
@@ -21,6 +23,7 @@ class How(NamedTuple):
     width: int
     times: int  # how often each row of the case is requested
     draft: int | None  # a token begins when the one before it has run so many iterations
+    waits: bool  # some of those in flight wait now and then
     spoiled: bool  # whether some of these begin with another input, and anew when that is seen
 
 
@@ -96,7 +99,7 @@ def serve(loop: ad.RecurrentWrapper, s: Setting, how: How) -> tuple[list[Request
                 owners[row] = waiting.pop()
                 begin(batch, s, {row: owners[row].next(chance.randint(1, 3))})
         mixed += len({run.ask.step for run in batch._passes if run.ask is not None}) > 1
-        results = [ran for ran in batch.call() if isinstance(ran, Ran)]
+        results = [ran for ran in _call(batch, how, chance) if isinstance(ran, Ran)]
         last = [ran for ran in results if _take(batch, owners[ran.row], ran)]
         for row, request in [*owners.items()]:
             if request.done:
@@ -108,6 +111,26 @@ def serve(loop: ad.RecurrentWrapper, s: Setting, how: How) -> tuple[list[Request
     assert batch.room == how.width
     assert not int(batch.cache.lengths.sum())
     return requests, mixed
+
+
+def _call(batch: DepthBatch, how: How, chance: random.Random) -> list[Ran | Failed]:
+    """A call, in which some wait if they may; where they may not, that is said, and nothing has changed."""
+    if not how.waits or chance.random() < 0.4:
+        return batch.call()
+    for run in batch._passes:
+        run.leave_out()
+    wait, steps = set[tuple[int, int]](), dict[tuple[int, int], int]()
+    for run in batch._passes:
+        places = {(run.flights[i].row, run.flights[i].position) for i in run.going}
+        steps |= dict.fromkeys(places, run.part[0]) if places else {}
+        wait |= places if chance.random() < 0.4 else set()
+    ordered = sorted(steps)
+    wrong = any(a[0] == b[0] and a in wait and b not in wait and steps[b] >= steps[a] for a, b in pairwise(ordered))
+    if not wrong:
+        return batch.call(wait)
+    with pytest.raises(ValueError, match="Let both wait, or neither"):
+        batch.call(wait)
+    return batch.call()
 
 
 def _take(batch: DepthBatch, request: Request, ran: Ran) -> bool:

@@ -27,6 +27,7 @@ hows = st.builds(
     width=st.sampled_from([4, 2, 8, 1]),
     times=st.sampled_from([2, 1]),
     draft=st.sampled_from([None, 1, 2]),
+    waits=st.booleans(),
     spoiled=st.booleans(),
 )
 
@@ -286,6 +287,23 @@ def test_a_rule_for_certain_rows_is_given_when_they_begin() -> None:
     assert_alone(loop, x[:1], left(batch)[1])
 
 
+def flying() -> DepthBatch:
+    batch = batch_of(looped("attention"))
+    batch.begin([0, 1], x_of(2, 1))
+    return batch
+
+
+def overtaking() -> DepthBatch:
+    loop = looped("attention")
+    loop.gate = loop.rule = None
+    batch = batch_of(loop)
+    batch.begin([0], x_of(1, 1))
+    batch.call()
+    batch.begin([0], x_of(1, 1))
+    batch.call({(0, 0)})
+    return batch
+
+
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "a cache without a capacity": (
         lambda: DepthBatch(looped("attention").eval(), ad.KVReuseCache(), 2, 2),
@@ -305,6 +323,20 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: batch_of(looped("attention")).begin([1, 1], x_of(2, 1)),
         "begin expected numbers of the 4 rows, from 0, each once, and x for each of them, got rows [1, 1] and x of "
         "shape (2, 1, 8).",
+    ),
+    "what is not in flight": (
+        lambda: batch_of(looped("attention")).call({(0, 1)}),
+        "call expected wait to be rows and positions of tokens in flight, got (0, 1).",
+    ),
+    "one of two that began together": (
+        lambda: flying().call({(0, 0)}),
+        "Rows that began together wait together, got wait=[(0, 0)], without (1, 0). Begin rows one by one that are to "
+        "wait by themselves.",
+    ),
+    "a token that would overtake": (
+        lambda: overtaking().call({(0, 0)}),
+        "The token at position 1 of row 0 reads what the one at 0, which is to wait at depth 1, has not written. Let "
+        "both wait, or neither.",
     ),
     "a row that is too long": (
         lambda: batch_of(looped("attention")).begin([0], x_of(1, 9)),

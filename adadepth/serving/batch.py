@@ -4,7 +4,8 @@ Weights are the same in all iterations, so a call may hold tokens of many. A row
 one at once, beside rows that are still deep in theirs, and the call stays full.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar, final
 
 import torch
@@ -149,16 +150,22 @@ class DepthBatch:
                 self._flights[flight.row].append(flight)
 
     @torch.no_grad()
-    def call(self) -> list[Ran | Failed]:
-        """Run the block once on all tokens in flight.
+    def call(self, wait: Collection[tuple[int, int]] = ()) -> list[Ran | Failed]:
+        """Run the block once on all tokens in flight, but for some that wait.
+
+        Arguments:
+            wait: row and position of tokens, as `Ran` has them, that stay at their depth: a later call takes them on
+                from there. Rows that began together wait together. A token behind them in their row may run as many
+                iterations as they have, and no more: from then on it would read what they have not written.
 
         Returns: what ran: tokens that began together with others in their row once all of them have left, single
             ones after each iteration.
-        Raises: what the block raises; nothing has changed then, and the call may be made again.
+        Raises: what the block raises, and `ValueError` for tokens that cannot wait; nothing has changed then, and the
+            call may be made again.
         """
         for run in self._passes:
             run.leave_out()
-        self._answer_blocks(self._asked(AskBlock))
+        self._answer_blocks(self._without(wait))
         failed = self._answer_gates(self._asked(AskGate))
         going = self._asked(AskUpdate)
         ran = [*self._left(), *_going(going)]
@@ -197,6 +204,27 @@ class DepthBatch:
 
     def _asked(self, kind: type[A]) -> "list[Asked[A]]":
         return [(run, run.ask) for run in self._passes if isinstance(run.ask, kind)]
+
+    def _without(self, wait: Collection[tuple[int, int]]) -> "list[Asked[AskBlock]]":
+        """The passes that are to run, where some tokens wait.
+
+        Raises: `ValueError` as `call` does.
+        """
+        asked = self._asked(AskBlock)
+        if not wait:
+            return asked
+        places = {run: {(f.row, f.position) for f in run.flights if f.index in run.going} for run, _ in asked}
+        if unknown := set(wait).difference(*places.values()):
+            raise ValueError(f"call expected wait to be rows and positions of tokens in flight, got {min(unknown)}.")
+        waiting = [run for run in places if places[run] & set(wait)]
+        if apart := [run for run in waiting if not places[run] <= set(wait)]:
+            raise ValueError(
+                f"Rows that began together wait together, got wait={sorted(wait)}, without "
+                f"{min(places[apart[0]] - set(wait))}. Begin rows one by one that are to wait by themselves."
+            )
+        for flights in self._flights:
+            _check_order([flight for flight in flights if flight not in self._done], waiting)
+        return [(run, ask) for run, ask in asked if run not in waiting]
 
     def _answer_blocks(self, asked: "list[Asked[AskBlock]]") -> None:
         if not asked:
@@ -244,6 +272,17 @@ class DepthBatch:
             while flights and flights[0] in self._done:
                 self.cache.hold(flight.row, self._done.pop(flights.pop(0)))
             yield Ran(flight.row, flight.position, hidden, depth, True)
+
+
+def _check_order(flights: list[Flight], waiting: list[Pass]) -> None:
+    """That no token of a row runs an iteration that one before it has not run."""
+    for before, after in pairwise(flights):
+        depth, _ = before.run.part
+        if before.run in waiting and after.run not in waiting and after.run.part[0] >= depth:
+            raise ValueError(
+                f"The token at position {after.position} of row {after.row} reads what the one at {before.position}, "
+                f"which is to wait at depth {depth}, has not written. Let both wait, or neither."
+            )
 
 
 def _note(failed: dict[int, Failed], flights: list[Flight], error: Exception) -> None:
