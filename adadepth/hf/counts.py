@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import final
 
+from .drafts import Drafts
+
 
 @final
 @dataclass
@@ -38,8 +40,9 @@ class Counts:
         self.depth += sum(depth)
 
 
-def metrics(counts: Counts, in_progress: int, waiting: int) -> str:
+def metrics(counts: Counts, in_progress: int, waiting: int, drafts: Drafts | None) -> str:
     """The counts in the text format of Prometheus, with the means since the start."""
+    right, wrong = (0, 0) if drafts is None else (drafts.right, drafts.wrong)
     c = counts
     each = [
         ("tokens_total", "counter", "new tokens chosen", c.tokens),
@@ -47,12 +50,20 @@ def metrics(counts: Counts, in_progress: int, waiting: int) -> str:
         ("iterations_total", "counter", "iterations of single tokens that these calls ran", c.ran),
         ("exits_total", "counter", "tokens that exited the loop, those of prompts among them", c.left),
         ("depth_total", "counter", "sum of the depths of these tokens", c.depth),
+        (
+            "drafts_total",
+            "counter",
+            "tokens that began as a guess, once right or wrong",
+            right + wrong,
+        ),
+        ("drafts_right_total", "counter", "those that were right", right),
         ("failed_total", "counter", "requests that ended with an error", c.failed),
         ("busy_seconds_total", "counter", "seconds at work", c.seconds),
         ("requests_in_progress", "gauge", "requests that have a row", in_progress),
         ("requests_waiting", "gauge", "requests that wait for a row", waiting),
         ("mean_depth", "gauge", "mean depth of a token", c.depth / max(c.left, 1)),
         ("tokens_per_call", "gauge", "mean number of tokens in a call", c.ran / max(c.calls, 1)),
+        ("agreement", "gauge", "share of drafts that were right", right / max(right + wrong, 1)),
         ("tokens_per_second", "gauge", "new tokens for each second at work", c.tokens / max(c.seconds, 1e-9)),
     ]
     return "".join(

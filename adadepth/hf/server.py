@@ -122,7 +122,7 @@ def build_server(model_manager: Any, *handlers: Any, generation_state: Any, **op
     @app.get("/metrics")
     def said() -> PlainTextResponse:
         engine = batches._cb.batch_processor.engine
-        return PlainTextResponse(metrics(engine.counts, engine.in_progress, engine.waiting))
+        return PlainTextResponse(metrics(engine.counts, engine.in_progress, engine.waiting, engine.drafts))
 
     return app
 
