@@ -165,9 +165,9 @@ class Grids(Layout):
         return zeros(new, self.iterations, self.batch, heads, self.capacity, head_dim)
 
     def read(self, call: int, step: int, rows: slice, width: int) -> KV:
-        k, v = (grid.select(0, self._plane(step)).narrow(2, 0, width) for grid in self.grids[call])
-        size = rows.stop - rows.start
-        return (k, v) if size == self.batch else (k.narrow(0, rows.start, size), v.narrow(0, rows.start, size))
+        k, v = self.grids[call]
+        plane = self._plane(step)
+        return _part(k, plane, rows, width), _part(v, plane, rows, width)
 
     def grow(self, capacity: int) -> None:
         self.grids = [(longer(k, 3, capacity), longer(v, 3, capacity)) for k, v in self.grids]
@@ -290,6 +290,14 @@ class Pool(Layout):
             self.table = torch.searchsorted(used, self.table, out_int32=True)
         self.pools = [(chosen(k, 0, used), chosen(v, 0, used)) for k, v in self.pools]
         self.count = len(used)
+
+
+def _part(grid: Tensor, plane: int, rows: slice, width: int) -> Tensor:
+    """`grid[plane, rows, :, :width]`, in one step: it is made for every row of every attention call."""
+    heads, head_dim = grid.shape[2], grid.shape[4]
+    by_plane, *strides = grid.stride()
+    first = plane * by_plane + rows.start * strides[0]
+    return grid.as_strided((rows.stop - rows.start, heads, width, head_dim), strides, first)
 
 
 def zeros(like: Tensor, *shape: int) -> Tensor:

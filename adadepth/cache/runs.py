@@ -34,6 +34,8 @@ class Run(NamedTuple):
 
     def joined(self, rows: Tensor) -> Tensor:
         """The way back, token by token: `(1, size * queries, heads, head_dim)`."""
+        if self.size == 1:
+            return rows.transpose(1, 2)
         return rows.transpose(1, 2).reshape(1, self.size * self.queries, rows.shape[1], rows.shape[3])
 
 
