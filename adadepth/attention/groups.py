@@ -34,28 +34,27 @@ class RowGroups(NamedTuple):
     back: Tensor | None
 
 
-def group_rows(row: Tensor, lengths: list[int]) -> RowGroups:
+def group_rows(asked: list[int], lengths: list[int], device: torch.device) -> RowGroups:
     """Group rows by what they ask; each asks something.
 
-    `row (T,)` int64, ascending: the row of each packed token; `lengths`: real tokens of each row.
+    `asked`: how many of the packed tokens are of each row, in order; `lengths`: real tokens of each row.
     """
-    counts = torch.bincount(row, minlength=len(lengths))
-    asked = counts.tolist()
-    groups = [_group(rows, asked, lengths, row.device) for rows in _partition(asked, lengths)]
-    if len(groups) == 1 and groups[0].rows is None and groups[0].queries * len(asked) == row.numel():
+    groups = [_group(rows, asked, lengths, device) for rows in _partition(asked, lengths)]
+    if len(groups) == 1 and groups[0].rows is None and groups[0].queries * len(asked) == sum(asked):
         return RowGroups(groups, None, None)
+    counts = torch.tensor(asked, dtype=torch.int64, device=device)
     first = counts.cumsum(0) - counts
     base = torch.zeros_like(counts)
     gathers = []
     start = 0
     for group in groups:
-        rows = torch.arange(len(asked), device=row.device) if group.rows is None else group.rows
-        rank = torch.arange(group.queries, device=row.device)
+        rows = torch.arange(len(asked), device=device) if group.rows is None else group.rows
+        rank = torch.arange(group.queries, device=device)
         inside = torch.minimum(rank, counts[rows].unsqueeze(1) - 1)
         gathers.append((first[rows].unsqueeze(1) + inside).flatten())
-        base[rows] = start + torch.arange(group.size, device=row.device) * group.queries
+        base[rows] = start + torch.arange(group.size, device=device) * group.queries
         start += group.size * group.queries
-    back = (base - first)[row] + torch.arange(row.numel(), device=row.device)
+    back = (base - first).repeat_interleave(counts, output_size=sum(asked)) + torch.arange(sum(asked), device=device)
     return RowGroups(groups, torch.cat(gathers), back)
 
 

@@ -8,7 +8,7 @@ ones alone, as one sequence `(1, T, ...)`. All are immutable; the loop narrows o
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .._types import MaskRows, PositionRows
 from .groups import RowGroups, group_rows
 
 Select = Callable[[Tensor], Tensor]
+Read = Callable[[Tensor], list[int]]  # integers of the device, for the host
 
 
 class TokenSet(ABC):
@@ -64,10 +65,11 @@ class TokenSet(ABC):
         return rows + weight.unsqueeze(-1) * tokens
 
     @abstractmethod
-    def narrow(self, go: MaskRows, step: int | None) -> tuple["TokenSet", Select]:
-        """The tokens of `go`, and what takes a tensor of these tokens to a tensor of those.
+    def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple["TokenSet", Select]:
+        """The tokens of `go`, which are some of these, and what takes a tensor of these tokens to a tensor of those.
 
-        The others leave after iteration `step`; None: they are dropped, and nothing of them is seen.
+        The others leave after iteration `step`; None: they are dropped, and nothing of them is seen. It is `read` how
+        many go on, at most once: on a GPU the host then waits.
         """
 
     def finish(self, step: int) -> None:
@@ -100,9 +102,14 @@ def positions_of(live: MaskRows, mask: MaskRows | None) -> PositionRows:
 
 def all_tokens(x: Tensor, mask: MaskRows | None, skip: bool) -> TokenSet:
     """The real tokens of the rows `x (batch, seq, dim)`; `skip` packs them as soon as some do not run."""
-    if mask is None or (skip and bool(mask.all())):
+    if mask is None:
         return WholeTokens(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), skip)
-    return PackedTokens.of(mask, mask) if skip else DenseTokens(mask, mask)
+    if not skip:
+        return DenseTokens(mask, mask)
+    real: list[int] = mask.sum(-1).tolist()
+    if sum(real) == mask.numel():
+        return WholeTokens(mask, skip)
+    return PackedTokens(mask, mask, chosen(mask, sum(real)), Asked(real, real))
 
 
 def same(tokens: Tensor) -> Tensor:
@@ -136,12 +143,15 @@ class WholeTokens(TokenSet):
         del rows
         return tokens
 
-    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
+    def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
         del step
         if not self.skip:
             return DenseTokens(go, None), same
-        packed = PackedTokens.of(go, None)
-        return (self, same) if packed.shape[1] == go.numel() else (packed, packed.take)
+        asked = read(go.sum(-1))
+        if (total := sum(asked)) == go.numel():
+            return self, same
+        packed = PackedTokens(go, None, chosen(go, total), Asked(asked, [go.shape[1]] * len(asked)))
+        return packed, packed.take
 
 
 @final
@@ -168,8 +178,8 @@ class DenseTokens(TokenSet):
     def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
         return torch.where(_like(self.live, tokens), tokens, rows)
 
-    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
-        del step
+    def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
+        del step, read
         return DenseTokens(go, self.mask), same
 
 
@@ -216,41 +226,58 @@ class Packed(TokenSet):
         return rows.flatten(0, 1).index_add(0, self.index, weighted.squeeze(0)).unflatten(0, self.live.shape)
 
 
+class Asked(NamedTuple):
+    """What the host knows of packed tokens: of each row of the batch, how many run, and how many are `real`."""
+
+    each: list[int]
+    real: list[int]
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows in which something runs."""
+        return [row for row, number in enumerate(self.each) if number]
+
+
 @final
 class PackedTokens(Packed):
     """Packed, with keys and values in a grid that is made for the pass.
 
     It has `width` slots a row, in which each row's real tokens stand at its left, so that a token's
-    slot is its position and causality is the order of slots. The grid has the rows in which something runs,
-    `grid_rows`; in the grid of the iteration before, which may have more, these were `inherited`.
+    slot is its position and causality is the order of slots. The grid has the rows in which something runs;
+    in the grid of the iteration before, which may have more, these were `inherited`.
     """
 
     def __init__(
-        self, live: MaskRows, mask: MaskRows | None, index: Tensor, width: int, grid_rows: Tensor, inherited: Tensor
+        self, live: MaskRows, mask: MaskRows | None, index: Tensor, asked: Asked, inherited: list[int] | None = None
     ) -> None:
-        self.live, self.mask, self.index, self.width = live, mask, index, width
-        self.grid_rows, self.inherited = grid_rows, inherited
+        self.live, self.mask, self.index, self.asked = live, mask, index, asked
+        self.width = max(asked.real, default=0)
+        self.grid_rows = asked.rows
+        # Where everything ran before, there was a row for each of the batch.
+        self._inherited = self.grid_rows if inherited is None else inherited
 
-    @classmethod
-    def of(cls, live: MaskRows, mask: MaskRows | None) -> "PackedTokens":
-        width = live.shape[1] if mask is None else int(mask.sum(-1).max()) if mask.numel() else 0
-        rows = _rows_of(live)
-        return cls(live, mask, live.flatten().nonzero().squeeze(1), width, rows, rows)
-
-    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
+    def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
         del step
-        kept = self.take(go).squeeze(0).nonzero().squeeze(1)
-        if kept.numel() == self.index.numel():
+        each = read(go.sum(-1))
+        if (total := sum(each)) == self.index.numel():
             return self, same
-        rows = _rows_of(go)
-        index, inherited = self.index.index_select(0, kept), torch.searchsorted(self.grid_rows, rows)
-        packed = PackedTokens(go, self.mask, index, self.width, rows, inherited)
+        kept, asked = chosen(self.take(go), total), Asked(each, self.asked.real)
+        before = {row: place for place, row in enumerate(self.grid_rows)}
+        inherited = [before[row] for row in asked.rows]
+        packed = PackedTokens(go, self.mask, self.index.index_select(0, kept), asked, inherited)
         return packed, lambda tokens: tokens.index_select(1, kept)
+
+    @lazy
+    def inherited(self) -> Tensor:
+        """Which rows of the grid before are those of this one, `(rows,)` int64."""
+        return _numbers(self._inherited, self.index.device)
 
     @lazy
     def row(self) -> Tensor:
         """Each token's row of the grid, `(T,)` int64."""
-        return torch.searchsorted(self.grid_rows, self.index // self.live.shape[1])
+        asked = [number for number in self.asked.each if number]
+        rows = torch.arange(len(asked), device=self.index.device)
+        return rows.repeat_interleave(_numbers(asked, self.index.device), output_size=self.index.numel())
 
     @lazy
     def slots(self) -> Tensor:
@@ -260,18 +287,22 @@ class PackedTokens(Packed):
     @lazy
     def groups(self) -> RowGroups:
         """How these tokens' queries are regrouped by row."""
-        return group_rows(self.row, self.lengths.tolist())
+        asked = [number for number in self.asked.each if number]
+        return group_rows(asked, [self.asked.real[row] for row in self.grid_rows], self.index.device)
 
     @lazy
     def lengths(self) -> Tensor:
         """The real tokens in each row of the grid, `(rows,)` int64."""
-        if self.mask is None:
-            return torch.full_like(self.grid_rows, self.live.shape[1])
-        return self.mask.sum(-1).index_select(0, self.grid_rows)
+        return _numbers([self.asked.real[row] for row in self.grid_rows], self.index.device)
 
 
-def _rows_of(live: MaskRows) -> Tensor:
-    return live.any(1).nonzero().squeeze(1)
+def chosen(go: Tensor, number: int) -> Tensor:
+    """Where the flattened `go` is True, `(number,)` int64, as many as that is known to be."""
+    return torch.nonzero_static(go.flatten(), size=number).squeeze(1)
+
+
+def _numbers(numbers: list[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def _like(live: Tensor, tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._lazy import lazy
 from .._types import MaskRows, PositionRows
-from ..attention.tokens import Packed, Select, TokenSet, positions_of, same
+from ..attention.tokens import Packed, Read, Select, TokenSet, chosen, positions_of, same
 from .layouts import Layout, Slots
 from .runs import Run, Span, runs_of
 
@@ -26,10 +26,13 @@ class Held(NamedTuple):
 
 @final
 class CachedTokens(Packed):
-    """Packed, with keys and values in a cache, behind those of earlier passes."""
+    """Packed, with keys and values in a cache, behind those of earlier passes.
 
-    def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held) -> None:
-        self.live, self.mask, self.index, self.held = live, mask, index, held
+    `asked` says how many of each row run.
+    """
+
+    def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held, asked: list[int]) -> None:
+        self.live, self.mask, self.index, self.held, self.asked = live, mask, index, held, asked
         self.positions = held.positions  # goes before the lazy one
 
     @classmethod
@@ -38,16 +41,20 @@ class CachedTokens(Packed):
         live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         before = torch.tensor([span.before for span in spans], dtype=torch.int64, device=x.device)
         positions = before.unsqueeze(1) + positions_of(live, mask)
-        return cls(live, mask, live.flatten().nonzero().squeeze(1), Held(entries, spans, positions))
+        asked = [span.after - span.before for span in spans]
+        index = torch.arange(live.numel(), device=x.device) if mask is None else chosen(live, sum(asked))
+        return cls(live, mask, index, Held(entries, spans, positions), asked)
 
-    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
-        kept = self.take(go).squeeze(0).nonzero().squeeze(1)
-        if kept.numel() == self.index.numel():
+    def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
+        asked, tokens = read(go.sum(-1)), self.index.numel()
+        if (total := sum(asked)) == tokens:
             return self, same
+        here = self.take(go)
+        kept = chosen(here, total)
         if step is not None:
-            gone = torch.ones_like(self.index, dtype=torch.bool).index_fill_(0, kept, False)
-            self.held.entries.last(step, Slots(self.slots.flat[gone], self.slots.capacity))
-        fewer = CachedTokens(go, self.mask, self.index.index_select(0, kept), self.held)
+            gone = chosen(~here, tokens - total)
+            self.held.entries.last(step, Slots(self.slots.flat.index_select(0, gone), self.slots.capacity))
+        fewer = CachedTokens(go, self.mask, self.index.index_select(0, kept), self.held, asked)
         return fewer, lambda tokens: tokens.index_select(1, kept)
 
     def finish(self, step: int) -> None:
@@ -67,7 +74,7 @@ class CachedTokens(Packed):
     @lazy
     def runs(self) -> list[Run]:
         """The rows that ask, in order."""
-        return list(runs_of(self.live.sum(-1).tolist(), self.held.spans))
+        return list(runs_of(self.asked, self.held.spans))
 
 
 @final
@@ -106,7 +113,7 @@ class JoinedTokens(TokenSet):
     def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
         raise _in_no_rows()
 
-    def narrow(self, go: MaskRows, step: int | None) -> tuple[TokenSet, Select]:
+    def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
         raise _in_no_rows()
 
 

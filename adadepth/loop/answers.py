@@ -1,6 +1,7 @@
 """What a loop's block, gate and update answer when they are asked, checked."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from ..attention.view import KV
 from .blocks import ask_piece, run, view_of
 from .checks import check_result, check_scores
 from .iterations import Ask, AskGate, AskUpdate, Loop
+from .reads import Reads
 
 
-def answer(loop: Loop, ask: Ask, given: Mapping[str, Any]) -> Any:
+def answer(loop: Loop, ask: Ask, given: Mapping[str, Any], reads: Reads) -> Any:
     """The answer to what a pass of `loop` asks; the block is `given` more beside its input."""
     if isinstance(ask, AskGate):
-        return _score(loop, ask)
+        return _score(loop, ask, reads)
     if isinstance(ask, AskUpdate):
         return updated(loop, Here(ask.tokens, ask.step), ask.x, ask.h, ask.start, ask.scores, ask.step)
     if loop.checkpoint and torch.is_grad_enabled():  # the iteration is made again in the backward pass
@@ -42,11 +44,11 @@ def _iterate(
     return out, view.present if keep else None
 
 
-def _score(loop: Loop, ask: AskGate) -> WeightRows:
+def _score(loop: Loop, ask: AskGate, reads: Reads) -> WeightRows:
     """What the gate says of the tokens, in rows; 0 elsewhere."""
     rows = ask.tokens.rows(scored(loop, Here(ask.tokens, ask.step), ask.h, ask.previous, ask.step))
     if not loop.training and not torch.compiler.is_compiling() and rows.numel():
-        check_scores(loop, rows, ask.step)
+        reads.later(torch.stack(rows.detach().aminmax()), partial(check_scores, loop, ask.step))
     return rows
 
 

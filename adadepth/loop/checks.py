@@ -116,12 +116,12 @@ class Identity:
     """What a cache knows its wrapper by: shared by copies of the wrapper that share its parts, and by no others."""
 
 
-def check_scores(looped: Any, scores: Tensor, step: int) -> None:
-    """That scores `(batch, seq)` are numbers, and in [0, 1] where they scale.
+def check_scores(looped: Any, step: int, least_and_most: list[float]) -> None:
+    """That scores, of which these are the least and the most, are numbers, and in [0, 1] where they scale.
 
     Raises: `ValueError`. Warns once of a scale outside [0, 1].
     """
-    low, high = (float(bound) for bound in scores.detach().aminmax())
+    low, high = least_and_most
     if low != low:
         raise ValueError(
             f"{type(looped.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the gate's "

@@ -94,7 +94,7 @@ def iterations(
         answer = yield AskBlock(x, tokens, step, past, exits)
         while isinstance(answer, Only):
             remaining = torch.where(answer.go, remaining, 0)
-            tokens, select = tokens.narrow(tokens.live & answer.go, None)
+            tokens, select = tokens.narrow(tokens.live & answer.go, None, record.reads.counts)
             if tokens.empty:
                 return
             x, start, previous = select(x), select(start), select(previous)
@@ -113,7 +113,7 @@ def iterations(
             stays = _stays(loop.rule, record.history, remaining, tokens, bounds, step)
             record.left(tokens, remaining - stays, h)
             remaining = stays
-            tokens, select = tokens.narrow(stays > 0, step)
+            tokens, select = tokens.narrow(stays > 0, step, record.reads.counts)
             x, h, start = select(x), select(h), select(start)
         if not loop.agree(not tokens.empty):
             return

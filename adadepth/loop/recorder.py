@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._types import HiddenRows, MaskRows, ScoreHistoryRows, StateRows, WeightRows
 from ..attention.tokens import TokenSet
+from .reads import Reads
 from .trace import Output, Trace
 
 
@@ -23,6 +24,7 @@ class Recorder:
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self._x, self._steps, self._has_scores = x, steps, scored
         self._one = x.new_ones(())
+        self.reads = Reads()
         self._live: list[Tensor] = []
         self._scores: list[Tensor] = []
         self._exits: list[Tensor | None] = []
@@ -72,7 +74,11 @@ class Recorder:
         return torch.stack(self._live).sum(0)
 
     def output(self) -> Output:
-        """The result; iterations that nobody ran are filled in."""
+        """The result; iterations that nobody ran are filled in.
+
+        Raises: what a check raises that is still due.
+        """
+        self.reads.rest()
         none = self._x.new_zeros(self._x.shape[:2], dtype=self.dtype)
         live = _stack(self._live, self._steps, none.bool())
         scores = _stack(self._scores, self._steps - 1, none) if self._has_scores else live[..., :-1].to(self.dtype)

@@ -175,5 +175,5 @@ class RecurrentWrapper(Called, nn.Module):
         while ask is not None:
             if isinstance(ask, AskBlock) and due(self, ask.tokens, rows):
                 check_itself(self, rows, ask.tokens.mask, {"start": start, "block_kwargs": given})
-            ask = answered(asks, answer(self, ask, given))
+            ask = answered(asks, answer(self, ask, given, record.reads))
         return record.output()

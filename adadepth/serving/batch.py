@@ -247,7 +247,7 @@ class DepthBatch:
             for run, score in _split(scores, runs):
                 step, tokens = run.part
                 try:
-                    check_scores(self.looped, score, step)
+                    check_scores(self.looped, step, torch.stack(score.aminmax()).tolist())
                 except ValueError as error:
                     wrong = zip(run.of_tokens(), score[0].isnan().tolist(), strict=True)
                     _note(failed, [flight for flight, bad in wrong if bad], error)

@@ -72,8 +72,7 @@ class Pass:
     def of_tokens(self) -> list[Flight]:
         """The flight of each token that is asked about."""
         _, tokens = self.part
-        rows: list[int] = (tokens.index // tokens.live.shape[1]).tolist()
-        return [self.flights[row] for row in rows]
+        return [flight for flight, number in zip(self.flights, tokens.asked, strict=True) for _ in range(number)]
 
     def answer(self, answer: object) -> None:
         """Go on until the pass asks again, or ends."""
@@ -115,4 +114,4 @@ class Pass:
         return each(self.given, lambda rows: tokens.spread(rows).expand(1, self.size, *rows.shape[2:]))
 
     def _rows(self) -> set[int]:
-        return set() if self.ask is None else {flight.index for flight in self.of_tokens()}
+        return set() if self.ask is None else {row for row, number in enumerate(self.part[1].asked) if number}
