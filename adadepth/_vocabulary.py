@@ -1,9 +1,9 @@
 """What passes over a vocabulary in tiles, so that no (tokens × vocabulary) matrix is ever held.
 
 `expected_embedding` is attention over the vocabulary with scale 1, and is computed like it: one pass
-with a running maximum, and a backward pass that makes each tile again. Tiles are slices of the
-vocabulary, so that each tile of the weights' gradients is written once. It is an operator of its own:
-Dynamo takes it as one node and unrolls nothing.
+with a running maximum, and a backward pass that makes each tile again. On a CPU tiles are small slices of the
+vocabulary for all tokens, which stay in its cache; elsewhere they are large, some tokens over the whole vocabulary, for
+there each operator has a price of its own. It is an operator itself: Dynamo takes it as one node and unrolls nothing.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,10 +14,23 @@ from torch import Tensor, nn
 
 from ._types import Hidden, Score
 
-# Logits held at a time: more are no faster, measured on a CPU with 256 to 2,048 words of 2,048 tokens.
-TILE = 2**21
-# A tile has at least so many words, however many tokens: it is then about as large as their states.
-WORDS = 256
+# Logits held at a time: more are no faster on a CPU, measured with 256 to 2,048 words of 2,048 tokens.
+ON_CPU, ELSEWHERE = 2**21, 2**28
+# A tile on a CPU has at least so many words, however many tokens: it is then about as large as their states.
+_WORDS = 256
+
+
+def logits_held(device: torch.device) -> int:
+    """How many logits to hold at a time."""
+    return ON_CPU if device.type == "cpu" else ELSEWHERE
+
+
+def tile_of(tokens: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
+    """How many tokens, and how many words, a tile has."""
+    held = logits_held(device)
+    if device.type == "cpu":
+        return tokens, min(vocabulary, max(_WORDS, held // max(1, tokens)))
+    return max(1, min(tokens, held // vocabulary)), vocabulary
 
 
 def referring(*names: str) -> Any:
@@ -48,7 +61,7 @@ def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Modul
     """
     dtype = torch.promote_types(states[0].dtype, torch.float32)
     tokens = [state.reshape(-1, state.shape[-1]) for state in states]
-    rows = max(1, TILE // vocabulary_of(owner, head, tokens[0][:0]))
+    rows = max(1, logits_held(tokens[0].device) // vocabulary_of(owner, head, tokens[0][:0]))
     chunks = zip(*(state.split(rows) for state in tokens), strict=True)
     scores = [measure(*(head(state).log_softmax(-1, dtype=dtype) for state in chunk)) for chunk in chunks]
     return torch.cat(scores).view(states[0].shape[:-1])
@@ -84,10 +97,6 @@ def expected_embedding(
     return mixed.view(*h.shape[:-1], mixed.shape[-1])
 
 
-def _words(tokens: int, vocabulary: int) -> int:
-    return min(vocabulary, max(WORDS, TILE // max(1, tokens)))
-
-
 def _tiles(words: int, *tables: Tensor | None) -> Iterator[list[Any]]:
     """The tables' rows, so many words at a time; None gives None."""
     vocabulary = next(table.shape[0] for table in tables if table is not None)
@@ -100,6 +109,14 @@ def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     if out.dtype == a.dtype:  # in place, and so no business of autocast
         return out.addmm_(a, b, beta=int(add))
     return out.add_(a @ b) if add else out.copy_(a @ b)
+
+
+def _added(out: Tensor, new: Tensor, more: bool) -> None:
+    """`out += new`, or `out = new`."""
+    if more:
+        out.add_(new)
+    else:
+        out.copy_(new)
 
 
 def _logits(space: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Tensor:
@@ -128,18 +145,27 @@ def _mix(
     wide = torch.promote_types(dtype, torch.float32)
     mixed = h.new_zeros(h.shape[0], table.shape[1], dtype=wide)
     total = mixed.new_zeros(h.shape[0])
-    top = torch.full_like(total, torch.finfo(wide).min)  # not -inf, which may be all that a tile holds
-    x, words = h.to(dtype), _words(h.shape[0], weight.shape[0])
-    space = mixed.new_empty(words, h.shape[0])
-    for w, b, e in _tiles(words, weight, bias, table):
-        p = _shaped(_logits(space, w, b, x), scale, cap)
+    size, words = tile_of(h.shape[0], weight.shape[0], h.device)
+    for x, m, t in zip(h.split(size), mixed.split(size), total.split(size), strict=True):
+        _mix_some(m, t, x.to(dtype), _tiles(words, weight, bias, table), (scale, cap))
+    return mixed, total
+
+
+def _mix_some(mixed: Tensor, total: Tensor, x: Tensor, tiles: Iterator[list[Any]], shape: tuple[float, float]) -> None:
+    """The same for the tokens `x (T, dim)`, written into `mixed` and `total`, which are 0."""
+    top = torch.full_like(total, torch.finfo(total.dtype).min)  # not -inf, which may be all that a tile holds
+    space: Tensor | None = None
+    for w, b, e in tiles:
+        space = mixed.new_empty(w.shape[0], x.shape[0]) if space is None else space
+        p = _shaped(_logits(space, w, b, x), *shape)
         higher = torch.maximum(top, p.amax(0))
         p.sub_(higher).exp_()
         shrink = (top - higher).exp_()
         total.mul_(shrink).add_(p.sum(0))
-        _product(mixed.mul_(shrink.unsqueeze(1)), p.to(dtype).T, e.to(dtype), add=True)
+        _product(mixed.mul_(shrink.unsqueeze(1)), p.to(x.dtype).T, e.to(x.dtype), add=True)
         top = higher
-    return mixed.div_(total.unsqueeze(1)), total.log_().add_(top)
+    mixed.div_(total.unsqueeze(1))
+    total.log_().add_(top)
 
 
 @torch.library.custom_op("adadepth::expected_embedding_backward", mutates_args=())
@@ -160,24 +186,39 @@ def _unmix(
     dh, own = torch.zeros_like(mixed), (grad * mixed).sum(-1)
     tables = zip((weight, bias, table), needed[1:], strict=True)
     dw, db, de = (torch.empty_like(t) if t is not None and need else None for t, need in tables)
-    x, g, words = h.to(dtype), grad.to(dtype), _words(h.shape[0], weight.shape[0])
-    spaces = mixed.new_empty(2, words, h.shape[0])
-    for w, b, e, dw_tile, db_tile, de_tile in _tiles(words, weight, bias, table, dw, db, de):
-        p = _shaped(_logits(spaces[0], w, b, x), scale, cap)
-        slope = _slope(p, scale, cap)
+    size, words = tile_of(h.shape[0], weight.shape[0], h.device)
+    parts = zip(*(each.split(size) for each in (h, grad, log_total, own, dh)), strict=True)
+    for number, (x, g, log, share, out) in enumerate(parts):
+        tiles = _tiles(words, weight, bias, table, dw, db, de)
+        _unmix_some(out, (x.to(dtype), g.to(dtype), log, share), tiles, (scale, cap), number > 0)
+    return [t for t in (dh.to(h.dtype) if needed[0] else None, dw, db, de) if t is not None]
+
+
+def _unmix_some(
+    dh: Tensor, given: tuple[Tensor, ...], tiles: Iterator[list[Any]], shape: tuple[float, float], more: bool
+) -> None:
+    """The same for some tokens, whose state, gradient, denominator and share of it are given.
+
+    `more`: the gradients of the tables hold those of other tokens, to which these are added.
+    """
+    x, g, log_total, own = given
+    spaces: Tensor | None = None
+    for w, b, e, dw, db, de in tiles:
+        spaces = dh.new_empty(2, w.shape[0], x.shape[0]) if spaces is None else spaces
+        p = _shaped(_logits(spaces[0], w, b, x), *shape)
+        slope = _slope(p, *shape)
         p.sub_(log_total).exp_()
         d = _logits(spaces[1], e, None, g).sub_(own).mul_(p)
         if not isinstance(slope, float) or slope != 1.0:
             d.mul_(slope)
-        if de_tile is not None:
-            _product(de_tile, p.to(dtype), g)
-        if db_tile is not None:
-            db_tile.copy_(d.sum(1))
-        d = d.to(dtype)
-        if dw_tile is not None:
-            _product(dw_tile, d, x)
-        _product(dh, d.T, w.to(dtype), add=True)
-    return [t for t in (dh.to(h.dtype) if needed[0] else None, dw, db, de) if t is not None]
+        if de is not None:
+            _product(de, p.to(x.dtype), g, add=more)
+        if db is not None:
+            _added(db, d.sum(1), more)
+        d = d.to(x.dtype)
+        if dw is not None:
+            _product(dw, d, x, add=more)
+        _product(dh, d.T, w.to(x.dtype), add=True)
 
 
 @_mix.register_fake

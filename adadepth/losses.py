@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ._given import named
 from ._types import StateRows
-from ._vocabulary import TILE, vocabulary_of
+from ._vocabulary import logits_held, vocabulary_of
 from .loop.trace import Trace
 from .selection import bottom_k
 
@@ -120,7 +120,8 @@ def per_iteration_loss(
     Shapes: `states (batch, seq, steps, dim)`, from `looped(x, states=True)`; `labels (batch, seq)`; the
     result `(batch, seq, steps)`, in float32 or wider.
     Arguments: `head`, from `(n, dim)` to logits `(n, vocabulary)`, a final norm in it where there is one;
-    `chunk`, tokens with all their iterations, None: as many as make about two million logits.
+    `chunk`, tokens with all their iterations, None: as many as make about two million logits on a CPU, and
+    128 times as many elsewhere.
     Raises: `ValueError` if `states` are none, `labels` do not fit them, `chunk < 1`, or the head gives no logits.
     """
     if states is None:
@@ -143,7 +144,8 @@ def per_iteration_loss(
     if chunk is not None and chunk < 1:
         raise ValueError(f"per_iteration_loss needs chunk >= 1, got {chunk}.")
     steps, tokens = states.shape[2], states.flatten(0, 1)
-    size = chunk or max(1, TILE // (steps * vocabulary_of("per_iteration_loss", head, tokens[:0, 0])))
+    words = vocabulary_of("per_iteration_loss", head, tokens[:0, 0])
+    size = chunk or max(1, logits_held(tokens.device) // (steps * words))
     parts = zip(tokens.split(size), labels.flatten().split(size), strict=True)
     return torch.cat([checkpoint(_nats, *part, head, use_reentrant=False) for part in parts]).view(states.shape[:3])
 

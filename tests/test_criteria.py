@@ -60,7 +60,7 @@ def double() -> Iterator[None]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tokens at a time."""
-    monkeypatch.setattr(_vocabulary, "TILE", 3 * VOCABULARY)
+    monkeypatch.setattr(_vocabulary, "ON_CPU", 3 * VOCABULARY)
 
 
 def make_head() -> nn.Module:
@@ -172,7 +172,7 @@ def test_no_matrix_of_tokens_by_vocabulary_is_made(kind: type[ad.Gate]) -> None:
     matrix = 4 * tokens * vocabulary
     with torch.no_grad():
         assert allocations.largest(lambda: head(h)) == matrix
-    assert allocations.largest(lambda: kind(head)(h, previous, 1)) <= 4 * _vocabulary.TILE <= matrix / 16
+    assert allocations.largest(lambda: kind(head)(h, previous, 1)) <= 4 * _vocabulary.ON_CPU <= matrix / 16
 
 
 class Model(nn.Module):

@@ -19,11 +19,16 @@ TABLES = list(itertools.product((False, True), repeat=2))
 WANTED = list(itertools.product((False, True), repeat=4))
 
 
-@pytest.fixture
-def ragged_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 4, 4 and 3 words, however few the tokens."""
-    monkeypatch.setattr(_vocabulary, "TILE", 1)
-    monkeypatch.setattr(_vocabulary, "WORDS", 4)
+@pytest.fixture(params=["words", "tokens"])
+def ragged_tiles(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Tiles of 4, 4 and 3 words, however few the tokens, as on a CPU; or of 3 tokens and all words, as elsewhere."""
+    if request.param == "words":
+        monkeypatch.setattr(_vocabulary, "ON_CPU", 1)
+        monkeypatch.setattr(_vocabulary, "_WORDS", 4)
+    else:
+        tile_of, device = _vocabulary.tile_of, torch.device("cuda")
+        monkeypatch.setattr(_vocabulary, "ELSEWHERE", 3 * VOCABULARY + 1)
+        monkeypatch.setattr(_vocabulary, "tile_of", lambda tokens, words, _device: tile_of(tokens, words, device))
 
 
 @pytest.fixture
@@ -223,7 +228,7 @@ def test_no_matrix_of_tokens_by_vocabulary_is_made() -> None:
         update(ponder, x, h, torch.ones(tokens, 1)).sum().backward()
 
     assert allocations.largest(lambda: step(plain)) >= matrix
-    two_tiles = 2 * 4 * _vocabulary.TILE
+    two_tiles = 2 * 4 * _vocabulary.ON_CPU
     assert two_tiles <= matrix / 2
     assert allocations.largest(lambda: step(ours)) <= two_tiles
 
