@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..attention.catch import catching, takes_view
 from ..attention.context import Here, Together, Window, active, asked
 from ..attention.dense import DenseView, WholeView
+from ..attention.flex import FlexView
 from ..attention.packed import PackedView
 from ..attention.prepare import refuse_compiled
 from ..attention.tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens
@@ -27,11 +28,14 @@ _VIEWS: dict[type[TokenSet], type[TokenView]] = {
 }
 
 
-def view_of(tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool) -> TokenView:
+def view_of(
+    tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool, flex: bool = False
+) -> TokenView:
     """The view of one iteration; where no token runs, of one that stands in: not every block runs on none."""
     if tokens.empty:
         tokens, past = WholeTokens(torch.ones(1, 1, dtype=torch.bool, device=tokens.live.device), skip=True), None
-    return _VIEWS[type(tokens)](tokens, step, causal, past, keep)
+    kind = FlexView if flex and isinstance(tokens, PackedTokens) else _VIEWS[type(tokens)]
+    return kind(tokens, step, causal, past, keep)
 
 
 def run(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any], shape: torch.Size) -> Tensor:

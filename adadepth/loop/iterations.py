@@ -30,6 +30,7 @@ class Loop(Protocol):
     update: Update
     causal: bool
     checkpoint: bool
+    flex: bool
     training: bool
     agree: Callable[[bool], bool]
 

@@ -61,14 +61,17 @@ class RecurrentWrapper(Called, nn.Module):
     it makes of it is dropped. Ranks that run one loop together need `adadepth.ranks.any_rank` there.
 
     The first time that tokens are skipped, the wrapper runs a few of them packed and in rows and compares, in the
-    mode it is in; `self_check = False` leaves that out. `torch.compile` takes a wrapper with `skip=False`; one that
-    skips, checkpoints or has a cache runs in eager, and the model around it is compiled.
+    mode it is in; `self_check = False` leaves that out. With `flex = True` packed tokens ask in one call of flex
+    attention, however their rows differ: it is for a GPU, where it is not measured yet. `torch.compile` takes a
+    wrapper with `skip=False`; one that skips, checkpoints or has a cache runs in eager, and the model around it is
+    compiled.
 
     Raises: `ValueError` if `steps < 1`, if a piece stands in another's place, there or when it is assigned, or if
     the block holds an `nn.MultiheadAttention` that cannot be looped.
     """
 
     self_check: bool = True
+    flex: bool = False
 
     def __init__(
         self,
