@@ -11,6 +11,7 @@ import argparse
 import math
 import random
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,6 +87,7 @@ def settling(model: AdaptiveForCausalLM, ids: Tensor) -> float:
     """The mean first iteration from which the likeliest next token stays."""
     with torch.no_grad():
         states = model(ids, states=True).states
+        assert states is not None
         head = nn.Sequential(model.base.model.norm, Head(model))
         said = head(states.flatten(0, 2)).argmax(-1).view(states.shape[:3])
     stays = (said == said[..., -1:]).flip(-1).long().cumprod(-1).sum(-1)
@@ -111,14 +113,13 @@ class Spoiling:
             engines.append(Engine(*arguments))
             return engines[-1]
 
-        self.patches = [patch.object(Request, "choose", spoiled), patch.object(drafted, "Engine", seen)]
-        for one in self.patches:
-            one.start()
+        self.patches = ExitStack()
+        self.patches.enter_context(patch.object(Request, "choose", spoiled))
+        self.patches.enter_context(patch.object(drafted, "Engine", seen))
         return self
 
     def __exit__(self, *error: object) -> None:
-        for one in self.patches:
-            one.stop()
+        self.patches.close()
 
 
 def compared(model: AdaptiveForCausalLM, times: int, share: float, **options: Any) -> str:

@@ -1,5 +1,7 @@
 """Packed tokens under flex attention: the same as by definition, whatever runs, and a mask that says what is seen."""
 
+from typing import Any
+
 import pytest
 import torch
 from blocks_zoo import BLOCKS
@@ -7,6 +9,7 @@ from cases import Case, assert_same, by_definition, cases, of_its_own, setting
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 import adadepth as ad
 from adadepth.attention import flex
@@ -21,7 +24,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     """One for each mask that was made."""
     made, intervals = list[None](), flex.intervals
 
-    def counted(first: Tensor, last: Tensor, slots: int) -> flex.BlockMask:
+    def counted(first: Tensor, last: Tensor, slots: int) -> BlockMask:
         made.append(None)
         return intervals(first, last, slots)
 
@@ -86,7 +89,7 @@ def test_gradients_are_those_of_grouped_rows() -> None:
         s = setting(BLOCKS["view"], case, torch.float32)
         loop = ad.RecurrentWrapper(**s.pieces).cuda()
         loop.flex = flexible
-        given = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in s.arguments.items()}
+        given: Any = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in s.arguments.items()}
         loop(s.x.cuda(), **given).hidden.square().sum().backward()
         grads.append([p.grad for p in loop.parameters() if p.grad is not None])
     for mine, other in zip(*grads, strict=True):

@@ -351,14 +351,14 @@ def test_the_loader_finds_the_class_and_the_sizes(folder: str, monkeypatch: pyte
         prepared([folder, *arguments])
         return transformers.AdaptiveForCausalLM.from_pretrained(folder).init_continuous_batching().sizes
 
-    assert sizes("--rows", "3", "--capacity", "64") == (3, 1, 64, "filled")
-    assert sizes("--rows", "6", "--width", "4") == (6, 4, 2048, "filled")
+    assert sizes("--rows", "3", "--capacity", "64") == (3, 1, 64, "filled", None)
+    assert sizes("--rows", "6", "--width", "4") == (6, 4, 2048, "filled", None)
     rows = 64 * 2**20 // 2048 // bytes_per_token(spread("llama", slice(1, 3)))
-    assert sizes("--memory", "64MiB") == (rows, rows // 2, 2048, "filled")
+    assert sizes("--memory", "64MiB") == (rows, rows // 2, 2048, "filled", None)
 
 
 def test_the_text_of_the_metrics() -> None:
-    text = metrics(Counts(calls=2, ran=6, tokens=3, left=4, depth=6, seconds=1.5), 1, 0)
+    text = metrics(Counts(calls=2, ran=6, tokens=3, left=4, depth=6, seconds=1.5), 1, 0, None)
     assert text.startswith("# HELP adadepth_tokens_total new tokens chosen\n# TYPE adadepth_tokens_total counter\n")
     for line in ("mean_depth 1.5", "tokens_per_call 3.0", "tokens_per_second 2.0", "requests_in_progress 1"):
         assert f"\nadadepth_{line}\n" in text

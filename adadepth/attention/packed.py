@@ -1,7 +1,5 @@
 """The view under which only the tokens that run ask, of a grid that is made for the pass."""
 
-from typing import final
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from .tokens import PackedTokens
 from .view import KV, TokenView, seen
 
 
-@final
 class PackedView(TokenView):
     """What is asked is a grid in which each row's real tokens stand at its left."""
 

@@ -72,7 +72,7 @@ class TokenView(ABC):
         self.calls, self.elsewhere = 0, False
         self.expected = None if past is None else len(past)
         self.present: list[KV] = []
-        self.masks: dict[Any, Tensor] = {}
+        self.masks: dict[Any, Any] = {}
         self._grad = torch.is_grad_enabled()
         self._saving = _checkpointing() if self._grad else None
         self._shape = tokens.shape
@@ -202,7 +202,8 @@ class TokenView(ABC):
         """What may be seen, made once for all calls of the iteration that ask alike."""
         if key not in self.masks:
             self.masks[key] = make()
-        return self.masks[key]
+        mask: Tensor = self.masks[key]
+        return mask
 
     def _past(self) -> tuple[Tensor | None, Tensor | None]:
         """The keys and values of this call in the iteration before."""
