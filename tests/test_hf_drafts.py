@@ -15,6 +15,7 @@ from hf_drafting import SPANS, STEPS, assert_same, drafting, model_of, written
 from hf_words import tokenizer
 from hf_zoo import EOS, PAD, VOCAB
 from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from adadepth.hf.cache import CACHE
 
@@ -77,6 +78,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stopping criteria": {"stopping_criteria": [EndsAt()], "no_repeat_ngram_size": 1},
     "no end": {"eos_token_id": None, "min_new_tokens": None},
 }
+DRAFT: dict[str, Any] = {"draft_depth": 1}
 TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
 
 
@@ -94,3 +96,59 @@ def test_drafts_go_with_the_options_of_generate(name: str) -> None:
     if name in ("ends", "stop strings", "stopping criteria"):
         lengths = [int(row.sum()) for row in want[CACHE].mask]
         assert len({length - len(text) for length, text in zip(lengths, TEXTS, strict=True)}) > 1
+
+
+class Collected(BaseStreamer):
+    """What was streamed."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.ids += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_a_text_is_streamed_as_it_is_chosen() -> None:
+    model, streams = model_of("gpt2", None), [Collected(), Collected()]
+    want = written(model, [[5, 6]], streamer=streams[0], no_repeat_ngram_size=1, do_sample=False)
+    with drafting(model, 0.4) as guesses:
+        written(model, [[5, 6]], streamer=streams[1], no_repeat_ngram_size=1, do_sample=False, draft_depth=1)
+    guesses.assert_drafted()
+    assert streams[0].ids == streams[1].ids == want.sequences[0].tolist()
+    assert streams[1].ended
+
+
+def test_ids_alone_are_returned_where_no_more_is_asked_for() -> None:
+    model = model_of("qwen3 windows", SPANS[1])
+    texts = [written(model, TEXTS, return_dict_in_generate=False, do_sample=False, **draft) for draft in ({}, DRAFT)]
+    assert isinstance(texts[1], Tensor) and texts[0].tolist() == texts[1].tolist()
+
+
+@pytest.mark.parametrize("rows", [96, pytest.param(480, marks=pytest.mark.every)])
+def test_sampled_texts_are_those_of_the_same_noise(rows: int) -> None:
+    model, options = model_of("llama tied", SPANS[1]), {"do_sample": True, "max_new_tokens": 4, "eos_token_id": None}
+    want = written(model, [[5, 6, 7]] * rows, **options)
+    with drafting(model, 0.2) as guesses:
+        got = written(model, [[5, 6, 7]] * rows, draft_depth=1, **options)
+    assert got.sequences.tolist() == want.sequences.tolist()
+    assert len({tuple(row) for row in got.sequences.tolist()}) > rows / 8
+    guesses.assert_drafted()
+    assert guesses.wrong > rows / 8
+
+
+def test_sampled_tokens_are_as_frequent_as_they_are_likely() -> None:
+    """Those behind a prompt of one token, which were guessed before they were chosen."""
+    model, texts, words = model_of("llama tied", None), 480, 12
+    options = {"suppress_tokens": [*range(words, VOCAB)], "min_depth": STEPS, "temperature": 2.0, "do_sample": True}
+    with drafting(model) as guesses:
+        got = written(model, [[20]] * texts, max_new_tokens=2, eos_token_id=None, draft_depth=1, **options)
+    assert min(guesses.right, guesses.wrong) > texts / 8
+    with torch.no_grad():
+        shallow, deep = (model(torch.tensor([[20]]), min_depth=depth, max_depth=depth).logits[0, -1, :words] / 2 for depth in (1, STEPS))
+    seen = got.sequences[:, 1].bincount(minlength=words)
+    far = [float(((seen - texts * p) ** 2 / (texts * p)).sum()) for p in (deep.softmax(-1), shallow.softmax(-1))]
+    assert far[0] < 31.3 < 100 < far[1]  # chance reaches 31.3 once in 1,000 times, for 11 degrees of freedom
