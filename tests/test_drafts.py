@@ -139,30 +139,35 @@ def test_noise_is_that_of_multinomial(rows: int, seeded: bool) -> None:
     assert got == want
 
 
+def sizes(noise: Noise) -> list[int]:
+    """How many columns are held for each row."""
+    return [0 if held is None else len(held) for held in noise._held]
+
+
 def test_noise_is_held_until_it_is_used() -> None:
     noise, like = Noise(3), torch.rand(1, 5)
     noise.of(0, 4, like)
-    assert [*map(len, noise._held)] == [5, 5, 5]
+    assert sizes(noise) == [5, 5, 5]
     kept = noise.of(1, 3, like)
     noise.end(2)
     noise.forget(0, 5)
     noise.forget(1, 3)
-    assert [0 if held is None else len(held) for held in noise._held] == [0, 2, 0]
+    assert sizes(noise) == [0, 2, 0]
     assert noise.of(1, 3, like) is kept
     noise.of(0, 5, like)
-    assert [0 if held is None else len(held) for held in noise._held] == [1, 3, 0]
+    assert sizes(noise) == [1, 3, 0]
     noise.forget(0, 9)  # more than was drawn
     assert not noise._held[0]
 
 
-class Uneven(StoppingCriteria):
+class Uneven(StoppingCriteria):  # type: ignore[misc]
     """Ends one text before the other."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return (input_ids[:, 0] == PAD) | (input_ids.shape[1] > 7)
 
 
-class Silent(BaseStreamer):
+class Silent(BaseStreamer):  # type: ignore[misc]
     """Takes what comes."""
 
     def put(self, value: Tensor) -> None:
@@ -217,7 +222,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "guidance": (lambda: run(guidance_scale=2.0), BOTH.format("guidance_scale")),
     "a watermark that remembers": (
         lambda: run(
-            do_sample=True, watermarking_config=SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2], context_history_size=9)
+            do_sample=True,
+            watermarking_config=SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2], context_history_size=9),
         ),
         BOTH.format("a SynthID watermark"),
     ),

@@ -54,7 +54,7 @@ def by_row(row: int, ids: Tensor) -> list[int]:
     return [*range(3 + 5 * row, VOCAB)] if len(ids) % 2 else [*range(3, VOCAB - 5 * row)]
 
 
-class EndsAt(StoppingCriteria):
+class EndsAt(StoppingCriteria):  # type: ignore[misc]
     """Ends a text at certain words; without an end-of-text token."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
@@ -62,13 +62,17 @@ class EndsAt(StoppingCriteria):
 
 
 ENDS = (EOS, 7, 9, 11, 20, 30)
+EACH = torch.tensor([[0.0], [0.01], [0.3]]).double()
 OPTIONS: dict[str, dict[str, Any]] = {
     "a depth for each row": {"min_depth": torch.tensor([[1], [2], [3]]), "max_depth": torch.tensor([[2], [4], [3]])},
     "a function of the ids": {"min_depth": deep_at_even, "max_depth": deep_at_even},
     "depths of all columns": {"min_depth": 2 + torch.arange(20)[None] % 3, "max_depth": 2 + torch.arange(20)[None] % 3},
     "another rule": {"rule": ad.Threshold(0.6)},
     "all tokens as deep": {"rule": ad.Threshold(-1.0), "draft_depth": 3},
-    "a rule for each row": {"rule": ad.Threshold(torch.tensor([[0.0], [0.01], [0.3]]).double()), "no_repeat_ngram_size": 1},
+    "a rule for each row": {
+        "rule": ad.Threshold(torch.tensor([[0.0], [0.01], [0.3]]).double()),
+        "no_repeat_ngram_size": 1,
+    },
     "processors": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "bad_words_ids": [[4], [5, 6]]},
     "processors of rows": {"prefix_allowed_tokens_fn": by_row, "encoder_repetition_penalty": 1.4},
     "more of rows": {"repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 1},
@@ -85,9 +89,9 @@ TEXTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
 @pytest.mark.parametrize("name", OPTIONS)
 def test_drafts_go_with_the_options_of_generate(name: str) -> None:
     number = [*OPTIONS].index(name)
-    model, options = model_of(KINDS[number % 4], SPANS[number // 4 % 2]), dict(OPTIONS[name])
-    drafts = {"draft_depth": options.pop("draft_depth", 1), "revise_drafts": number % 3 == 0}
-    options = {"do_sample": False, "suppress_tokens": [PAD], "layout": ["filled", "compact"][number % 2]} | options
+    model, options = model_of(KINDS[number % 4], SPANS[number // 4 % 2]), {**OPTIONS[name]}
+    drafts: dict[str, Any] = {"draft_depth": options.pop("draft_depth", 1), "revise_drafts": number % 3 == 0}
+    options = {"do_sample": False, "suppress_tokens": [PAD], **options, "layout": ["filled", "compact"][number % 2]}
     want = written(model, TEXTS, **options)
     with drafting(model, 0.4) as guesses:
         got = written(model, TEXTS, **options, **drafts)
@@ -98,7 +102,7 @@ def test_drafts_go_with_the_options_of_generate(name: str) -> None:
         assert len({length - len(text) for length, text in zip(lengths, TEXTS, strict=True)}) > 1
 
 
-class Collected(BaseStreamer):
+class Collected(BaseStreamer):  # type: ignore[misc]
     """What was streamed."""
 
     def __init__(self) -> None:
@@ -130,7 +134,8 @@ def test_ids_alone_are_returned_where_no_more_is_asked_for() -> None:
 
 @pytest.mark.parametrize("rows", [96, pytest.param(480, marks=pytest.mark.every)])
 def test_sampled_texts_are_those_of_the_same_noise(rows: int) -> None:
-    model, options = model_of("llama tied", SPANS[1]), {"do_sample": True, "max_new_tokens": 4, "eos_token_id": None}
+    model = model_of("llama tied", SPANS[1])
+    options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 4, "eos_token_id": None}
     want = written(model, [[5, 6, 7]] * rows, **options)
     with drafting(model, 0.2) as guesses:
         got = written(model, [[5, 6, 7]] * rows, draft_depth=1, **options)
@@ -143,12 +148,18 @@ def test_sampled_texts_are_those_of_the_same_noise(rows: int) -> None:
 def test_sampled_tokens_are_as_frequent_as_they_are_likely() -> None:
     """Those behind a prompt of one token, which were guessed before they were chosen."""
     model, texts, words = model_of("llama tied", None), 480, 12
-    options = {"suppress_tokens": [*range(words, VOCAB)], "min_depth": STEPS, "temperature": 2.0, "do_sample": True}
+    options: dict[str, Any] = {
+        "suppress_tokens": [*range(words, VOCAB)],
+        "min_depth": STEPS,
+        "temperature": 2.0,
+        "do_sample": True,
+    }
     with drafting(model) as guesses:
         got = written(model, [[20]] * texts, max_new_tokens=2, eos_token_id=None, draft_depth=1, **options)
     assert min(guesses.right, guesses.wrong) > texts / 8
+    each: dict[str, Any] = {name: torch.tensor([[1], [STEPS]]) for name in ("min_depth", "max_depth")}
     with torch.no_grad():
-        shallow, deep = (model(torch.tensor([[20]]), min_depth=depth, max_depth=depth).logits[0, -1, :words] / 2 for depth in (1, STEPS))
+        shallow, deep = (model(torch.tensor([[20], [20]]), **each).logits[:, -1, :words] / 2).softmax(-1)
     seen = got.sequences[:, 1].bincount(minlength=words)
-    far = [float(((seen - texts * p) ** 2 / (texts * p)).sum()) for p in (deep.softmax(-1), shallow.softmax(-1))]
+    far = [float(((seen - texts * p) ** 2 / (texts * p)).sum()) for p in (deep, shallow)]
     assert far[0] < 31.3 < 100 < far[1]  # chance reaches 31.3 once in 1,000 times, for 11 degrees of freedom
