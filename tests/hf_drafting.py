@@ -93,5 +93,5 @@ def assert_same(model: Any, got: Any, want: Any) -> None:
         last = want.sequences[:, -1:]
         ids = torch.cat([want.sequences, torch.full_like(last, 5)], 1)
         mask = torch.cat([want[CACHE].mask, last != PAD, last >= 0], 1).long()
-        more = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+        more = {"attention_mask": mask, "max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
         got, want = (model.generate(ids, **{CACHE: one[CACHE]}, **more) for one in (got, want))

@@ -30,7 +30,7 @@ def measured(saved: int, lost: int, reads: int = 0, base: float = 4.0, slope: fl
     drafts = Drafts(1)
     for x in (1, 2, 3):
         drafts.calls.see(x, base + slope * x)
-        drafts.reads.see(x, x)
+        drafts.reads.see(x, float(x))
     for _ in range(6):
         drafts.resolved(saved > 0, saved, lost, reads)
     return drafts
@@ -95,10 +95,10 @@ def test_what_guesses_come_to_is_known_anew_after_a_while() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_a_line_is_the_weighted_fit(seed: int) -> None:
     chance = np.random.default_rng(seed)
-    x = chance.integers(1, 9, 30).astype(float)
+    x = chance.integers(1, 9, 30)
     y = 5 + 0.7 * x + chance.normal(0, 0.2, 30) * x
     line = Line()
-    for one, two in zip(x, y, strict=True):
+    for one, two in zip(x.tolist(), y.tolist(), strict=True):
         line.see(one, two)
     slope, base = np.polyfit(x, y, 1, w=0.9 ** (np.arange(29, -1, -1) / 2))
     assert (line.slope, line.base) == pytest.approx((slope, base), rel=1e-9)
@@ -113,10 +113,10 @@ def test_a_line_is_the_weighted_fit(seed: int) -> None:
         ([(1, 0), (2, 10)], 10, 0),
     ],
 )
-def test_a_line_is_never_below_0(points: list[tuple[float, float]], slope: float, base: float) -> None:
+def test_a_line_is_never_below_0(points: list[tuple[int, int]], slope: float, base: float) -> None:
     line = Line()
     for x, y in points:
-        line.see(x, y)
+        line.see(x, float(y))
     assert (line.slope, line.base) == pytest.approx((slope, base))
 
 

@@ -36,7 +36,7 @@ def drawn(number: int) -> tuple[Any, list[list[int]], float, dict[str, Any], dic
     return model, texts, (0.0, 0.5)[number // 4 % 2], {"seed": number, "min_new_tokens": 5, **options}, drafts
 
 
-@pytest.mark.parametrize("number", [*range(16), *(pytest.param(n, marks=pytest.mark.every) for n in range(16, 96))])
+@pytest.mark.parametrize("number", [*range(12), *(pytest.param(n, marks=pytest.mark.every) for n in range(12, 96))])
 def test_drafts_change_no_text_and_no_depth(number: int) -> None:
     model, texts, share, options, drafts = drawn(number)
     want = written(model, texts, **options)

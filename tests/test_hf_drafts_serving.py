@@ -63,7 +63,10 @@ def assert_empty(engine: Engine, rows: int) -> None:
     assert sorted(engine._free) == [*range(rows)]
 
 
-@pytest.mark.parametrize(("rows", "width", "span"), [(3, 9, SPANS[0]), (9, 12, SPANS[1]), (4, 2, SPANS[1])])
+@pytest.mark.parametrize(
+    ("rows", "width", "span"),
+    [(3, 9, SPANS[0]), (7, 12, SPANS[1]), pytest.param(4, 2, SPANS[1], marks=pytest.mark.every)],
+)
 def test_each_request_is_generate_alone(rows: int, width: int, span: Any) -> None:
     model, texts = model_of("gpt2" if span is None else "qwen3 windows", span), prompts(6)
     asked: list[dict[str, Any]] = [
@@ -91,7 +94,7 @@ def the_engine(manager: Any) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("span", [SPANS[1], pytest.param(SPANS[0], marks=pytest.mark.every)])
 def test_requests_that_are_given_up_leave_nothing_behind(span: Any) -> None:
     model, texts, chance = model_of("llama tied", span), prompts(10), random.Random(0)
     with drafting(model, 0.4) as guesses:
@@ -129,7 +132,7 @@ def reading(span: Any, gated: bool) -> Any:
     return adapt(original("gpt_neox"), STEPS, gate, rule, update, layers=layers)
 
 
-@pytest.mark.parametrize("span", SPANS)
+@pytest.mark.parametrize("span", [SPANS[1], pytest.param(SPANS[0], marks=pytest.mark.every)])
 def test_a_request_fails_where_it_would_without_drafts(span: Any) -> None:
     """For a depth that cannot be had, or a state that is no number."""
     model, texts = reading(span, True), prompts(6)
@@ -180,7 +183,7 @@ def test_a_guess_that_cannot_run_fails_nothing(span: Any, gated: bool) -> None:
         return torch.full_like(ids, STEPS)
 
     # Of almost one length: their tokens are read together.
-    texts = [[3 + (i + j) % 8 for j in range(5 + i % 3)] for i in range(5)]
+    texts = [[3 + (i + j) % 8 for j in range(5 + i)] for i in range(3)]
     for name in ("depth", "state"):
         options = {**NOT_BAD, "max_depth": raises, "min_depth": 2} if name == "depth" else {**NOT_BAD, "min_depth": 2}
         want = failing(model, texts, **options)
@@ -227,7 +230,7 @@ def test_calls_are_filled_with_guesses() -> None:
 
 
 def test_entries_of_dropped_guesses_are_collected() -> None:
-    model, new = model_of("gpt2", None), 50
+    model, new = model_of("gpt2", None), 40
     sizes = []
     for share in (0.0, 0.8):
         with drafting(model, share) as guesses:
@@ -239,7 +242,7 @@ def test_entries_of_dropped_guesses_are_collected() -> None:
                 largest = max(largest, engine.loop.cache.nbytes)
         sizes.append(largest)
     drafts = engine.drafts
-    assert drafts is not None and drafts.wrong > 25 and guesses.spoiled > 25
+    assert drafts is not None and drafts.wrong > 20 and guesses.spoiled > 20
     assert sizes[1] < 1.25 * sizes[0]
 
 
