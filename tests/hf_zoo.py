@@ -95,13 +95,15 @@ def original(kind: str, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
-def spread(name: str, layers: slice | None, dtype: torch.dtype = torch.float64) -> AdaptiveForCausalLM:
+def spread(
+    name: str, layers: slice | None, dtype: torch.dtype = torch.float64, steps: int = STEPS
+) -> AdaptiveForCausalLM:
     """An adapted model whose tokens leave at different depths."""
     torch.manual_seed(1)
-    gate = ad.PerIterationMLPGate(DIM, STEPS, hidden=8, bias=0.0)
+    gate = ad.PerIterationMLPGate(DIM, steps, hidden=8, bias=0.0)
     for weight in gate.parameters():
         nn.init.normal_(weight)
-    model = adapt(original(name, dtype), STEPS, gate, layers=layers)
+    model = adapt(original(name, dtype), steps, gate, layers=layers)
     nn.init.constant_(the(ad.ReZero, model.loop.update).alpha, 0.4)
     with torch.no_grad():
         scores = model(IDS, attention_mask=MASK).trace.scores[MASK.bool()]

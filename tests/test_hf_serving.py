@@ -1,10 +1,8 @@
 """`generate_batch` and the manager of requests: each request gets what `generate` gives it alone."""
 
 import inspect
-import random
 import re
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,27 +15,19 @@ import adadepth as ad
 
 pytest.importorskip("transformers")
 
-from hf_zoo import EOS, PAD, SPANS, STEPS, VOCAB, original, spread
+from hf_served import NEW, VARIED, alone, deep_at_even, expected, made, prompts, results
+from hf_zoo import EOS, SPANS, STEPS, VOCAB, original, spread
 from transformers import ContinuousBatchingConfig, GenerationConfig, GenerationMixin
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching import continuous_api as api
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, adapt
-from adadepth.hf.cache import CACHE
+from adadepth.hf import AdaptiveForCausalLM, adapt
 from adadepth.hf.ends import head
 from adadepth.hf.manager import AdaptiveBatchingManager
 
-NEW = 6
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
-# Random models repeat themselves, and a token that repeats does so at one depth.
-VARIED: dict[str, Any] = {**GREEDY, "no_repeat_ngram_size": 1, "suppress_tokens": [PAD]}
-
-
-def prompts(number: int, longest: int = 9) -> list[list[int]]:
-    chance = random.Random(number)
-    return [chance.choices(range(3, VOCAB), k=chance.randint(1, longest)) for _ in range(number)]
 
 
 @pytest.fixture
@@ -49,31 +39,6 @@ def model() -> AdaptiveForCausalLM:
 def no_thread_is_left() -> Iterator[None]:
     yield
     assert [thread.name for thread in threading.enumerate() if not thread.daemon] == ["MainThread"]
-
-
-def expected(model: Any, texts: list[list[int]], **options: Any) -> list[tuple[list[int], list[int]]]:
-    """New tokens and depths of each prompt, by one `generate` over all of them."""
-    cache, width = AdaptiveCache(), max(map(len, texts))
-    ids = torch.tensor([[PAD] * (width - len(text)) + text for text in texts])
-    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
-    new = model.generate(ids, attention_mask=mask, **{CACHE: cache}, **options)[:, width:].tolist()
-    new = [row[: row.index(EOS) + 1] if EOS in row else row for row in new]
-    depths = [row[row > 0].tolist() for row in cache.depth]
-    return [(row, depth[: len(text) + len(row) - 1]) for text, row, depth in zip(texts, new, depths, strict=True)]
-
-
-def alone(model: Any, text: list[int], **options: Any) -> tuple[list[int], list[int]]:
-    return expected(model, [text], **options)[0]
-
-
-def made(out: Any) -> tuple[list[int], list[int]]:
-    """New tokens and depths of a request that ended well."""
-    assert (out.error, out.status, len(out.depth)) == (
-        None,
-        RequestStatus.FINISHED,
-        len(out.prompt_ids) + len(out.generated_tokens) - 1,
-    )
-    return out.generated_tokens, out.depth
 
 
 def served(model: Any, texts: list[list[int]], **options: Any) -> list[tuple[list[int], list[int]]]:
@@ -123,30 +88,14 @@ def test_what_runs_at_once_is_bounded(model: AdaptiveForCausalLM, monkeypatch: p
         served = processor.engine
         parts = [served.outside.prelude, served.loop, served.outside.coda]
         manager.add_requests(texts[:1])
-        _results(manager, 1)
+        results(manager, 1)
         before = [part.cache.nbytes for part in parts if part is not None]
         manager.add_requests(texts[1:])
-        outs = _results(manager, 19)
+        outs = results(manager, 19)
         assert [part.cache.nbytes for part in parts if part is not None] == before and len(before) == 3
     assert all(made(outs[f"req_{i}"]) for i in range(1, 20))
     assert max(rows) == 4 < max(tokens) < 4 + 6 + max(map(len, texts))
     assert sum(count >= 3 for count in tokens) > len(tokens) / 2  # calls are full
-
-
-def _results(manager: AdaptiveBatchingManager, number: int) -> dict[str, Any]:
-    """The results of so many requests; streamed ones only at their end."""
-    results: dict[str, Any] = {}
-    deadline = time.monotonic() + 60
-    while len(results) < number and time.monotonic() < deadline:
-        out = manager.get_result(timeout=1)
-        if out is not None and out.is_finished():
-            results[out.request_id] = out
-    assert len(results) == number
-    return results
-
-
-def deep_at_even(ids: Tensor) -> Tensor:
-    return torch.where(ids % 2 == 0, STEPS, 1)
 
 
 ASKED: dict[str, dict[str, Any]] = {
@@ -170,7 +119,7 @@ def test_requests_ask_for_different_things(layers: slice | None) -> None:
     with model.continuous_batching_context_manager(GenerationConfig(**VARIED), rows=6, width=4) as manager:
         for name, options in ASKED.items():
             assert manager.add_request(text, name, **options) == name
-        outs = _results(manager, len(ASKED))
+        outs = results(manager, len(ASKED))
     for name, options in ASKED.items():
         want, depth = alone(model, text, **VARIED | options)
         if name == "other ends":
@@ -274,7 +223,7 @@ def test_one_request_fails_alone(model: AdaptiveForCausalLM) -> None:
         for name, (ids, options, _) in bad.items():
             manager.add_request(ids, name, **options)
         manager.add_request(torch.tensor([good[1]]), "second")
-        outs = _results(manager, len(bad) + 2)
+        outs = results(manager, len(bad) + 2)
         processor: Any = manager.batch_processor
         assert sorted(processor.engine._free) == [0, 1, 2]
     assert [made(outs[name]) for name in ("first", "second")] == want
@@ -320,7 +269,7 @@ def test_an_error_of_the_block_fails_all_requests_and_ends_the_thread(model: Ada
     manager = model.init_continuous_batching(GenerationConfig(**VARIED))
     manager.start()
     manager.add_requests(prompts(3))
-    _results(manager, 3)
+    results(manager, 3)
     assert manager.add_request([3, 4]) is None
     manager.stop()
 
@@ -344,11 +293,11 @@ def test_a_pause_and_a_manager_that_is_kept(model: AdaptiveForCausalLM) -> None:
         with manager.pause():
             model.loop.rule = ad.Threshold(0.5)
         manager.add_request([3, 4], "first")
-        first = _results(manager, 1)["first"]
+        first = results(manager, 1)["first"]
     with torch.inference_mode(), model.continuous_batching_context_manager() as again:
         assert again is manager
         again.add_request([3, 4], "second")
-        assert made(_results(again, 1)["second"]) == made(first) == alone(model, [3, 4], **VARIED)
+        assert made(results(again, 1)["second"]) == made(first) == alone(model, [3, 4], **VARIED)
     (longer,) = model.generate_batch([[3, 4]], persistent_manager=True, **VARIED | {"max_new_tokens": NEW + 2}).values()
     assert made(longer) == alone(model, [3, 4], **VARIED | {"max_new_tokens": NEW + 2}) != made(first)
     model.destroy_cached_continuous_batching_manager()

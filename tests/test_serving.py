@@ -304,6 +304,38 @@ def overtaking() -> DepthBatch:
     return batch
 
 
+@exact
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_token_that_is_no_number_reaches_no_other(layout: LayoutName, gated: bool) -> None:
+    """Neither those before it in its row, nor rows that are read as wide as the longest of them."""
+    loop, x = looped("attention"), x_of(3, 8)
+    loop.rule = None
+    loop.gate = loop.gate if gated else None
+    batch = DepthBatch(loop.eval(), ad.KVReuseCache(layout, capacity=8), 3, 8)
+    lengths = [5, 7, 6]
+    batch.begin([0, 1, 2], x, mask=torch.arange(8) < torch.tensor(lengths)[:, None])
+    left(batch)
+    batch.begin([0, 1, 2], torch.stack([x[i, n : n + 1] for i, n in enumerate(lengths)]))
+    assert not any(isinstance(one, Failed) for one in batch.call())
+    batch.begin([0], torch.full_like(x[:1, :1], torch.nan))
+    failed = [one for one in batch.call() if isinstance(one, Failed)]
+    assert [(one.row, one.position) for one in failed] == ([(0, 6)] if gated else [])
+    if not gated:
+        batch.call()
+        batch.drop(0, 6)
+    assert batch.length(0) == 6
+    got = {one.row: one for one in batch.call() if isinstance(one, Ran)} | left(batch)
+    for row, n in enumerate(lengths):
+        want = loop(x[row : row + 1, : n + 1])
+        ran = got[row]
+        assert isinstance(ran, Ran) and ran.position == n
+        torch.testing.assert_close(ran.hidden, want.hidden[0, n:], rtol=1e-10, atol=1e-12)
+    batch.begin([0], x[:1, 6:7])
+    ran = left(batch)[0]
+    assert isinstance(ran, Ran)
+    torch.testing.assert_close(ran.hidden, loop(x[:1, :7]).hidden[0, 6:], rtol=1e-10, atol=1e-12)
+
+
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "a cache without a capacity": (
         lambda: DepthBatch(looped("attention").eval(), ad.KVReuseCache(), 2, 2),

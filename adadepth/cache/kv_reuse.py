@@ -57,6 +57,7 @@ class KVReuseCache:
         self.steps: int | None = None
         self.layers = 0
         self._lengths: list[int] = []
+        self._begun: dict[int, int] = {}  # of each row, how many slots are taken by tokens of passes that wait
         self._depth = torch.zeros(0, 0, dtype=torch.int64)
         self._entries: Layout | None = None
         self._owner: weakref.ref[object] | None = None
@@ -160,7 +161,7 @@ class KVReuseCache:
         self._check_capacity(longest)
         try:
             entries = self._with_room(longest, batch, steps, x.device)
-            yield CachedTokens.of(x, mask, entries, list(map(Span, range(batch), before, after)))
+            yield CachedTokens.of(x, mask, entries, list(map(Span, range(batch), before, after)), {})
             self._owner = weakref.ref(owner)
         except BaseException:
             self._forget_beyond(longest)
@@ -196,7 +197,8 @@ class KVReuseCache:
                 f"KVReuseCache(capacity={self.capacity}). End its text here, or give the cache the capacity of the "
                 "longest prompt and its new tokens together."
             )
-        return CachedTokens.of(x, mask, self._entries, spans)
+        self._begun |= {span.row: span.after for span in spans}
+        return CachedTokens.of(x, mask, self._entries, spans, self._begun)
 
     def hold(self, row: int, depth: Int[Tensor, "tokens"]) -> None:
         """The next tokens of a row have left, after `depth` iterations: they are held from now on."""
@@ -209,6 +211,7 @@ class KVReuseCache:
         """Forget the tokens of a row that stand in its last slots, held or in passes that are not done."""
         self._depth[row, slots] = 0
         self._lengths[row] = min(slots.start, self._lengths[row])
+        self._begun[row] = min(slots.start, self._begun.get(row, 0))
         if self._entries is not None:
             self._entries.clear(row, slots)
 

@@ -47,15 +47,15 @@ class Span(NamedTuple):
     after: int
 
 
-def runs_of(asked: list[int], spans: list[Span]) -> Iterator[Run]:
-    """The rows that ask something, in order: `asked` queries of each."""
+def runs_of(asked: list[int], spans: list[Span], fill: float = FILL) -> Iterator[Run]:
+    """The rows that ask something, in order: `asked` queries of each. A row joins others that it fills so far."""
     group: list[Span] = []
     queries = low = high = 0
     for count, span in zip(asked, spans, strict=True):
         if not count:
             continue
         low, high = min(low, span.after), max(high, span.after)
-        if group and not (count == queries and span.row == group[-1].row + 1 and low >= FILL * high):
+        if group and not (count == queries and span.row == group[-1].row + 1 and low >= fill * high):
             yield _run(queries, group)
             group = []
         if not group:

@@ -1,6 +1,6 @@
 """The tokens of a pass with a cache, and of several passes together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -16,12 +16,14 @@ from .runs import Run, Span, runs_of
 class Held(NamedTuple):
     """What a cache knows of a pass: where its rows stand in `entries`, one span for each.
 
-    `positions (batch, seq)` int64 are those of the pass's tokens, their slots in their rows.
+    `positions (batch, seq)` int64 are those of the pass's tokens, their slots in their rows; `begun` says of each row
+    how many of its slots are taken now, by tokens that began later too.
     """
 
     entries: Layout
     spans: list[Span]
     positions: PositionRows
+    begun: Mapping[int, int]
 
 
 @final
@@ -36,14 +38,16 @@ class CachedTokens(Packed):
         self.positions = held.positions  # goes before the lazy one
 
     @classmethod
-    def of(cls, x: Tensor, mask: MaskRows | None, entries: Layout, spans: list[Span]) -> "CachedTokens":
+    def of(
+        cls, x: Tensor, mask: MaskRows | None, entries: Layout, spans: list[Span], begun: Mapping[int, int]
+    ) -> "CachedTokens":
         """The tokens of the rows `x (batch, seq, dim)` that are real."""
         live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         before = torch.tensor([span.before for span in spans], dtype=torch.int64, device=x.device)
         positions = before.unsqueeze(1) + positions_of(live, mask)
         asked = [span.after - span.before for span in spans]
         index = torch.arange(live.numel(), device=x.device) if mask is None else chosen(live, sum(asked))
-        return cls(live, mask, index, Held(entries, spans, positions), asked)
+        return cls(live, mask, index, Held(entries, spans, positions, begun), asked)
 
     def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
         asked, tokens = read(go.sum(-1)), self.index.numel()
@@ -71,10 +75,23 @@ class CachedTokens(Packed):
         row, capacity = self.numbers.index_select(0, self.index // self.live.shape[1]), self.held.entries.capacity
         return Slots(row * capacity + self.take(self.positions).squeeze(0), capacity)
 
-    @lazy
+    @property
     def runs(self) -> list[Run]:
-        """The rows that ask, in order."""
+        """The rows that ask, in order.
+
+        Where other tokens have begun behind one of these, only rows of one length are read together: what those
+        tokens wrote is perhaps not finite, and a mask would multiply it by 0.
+        """
+        later = any(self.held.begun.get(span.row, 0) > span.after for span in self.held.spans)
+        return self._apart if later else self._together
+
+    @lazy
+    def _together(self) -> list[Run]:
         return list(runs_of(self.asked, self.held.spans))
+
+    @lazy
+    def _apart(self) -> list[Run]:
+        return list(runs_of(self.asked, self.held.spans, fill=1.0))
 
 
 @final

@@ -14,6 +14,7 @@ from .depths import DEPTHS, row_of
 from .drafts import Drafts
 from .engine import Engine, Refused
 from .noise import Noise
+from .processors import of_row, remembering
 from .requests import Request
 
 _KEPT = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
@@ -35,14 +36,14 @@ def drafted(
     """
     cache, config = given.get(CACHE), generation_config
     mask = given["attention_mask"].bool() if given.get("attention_mask") is not None else input_ids >= 0
-    _check(mask, cache, config, streamer, given)
+    _check(mask, cache, config, streamer, given | {"processors": logits_processor})
     assert isinstance(cache, AdaptiveCache), "checked"
     noise, own = Noise(len(input_ids)), {name: given.get(name) for name in (*DEPTHS, "rule")}
     requests = [
         Request(
             ids=row[mask[i]].tolist(),
             longest=int(mask[i].sum()) + config.max_length - len(row) - 1,
-            processors=logits_processor,
+            processors=of_row(logits_processor, i),
             sample=bool(config.do_sample),
             noise=noise,
             number=i,
@@ -111,6 +112,7 @@ def _check(mask: Tensor, cache: Any, config: GenerationConfig, streamer: Any, gi
     """
     refused = [name for name in _KEPT if config.return_dict_in_generate and getattr(config, name, None)]
     refused += [name for name in ("inputs_embeds", "synced_gpus") if given.get(name) not in (None, False)]
+    refused += remembering(given["processors"])
     if cache is None:
         refused.append("use_cache=False")
     elif cache.get_seq_length():

@@ -68,7 +68,7 @@ class Line:
     def __init__(self) -> None:
         self._sums = [0.0] * 5
 
-    def see(self, x: float, y: float) -> None:
+    def see(self, x: int, y: float) -> None:
         """One more point."""
         self._sums = [_MEMORY * old + new for old, new in zip(self._sums, (1, x, y, x * x, x * y), strict=True)]
 

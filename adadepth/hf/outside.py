@@ -50,7 +50,7 @@ class Outside:
     def logits(self, certain: list[Tokens], guesses: list[Tokens]) -> Tensor:
         """Logits `(n, vocabulary)` of what stands behind some tokens: of certain ones that have left, and of others.
 
-        For the others, one of a request each, the layers behind the loop forget what they were given.
+        What the layers behind the loop were given for the others, they forget.
         """
         states = self._after_loop(certain, guesses)
         hidden = self._after([*certain, *guesses], torch.stack(states).unsqueeze(0))
@@ -79,16 +79,18 @@ class Outside:
         states = [state[-1] for state in _once(coda, rows, [_state(tokens) for tokens in certain])] if certain else []
         if not guesses:
             return states
-        rows = [tokens.request.row for tokens in guesses]
-        lengths = [coda.length(row) for row in rows]
+        farthest = {tokens.request.row: tokens for tokens in sorted(guesses, key=lambda tokens: tokens.position)}
+        lengths = {row: coda.length(row) for row in farthest}
         chains = [
-            [one for one in tokens.request.chain if length <= one.position <= tokens.position]
-            for tokens, length in zip(guesses, lengths, strict=True)
+            [one for one in tokens.request.chain if lengths[row] <= one.position <= tokens.position]
+            for row, tokens in farthest.items()
         ]
-        given = _once(coda, rows, [torch.cat([*map(_state, chain)]) for chain in chains])
-        for row, length in zip(rows, lengths, strict=True):
+        outs = _once(coda, [*farthest], [torch.cat([*map(_state, chain)]) for chain in chains])
+        given = dict(zip(farthest, outs, strict=True))
+        for row, length in lengths.items():
             coda.drop(row, length)
-        return [*states, *(state[-1] for state in given)]
+        places = [(tokens.request.row, tokens.end - 1) for tokens in guesses]
+        return [*states, *(given[row][place - lengths[row]] for row, place in places)]
 
     def _after(self, read: list[Tokens], hidden: Tensor) -> Tensor:
         """What the head is given for the last of each, for what the layers gave, `(1, n, dim)` both."""
