@@ -11,7 +11,7 @@ axis and CPU indices are taken, and copies go either way. There is no autocast a
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 import adadepth
 from adadepth.attention.how import How
@@ -100,7 +99,7 @@ class _Mode(TorchDispatchMode):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operator, on what the tensors hold."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = [*_tensors(args), *_tensors(kwargs.values())]
     name, here = func._opname, any(isinstance(tensor, Held) for tensor in tensors)
     if here and name not in ("copy_", "_to_copy"):
         _check(name, args, tensors)
@@ -109,11 +108,26 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         to, here = isinstance(args[0], Held), isinstance(args[1], Held)
     if _counting and (here or to):
         _count(func, name, args, kwargs, here, to)
-    bare_args, bare_kwargs = tree_map(_bare, (args, kwargs))
-    out = func(*bare_args, **bare_kwargs)
+    out = func(*_each(_bare, args), **{key: _each(_bare, value) for key, value in kwargs.items()})
     if "out" in kwargs or (name.endswith("_") and isinstance(args[0], Tensor)):
         return kwargs.get("out", args[0])
-    return tree_map(lambda part: Held(part) if isinstance(part, Tensor) else part, out) if to else out
+    return _each(_held, out) if to else out
+
+
+def _tensors(parts: Iterable[Any]) -> Iterator[Tensor]:
+    for part in parts:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, tuple | list):
+            yield from _tensors(part)
+
+
+def _each(change: Callable[[Any], Any], part: Any) -> Any:
+    return type(part)(_each(change, one) for one in part) if isinstance(part, tuple | list) else change(part)
+
+
+def _held(part: Any) -> Any:
+    return Held(part) if isinstance(part, Tensor) else part
 
 
 def _bare(part: Any) -> Any:

@@ -150,7 +150,7 @@ class RecurrentWrapper(Called, nn.Module):
         check_together(self.gate, self.update)
         shape = (x.shape[0], x.shape[1])
         given = check_given(block_kwargs, shape)
-        bounds = Bounds.of(self.steps, min_depth, max_depth, shape)
+        bounds = Bounds.of(self.steps, min_depth, max_depth, shape, x.device)
         check_can_look(self, x, mask, bounds)
         if cache is None:
             return self._loop(x, all_tokens(x, mask, self.skip), start, given, bounds, states)
