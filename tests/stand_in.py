@@ -65,6 +65,7 @@ class Held(Tensor):
     """A tensor of the stand-in device."""
 
     held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "Held":
@@ -82,9 +83,22 @@ class Held(Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(_indices(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_indices(index), value)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+
+def _indices(index: Any) -> Any:
+    """Lists of numbers as tensors, which torch makes where no mode sees it."""
+    if isinstance(index, tuple):
+        return tuple(map(_indices, index))
+    return torch.tensor(index, device=DEVICE) if isinstance(index, list) else index
 
 
 class _Mode(TorchDispatchMode):

@@ -325,7 +325,7 @@ def check(scenario: Scenario) -> None:
         if isinstance(a, Tensor):
             torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
         else:
-            assert a == b
+            assert b == (pytest.approx(a, 1e-9) if isinstance(a, float) else a)
 
 
 def _known(part: Any) -> Any:
