@@ -10,6 +10,7 @@ axis and CPU indices are taken, and copies go either way. There is no autocast a
 """
 
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,14 +20,17 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import adadepth
 from adadepth.attention.how import How
 
-DEVICE = torch.device("lazy", 0)
+DEVICE, CPU = torch.device("lazy", 0), torch.device("cpu")
+Scenario = Callable[[torch.device], Any]
 _ROOT = f"{Path(adadepth.__file__).parent}/"
 _NUMBERS = {"_local_scalar_dense", "equal", "is_nonzero"}  # tensors in, a number out
 _SIZES = {  # what comes out has a size that depends on the data
@@ -279,5 +283,31 @@ def stand_in() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
             stack.enter_context(mock.patch.object(owner, name, _made(getattr(owner, name))))
+        run = threading.Thread.run
+
+        def within(thread: threading.Thread) -> None:
+            with _Mode():  # a mode is of one thread
+                run(thread)
+
+        stack.enter_context(mock.patch.object(threading.Thread, "run", within))
         stack.enter_context(_Mode())
         yield
+
+
+def check(scenario: Scenario) -> None:
+    """That a function of a device gives on the stand-in what it gives on the CPU, in tensors of the stand-in."""
+    want = scenario(CPU)
+    with stand_in():
+        got = scenario(DEVICE)
+    assert all(isinstance(part, Held) for part in tree_leaves(got) if isinstance(part, Tensor))
+    want, got = (tree_leaves(tree_map(_known, result)) for result in (want, got))
+    assert len(want) == len(got)
+    for a, b in zip(want, got, strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+        else:
+            assert b == (pytest.approx(a, 1e-9) if isinstance(a, float) else a)
+
+
+def _known(part: Any) -> Any:
+    return part.detach().cpu() if isinstance(part, Tensor) else part

@@ -12,17 +12,14 @@ from typing import Any
 import pytest
 import torch
 from blocks_zoo import BLOCKS, DEEP, DIM, spread
-from stand_in import DEVICE, Held, MixedDevices, counting, stand_in
+from stand_in import CPU, DEVICE, MixedDevices, Scenario, check, counting, stand_in
 from test_contracts import GATES, RULES, UPDATES
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 import adadepth as ad
 from adadepth import diagnostics
 from adadepth.serving import DepthBatch
 
-Scenario = Callable[[torch.device], Any]
-CPU = torch.device("cpu")
 STEPS, BATCH, SEQ = 4, 3, 6
 MASKS = {
     "none": None,
@@ -312,24 +309,6 @@ SCENARIOS = {
     ]
     for name, scenario in scenarios.items()
 }
-
-
-def check(scenario: Scenario) -> None:
-    want = scenario(CPU)
-    with stand_in():
-        got = scenario(DEVICE)
-    assert all(isinstance(part, Held) for part in tree_leaves(got) if isinstance(part, Tensor))
-    want, got = (tree_leaves(tree_map(_known, result)) for result in (want, got))
-    assert len(want) == len(got)
-    for a, b in zip(want, got, strict=True):
-        if isinstance(a, Tensor):
-            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
-        else:
-            assert b == (pytest.approx(a, 1e-9) if isinstance(a, float) else a)
-
-
-def _known(part: Any) -> Any:
-    return part.detach().cpu() if isinstance(part, Tensor) else part
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -1,0 +1,96 @@
+"""Adapted models and the flagship on a stand-in for a GPU: what the CPU gives, and no tensor of the wrong device."""
+
+import copy
+from functools import cache, partial
+from itertools import cycle, product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import adadepth as ad
+
+pytest.importorskip("transformers")
+
+from hf_zoo import IDS, LABELS, MASK, STEPS, spread
+from stand_in import Scenario, check
+
+from adadepth.hf import AdaptiveForCausalLM, calibrate
+
+SPANS = {"whole": None, "slice": slice(1, 3)}
+DEPTH = torch.randint(1, STEPS + 1, (3, 9), generator=torch.Generator().manual_seed(1))
+GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "no_repeat_ngram_size": 1, "suppress_tokens": [0]}
+
+
+@cache
+def made(kind: str, span: str) -> AdaptiveForCausalLM:
+    return spread(kind, SPANS[span])
+
+
+def model_on(device: torch.device, span: str, kind: str = "llama") -> AdaptiveForCausalLM:
+    """Made on the CPU and moved."""
+    return copy.deepcopy(made(kind, span)).to(device)
+
+
+def on(device: torch.device, *tensors: Tensor) -> Any:
+    return [tensor.to(device) for tensor in tensors]
+
+
+def adapted(device: torch.device, span: str) -> Any:
+    """The check that `adapt` makes, on the device; and again in a pass with a loss."""
+    model = model_on(device, span)
+    model.check()
+    ids, mask, labels = on(device, IDS, MASK, LABELS)
+    out = model.train()(ids, attention_mask=mask, labels=labels, states=True)
+    out.loss.backward()
+    return out.loss, out.logits, *out.trace, out.states, {name: p.grad for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def passed(device: torch.device, span: str, kind: str) -> Any:
+    """Depths that stay on the CPU, a rule of a call, and all states."""
+    model = model_on(device, span, kind)
+    ids, mask = on(device, IDS, MASK)
+    out = model(ids, attention_mask=mask, max_depth=DEPTH, output_hidden_states=True)
+    other = model(ids, attention_mask=mask, rule=ad.Threshold(0.5), min_depth=2)
+    return out.logits, out.hidden_states, *out.trace, other.logits
+
+
+def generated(device: torch.device, span: str, **options: Any) -> Any:
+    ids, mask = on(device, IDS, MASK)
+    torch.manual_seed(0)
+    return model_on(device, span).generate(ids, attention_mask=mask, **GREEDY | options)
+
+
+def served(device: torch.device, span: str, **options: Any) -> Any:
+    texts = [row[mask.bool()].tolist() for row, mask in zip(IDS, MASK, strict=True)]
+    torch.manual_seed(0)
+    outs = model_on(device, span).generate_batch(texts, rows=2, width=4, **GREEDY | options).values()
+    return [(out.generated_tokens, out.depth) for out in outs]
+
+
+def calibrated(device: torch.device) -> Any:
+    model = model_on(device, "whole")
+    model.loop.rule = None
+    found = calibrate(model, [{"input_ids": IDS, "attention_mask": MASK}] * 4, 2.2)
+    return found.tau, found.depth, found.relative_flops
+
+
+GENERATE: list[dict[str, Any]] = [
+    *({}, {"use_cache": False}, {"num_beams": 2}, {"max_depth": 2}, {"draft_depth": 1}),
+    *({"do_sample": True, "top_k": 5}, {"rule": ad.Threshold(0.5)}),
+]
+SERVE: list[dict[str, Any]] = [{}, {"draft_depth": 1}, {"max_depth": 2}, {"do_sample": True, "seed": 3}]
+SCENARIOS: dict[str, Scenario] = {f"adapt, {span}": partial(adapted, span=span) for span in SPANS}
+for kind, span in product(("llama", "gpt2", "qwen3 windows"), SPANS):
+    SCENARIOS[f"pass, {kind}, {span}"] = partial(passed, span=span, kind=kind)
+for name, run, calls in (("generate", generated, GENERATE), ("generate_batch", served, SERVE)):
+    for span, call in zip(cycle(SPANS), calls):  # noqa: B905
+        SCENARIOS[f"{name}, {span}, {call}"] = partial(run, span=span, **call)
+SCENARIOS["calibrate"] = calibrated
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_as_on_the_cpu(name: str) -> None:
+    check(SCENARIOS[name])
