@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -265,6 +265,15 @@ _new_tensor = Tensor.new_tensor
 _generator = torch.Generator
 
 
+_on_others = torch.autocast
+
+
+def _autocast(kind: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+    """Off is all that it may be here."""
+    off = kind == DEVICE.type and not enabled
+    return nullcontext() if off else _on_others(kind, *args, enabled=enabled, **kwargs)
+
+
 @contextmanager
 def stand_in() -> Iterator[None]:
     """Within it the device `DEVICE` is there: `.to(DEVICE)` of tensors and modules, `device=DEVICE` of factories."""
@@ -281,6 +290,7 @@ def stand_in() -> Iterator[None]:
         torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the same object, tied or not
         stack.enter_context(mock.patch.object(torch, DEVICE.type, module, create=True))
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
+        stack.enter_context(mock.patch.object(torch, "autocast", _autocast))
         for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
             stack.enter_context(mock.patch.object(owner, name, _made(getattr(owner, name))))
         run = threading.Thread.run

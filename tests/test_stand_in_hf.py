@@ -1,9 +1,11 @@
 """Adapted models and the flagship on a stand-in for a GPU: what the CPU gives, and no tensor of the wrong device."""
 
 import copy
+from importlib.util import find_spec
 from functools import cache, partial
 from itertools import cycle, product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +22,10 @@ from adadepth.hf import AdaptiveForCausalLM, calibrate
 
 SPANS = {"whole": None, "slice": slice(1, 3)}
 DEPTH = torch.randint(1, STEPS + 1, (3, 9), generator=torch.Generator().manual_seed(1))
+FLAGSHIP = [
+    *("model.shape.hidden_size=16", "model.shape.intermediate_size=32", "model.shape.num_attention_heads=2"),
+    *("data.window=8", "train.steps=10", "train.batch=2", "model.gate.std=1", "model.gate.bias=0"),
+]
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "no_repeat_ngram_size": 1, "suppress_tokens": [0]}
 
 
@@ -77,6 +83,32 @@ def calibrated(device: torch.device) -> Any:
     return found.tau, found.depth, found.relative_flops
 
 
+def step_of_flagship(device: torch.device, method: str) -> Any:
+    """The loss, and the weights behind a step of the optimiser, of the first step of each stage."""
+    from examples.adaponderlm import config, routers
+    from examples.adaponderlm.model import build
+    from examples.adaponderlm.objective import Objective
+
+    settings = config.read(["tiny.yaml", f"methods/{method}.yaml"], FLAGSHIP)
+    torch.manual_seed(0)
+    objective = Objective(build(settings.model), settings).train().double().to(device)
+    ids = torch.randint(256, (2, 9)).to(device)
+    found = []
+    with mock.patch.object(routers, "STEPS", 3):
+        for turn in map(objective.plan.turn, (0, 5, 8, 9)):
+            if turn.since == 0 and turn.stage.fit and objective.router is not None:
+                with torch.no_grad():
+                    objective.router.fit(ids[:, :-1], objective(ids, None), 2.5)
+            figures = objective(ids, turn)
+            optimiser = torch.optim.AdamW(objective.parameters(), 1e-2)
+            figures.loss.backward()
+            torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            found.append(figures)
+    return found, objective.state_dict()
+
+
 GENERATE: list[dict[str, Any]] = [
     *({}, {"use_cache": False}, {"num_beams": 2}, {"max_depth": 2}, {"draft_depth": 1}),
     *({"do_sample": True, "top_k": 5}, {"rule": ad.Threshold(0.5)}),
@@ -89,6 +121,9 @@ for name, run, calls in (("generate", generated, GENERATE), ("generate_batch", s
     for span, call in zip(cycle(SPANS), calls):  # noqa: B905
         SCENARIOS[f"{name}, {span}, {call}"] = partial(run, span=span, **call)
 SCENARIOS["calibrate"] = calibrated
+if find_spec("omegaconf") is not None:
+    methods = ("adaponder", "guided", "uniform", "geometric", "random", "prior", "survival", "criterion", "router", "told")
+    SCENARIOS |= {f"flagship, {method}": partial(step_of_flagship, method=method) for method in methods}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
