@@ -73,12 +73,12 @@ class Held(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> "Held":
-        strides = {"strides": held.stride(), "storage_offset": held.storage_offset()}
-        made: Held = Tensor._make_wrapper_subclass(cls, held.size(), dtype=held.dtype, device=DEVICE, **strides)
+        size, strides, offset = held.size(), held.stride(), int(held.storage_offset())
+        made: Held = Tensor._make_wrapper_subclass(cls, size, strides, offset, dtype=held.dtype, device=DEVICE)
         made.held = held
         return made
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Held({self.held})"
 
     def __format__(self, spec: str) -> str:
@@ -94,7 +94,9 @@ class Held(Tensor):
         super().__setitem__(_indices(index), value)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return _run(func, args, kwargs or {})
 
 
@@ -192,9 +194,11 @@ def _note(what: str, happened: bool) -> None:
 
 
 def _place() -> str:
-    """The innermost function of adadepth that is running."""
+    """The innermost function of adadepth that is running, but for a mode of its own."""
     frame: Any = sys._getframe(1)
-    while frame is not None and not frame.f_code.co_filename.startswith(_ROOT):
+    while frame is not None and (
+        not frame.f_code.co_filename.startswith(_ROOT) or frame.f_code.co_name == "__torch_dispatch__"
+    ):
         frame = frame.f_back
     if frame is None:
         return "outside"
@@ -232,76 +236,113 @@ def counting() -> Iterator[Counts]:
         _counting.remove(counts)
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """A part of what is counted that does not count."""
+    with mock.patch.object(sys.modules[__name__], "_counting", []):
+        yield
+
+
 class _Generator(torch.Generator):
     """Of the device if it is asked for, or else an ordinary one."""
 
-    device = DEVICE  # type: ignore[assignment]
+    device = DEVICE
 
     def __new__(cls, device: Any = "cpu") -> Any:
-        return super().__new__(cls) if torch.device(device).type == DEVICE.type else super().__new__(_generator, device)
+        ours = torch.device(device).type == DEVICE.type
+        return super().__new__(cls) if ours else _torch.Generator(device)
 
     def __init__(self, device: Any = "cpu") -> None:
         super().__init__()
 
 
-def _made(make: Any) -> Any:
+def _made(make: Callable[..., Any]) -> Callable[..., Any]:
     """Tensors made of Python's numbers, which torch makes where no mode sees it."""
 
     def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
-        like = args[0].device if isinstance(args[0], Held) else None
-        device = like if device is None else torch.device(device)
-        if device is None or device.type != DEVICE.type:
+        if device is None or torch.device(device).type != DEVICE.type:
             return make(*args, **kwargs) if device is None else make(*args, device=device, **kwargs)
-        if isinstance(args[0], Held) and make is _new_tensor:
-            return torch.tensor(*args[1:], **{"dtype": args[0].dtype} | kwargs).to(device)
-        if isinstance(args[0], Tensor):
-            return make(*args, **kwargs).to(device)
         return make(*args, **kwargs).to(device)
 
     return made
 
 
-_new_tensor = Tensor.new_tensor
-_generator = torch.Generator
+def _new_tensor(like: Tensor, data: Any, **kwargs: Any) -> Tensor:
+    options: dict[str, Any] = {"dtype": like.dtype, "device": like.device} | kwargs
+    return torch.tensor(data, **options)
 
 
-_on_others = torch.autocast
-
-
-def _autocast(kind: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+def _autocast(kind: str, *args: Any, **kwargs: Any) -> Any:
     """Off is all that it may be here."""
-    off = kind == DEVICE.type and not enabled
-    return nullcontext() if off else _on_others(kind, *args, enabled=enabled, **kwargs)
+    off = kind == DEVICE.type and kwargs.get("enabled") is False
+    return nullcontext() if off else _torch.autocast(kind, *args, **kwargs)
 
 
-@contextmanager
-def stand_in() -> Iterator[None]:
-    """Within it the device `DEVICE` is there: `.to(DEVICE)` of tensors and modules, `device=DEVICE` of factories."""
-    module = SimpleNamespace(
+def _module() -> SimpleNamespace:
+    """What torch asks a device's module for: random states, which are the CPU's."""
+    return SimpleNamespace(
         device_count=lambda: 1,
         is_available=lambda: True,
         current_device=lambda: 0,
         get_rng_state=lambda device=0: torch.get_rng_state(),
         set_rng_state=lambda state, device=0: None,
     )
+
+
+def _within(thread: threading.Thread) -> None:
+    with _Mode():  # type: ignore[no-untyped-call]  # a mode is of one thread
+        _thread(thread)
+
+
+# What is replaced, as it was.
+_thread = threading.Thread.run
+_torch = SimpleNamespace(Generator=torch.Generator, autocast=torch.autocast)
+
+
+@contextmanager
+def stand_in() -> Iterator[None]:
+    """Within it the device `DEVICE` is there: `.to(DEVICE)` of tensors and modules, `device=DEVICE` of factories."""
+    new: list[tuple[Any, str, Any]] = [
+        (torch, DEVICE.type, _module()),
+        (torch, "tensor", _made(torch.tensor)),
+        (torch, "as_tensor", _made(torch.as_tensor)),
+        (torch, "Generator", _Generator),
+        (torch, "autocast", _autocast),
+        (Tensor, "new_tensor", _new_tensor),
+        (threading.Thread, "run", _within),
+    ]
     swap = torch.__future__.get_swap_module_params_on_conversion()
     with ExitStack() as stack:
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swap)
         torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the same object, tied or not
-        stack.enter_context(mock.patch.object(torch, DEVICE.type, module, create=True))
-        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
-        stack.enter_context(mock.patch.object(torch, "autocast", _autocast))
-        for owner, name in ((torch, "tensor"), (torch, "as_tensor"), (Tensor, "new_tensor")):
-            stack.enter_context(mock.patch.object(owner, name, _made(getattr(owner, name))))
-        run = threading.Thread.run
-
-        def within(thread: threading.Thread) -> None:
-            with _Mode():  # a mode is of one thread
-                run(thread)
-
-        stack.enter_context(mock.patch.object(threading.Thread, "run", within))
-        stack.enter_context(_Mode())
+        for owner, name, value in new:
+            stack.enter_context(mock.patch.object(owner, name, value, create=owner is torch))
+        stack.enter_context(_Mode())  # type: ignore[no-untyped-call]
         yield
+
+
+def finds(owner: Any, name: str, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That `check` fails for it once the function `name` of `owner` gives tensors of the CPU."""
+    function = getattr(owner, name)
+
+    def mistaken(*args: Any, **kwargs: Any) -> Any:
+        return tree_map(lambda part: part.cpu() if isinstance(part, Held) else part, function(*args, **kwargs))
+
+    monkeypatch.setattr(owner, name, mistaken)
+    with pytest.raises(Exception) as error:  # noqa: PT011
+        check(scenario)
+    assert any(_of_devices(each) for each in _chain(error.value)), "it fails for another reason"
+
+
+def _of_devices(error: BaseException) -> bool:
+    """Found here, or by torch itself."""
+    return isinstance(error, MixedDevices | AssertionError) or "same device" in str(error)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def check(scenario: Scenario) -> None:

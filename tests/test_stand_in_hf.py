@@ -1,8 +1,8 @@
 """Adapted models and the flagship on a stand-in for a GPU: what the CPU gives, and no tensor of the wrong device."""
 
 import copy
-from importlib.util import find_spec
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import cycle, product
 from typing import Any
 from unittest import mock
@@ -16,9 +16,11 @@ import adadepth as ad
 pytest.importorskip("transformers")
 
 from hf_zoo import IDS, LABELS, MASK, STEPS, spread
-from stand_in import Scenario, check
+from stand_in import Scenario, check, finds
 
-from adadepth.hf import AdaptiveForCausalLM, calibrate
+from adadepth.hf import AdaptiveForCausalLM, backbone, calibrate
+from adadepth.hf.noise import Noise
+from adadepth.hf.outside import Outside
 
 SPANS = {"whole": None, "slice": slice(1, 3)}
 DEPTH = torch.randint(1, STEPS + 1, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -45,12 +47,12 @@ def on(device: torch.device, *tensors: Tensor) -> Any:
 
 def adapted(device: torch.device, span: str) -> Any:
     """The check that `adapt` makes, on the device; and again in a pass with a loss."""
-    model = model_on(device, span)
-    model.check()
+    adaptive = model_on(device, span)
+    adaptive.check()
     ids, mask, labels = on(device, IDS, MASK, LABELS)
-    out = model.train()(ids, attention_mask=mask, labels=labels, states=True)
+    out = adaptive.train()(ids, attention_mask=mask, labels=labels, states=True)
     out.loss.backward()
-    return out.loss, out.logits, *out.trace, out.states, {name: p.grad for name, p in model.named_parameters()}
+    return out.loss, out.logits, *out.trace, out.states, {name: p.grad for name, p in adaptive.named_parameters()}
 
 
 @torch.no_grad()
@@ -118,14 +120,39 @@ SCENARIOS: dict[str, Scenario] = {f"adapt, {span}": partial(adapted, span=span) 
 for kind, span in product(("llama", "gpt2", "qwen3 windows"), SPANS):
     SCENARIOS[f"pass, {kind}, {span}"] = partial(passed, span=span, kind=kind)
 for name, run, calls in (("generate", generated, GENERATE), ("generate_batch", served, SERVE)):
-    for span, call in zip(cycle(SPANS), calls):  # noqa: B905
+    for span, call in zip(cycle(SPANS), calls, strict=False):
         SCENARIOS[f"{name}, {span}, {call}"] = partial(run, span=span, **call)
 SCENARIOS["calibrate"] = calibrated
 if find_spec("omegaconf") is not None:
-    methods = ("adaponder", "guided", "uniform", "geometric", "random", "prior", "survival", "criterion", "router", "told")
+    methods = (
+        "adaponder",
+        "guided",
+        "uniform",
+        "geometric",
+        "random",
+        "prior",
+        "survival",
+        "criterion",
+        "router",
+        "told",
+    )
     SCENARIOS |= {f"flagship, {method}": partial(step_of_flagship, method=method) for method in methods}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_as_on_the_cpu(name: str) -> None:
     check(SCENARIOS[name])
+
+
+PLANTED: dict[str, tuple[Any, str, str]] = {
+    "positions": (backbone, "positions_of", "pass, gpt2, slice"),
+    "padding": (backbone, "new_columns", "pass, llama, whole"),
+    "requests": (Outside, "_embedded", "generate_batch, slice, {'draft_depth': 1}"),
+    "noise": (Noise, "of", "generate_batch, slice, {'do_sample': True, 'seed': 3}"),
+}
+
+
+@pytest.mark.parametrize("room", PLANTED)
+def test_a_planted_mistake_is_found(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner, name, scenario = PLANTED[room]
+    finds(owner, name, SCENARIOS[scenario], monkeypatch)

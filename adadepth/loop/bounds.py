@@ -59,9 +59,7 @@ class Bounds(NamedTuple):
         return stays
 
 
-def _checked(
-    name: str, depth: Depth, steps: int, shape: tuple[int, int], device: torch.device
-) -> int | Tensor | None:
+def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int], device: torch.device) -> int | Tensor | None:
     """The depth as None, a tensor on the device or an int of Python's own."""
     if isinstance(depth, Tensor):
         if depth.is_floating_point() or depth.is_complex() or depth.dtype == torch.bool:
