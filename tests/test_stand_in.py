@@ -20,7 +20,14 @@ from adadepth.serving import batch
 from adadepth.testing import pieces
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+# Of the products of gates and rules, of blocks and executions and of updates every third by default.
+SOME = [
+    pytest.param(name, marks=[pytest.mark.every] if name.startswith(("loop", "block")) and i % 3 else [])
+    for i, name in enumerate(SCENARIOS)
+]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_as_on_the_cpu(name: str) -> None:
     check(SCENARIOS[name])
 
