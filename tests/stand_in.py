@@ -20,17 +20,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 import adadepth
 from adadepth.attention.how import How
 
 DEVICE, CPU = torch.device("lazy", 0), torch.device("cpu")
-Scenario = Callable[[torch.device], Any]
 _ROOT = f"{Path(adadepth.__file__).parent}/"
 _NUMBERS = {"_local_scalar_dense", "equal", "is_nonzero"}  # tensors in, a number out
 _SIZES = {  # what comes out has a size that depends on the data
@@ -319,46 +316,3 @@ def stand_in() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, value, create=owner is torch))
         stack.enter_context(_Mode())  # type: ignore[no-untyped-call]
         yield
-
-
-def finds(owner: Any, name: str, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That `check` fails for it once the function `name` of `owner` gives tensors of the CPU."""
-    function = getattr(owner, name)
-
-    def mistaken(*args: Any, **kwargs: Any) -> Any:
-        return tree_map(lambda part: part.cpu() if isinstance(part, Held) else part, function(*args, **kwargs))
-
-    monkeypatch.setattr(owner, name, mistaken)
-    with pytest.raises(Exception) as error:  # noqa: PT011
-        check(scenario)
-    assert any(_of_devices(each) for each in _chain(error.value)), "it fails for another reason"
-
-
-def _of_devices(error: BaseException) -> bool:
-    """Found here, or by torch itself."""
-    return isinstance(error, MixedDevices | AssertionError) or "same device" in str(error)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def check(scenario: Scenario) -> None:
-    """That a function of a device gives on the stand-in what it gives on the CPU, in tensors of the stand-in."""
-    want = scenario(CPU)
-    with stand_in():
-        got = scenario(DEVICE)
-    assert all(isinstance(part, Held) for part in tree_leaves(got) if isinstance(part, Tensor))
-    want, got = (tree_leaves(tree_map(_known, result)) for result in (want, got))
-    assert len(want) == len(got)
-    for a, b in zip(want, got, strict=True):
-        if isinstance(a, Tensor):
-            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
-        else:
-            assert b == (pytest.approx(a, 1e-9) if isinstance(a, float) else a)
-
-
-def _known(part: Any) -> Any:
-    return part.detach().cpu() if isinstance(part, Tensor) else part

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from blocks_zoo import BLOCKS, DEEP, DIM, spread
-from stand_in import CPU, Scenario
+from stand_in import CPU
+from stand_in_checks import Scenario
 from test_contracts import GATES, RULES, UPDATES
 from torch import Tensor, nn
 
@@ -252,6 +253,16 @@ def flops(device: torch.device) -> Any:
     return tuple(measured.count(passed(device)[0].trace.live))
 
 
+class Above:
+    """A rule that holds a tensor."""
+
+    def __init__(self, tau: Tensor) -> None:
+        self.tau = tau
+
+    def __call__(self, scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        return torch.where(scores[..., -1] >= self.tau, remaining, 0)
+
+
 def suite(device: torch.device, check: Callable[..., None], piece: Callable[[], Any], sizes: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     check(placed(piece(), device, torch.float32), *sizes)
@@ -284,6 +295,7 @@ HELPERS: dict[str, Scenario] = {
     "repr": lambda device: [re.sub(r" on lazy:0", "", repr(passed(device)[0]))],
     "check_looped": partial(loop_suite, train=False),
     "check_looped in training": partial(loop_suite, train=True),
+    "check_rule of one's own": lambda device: check_rule(Above(torch.tensor([0.5], device=device))),
     "check_rule of a tensor": lambda device: check_rule(ad.Lookahead(ad.Threshold(torch.tensor(0.5, device=device)))),
 }
 for name in GATES:

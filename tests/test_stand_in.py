@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in import DEVICE, MixedDevices, check, counting, finds, stand_in
+from stand_in import DEVICE, MixedDevices, counting, stand_in
+from stand_in_checks import check, finds
 from stand_in_scenarios import SCENARIOS
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from adadepth.loop import iterations
 from adadepth.loop.bounds import Bounds
 from adadepth.serving import batch
 from adadepth.testing import pieces
-
 
 # Of the products of gates and rules, of blocks and executions and of updates every third by default.
 SOME = [

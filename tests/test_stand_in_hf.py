@@ -16,7 +16,7 @@ import adadepth as ad
 pytest.importorskip("transformers")
 
 from hf_zoo import IDS, LABELS, MASK, STEPS, spread
-from stand_in import Scenario, check, finds
+from stand_in_checks import Scenario, check, finds
 
 from adadepth.hf import AdaptiveForCausalLM, backbone, calibrate
 from adadepth.hf.noise import Noise

@@ -1,6 +1,5 @@
 """What the suites of pieces share: random rows, what must come back the same, and a small loop."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -74,8 +73,8 @@ def _tensors(thing: object) -> Iterator[Tensor]:
         for part in referred:
             if isinstance(part, nn.Module):  # a head, say, which is of the model
                 yield from chain(part.parameters(), part.buffers())
-    elif dataclasses.is_dataclass(thing):
-        for value in vars(thing).values():  # a rule within a rule
+    elif callable(thing):
+        for value in getattr(thing, "__dict__", {}).values():  # a threshold, or a rule within a rule
             yield from _tensors(value)
 
 
