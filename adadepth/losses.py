@@ -158,7 +158,9 @@ def _nats(states: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     return F.cross_entropy(logits, each, reduction="none").view(states.shape[:2])
 
 
-def depth_prior(kind: Literal["geometric", "uniform"], steps: int, rate: float = 0.2) -> Float[Tensor, " steps"]:
+def depth_prior(
+    kind: Literal["geometric", "uniform"], steps: int, rate: float = 0.2, device: torch.device | str | None = None
+) -> Float[Tensor, " steps"]:
     """How much each iteration counts, before anything is known: weights that sum to 1.
 
     As weights of `per_iteration_loss` they train a trajectory whose every iteration answers, without a
@@ -167,6 +169,7 @@ def depth_prior(kind: Literal["geometric", "uniform"], steps: int, rate: float =
     Shapes: `(steps,)` float32.
     Arguments: `kind`: "uniform", or "geometric": of what is left, the share `rate` at each iteration and
     all of it at the last, as the exits of a gate that always scores 1 - rate.
+    `device`, of the result; None: torch's default.
     Raises: `ValueError` if `kind` is another, `steps < 1`, or `rate` is not in (0, 1).
     Source: PonderNet, Banino et al. 2021, arXiv 2107.05407, section 2.2 (the geometric prior).
     """
@@ -175,10 +178,10 @@ def depth_prior(kind: Literal["geometric", "uniform"], steps: int, rate: float =
     if not 0 < rate < 1:
         raise ValueError(f"depth_prior expected rate, the share that leaves, in (0, 1), got {rate}.")
     if kind == "uniform":
-        return torch.full((steps,), 1 / steps)
+        return torch.full((steps,), 1 / steps, device=device)
     if kind != "geometric":
         raise ValueError(f"depth_prior expected kind to be 'geometric' or 'uniform', got {kind!r}.")
-    left = (1 - rate) ** torch.arange(steps, dtype=torch.float64)
+    left = (1 - rate) ** torch.arange(steps, dtype=torch.float64, device=device)
     leaves = torch.full_like(left, rate)
     leaves[-1] = 1
     return (left * leaves).float()

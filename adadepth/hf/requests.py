@@ -166,7 +166,7 @@ class Request:
         columns = len(self.before) + tokens.position, len(self.before) + tokens.end
         given = {name: of_columns(name, getattr(self, name), ids, *columns) for name in ("min_depth", "max_depth")}
         shape = (1, len(tokens.ids))
-        bounds = Bounds.of(steps, **given, shape=shape)
+        bounds = Bounds.of(steps, **given, shape=shape, device=device)
         least = bounds.least if bounds.least_each is None else bounds.least_each
         most = bounds.steps if bounds.most_each is None else bounds.most_each
         least, most = (torch.as_tensor(depth, device=device).expand(shape)[0] for depth in (least, most))

@@ -25,10 +25,12 @@ class Bounds(NamedTuple):
     most_each: Tensor | None
 
     @classmethod
-    def of(cls, steps: int, min_depth: Depth, max_depth: Depth, shape: tuple[int, int]) -> "Bounds":
-        """Check both depths against the loop's `steps` and the rows' `(batch, seq)`."""
-        least = _checked("min_depth", min_depth, steps, shape)
-        most = _checked("max_depth", max_depth, steps, shape)
+    def of(
+        cls, steps: int, min_depth: Depth, max_depth: Depth, shape: tuple[int, int], device: torch.device
+    ) -> "Bounds":
+        """Check both depths against the loop's `steps` and the rows' `(batch, seq)`, and move them to the rows."""
+        least = _checked("min_depth", min_depth, steps, shape, device)
+        most = _checked("max_depth", max_depth, steps, shape, device)
         return cls(
             steps=most if isinstance(most, int) else steps,
             least=least if isinstance(least, int) else 1,
@@ -57,8 +59,8 @@ class Bounds(NamedTuple):
         return stays
 
 
-def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> int | Tensor | None:
-    """The depth as None, a tensor or an int of Python's own."""
+def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int], device: torch.device) -> int | Tensor | None:
+    """The depth as None, a tensor on the device or an int of Python's own."""
     if isinstance(depth, Tensor):
         if depth.is_floating_point() or depth.is_complex() or depth.dtype == torch.bool:
             raise ValueError(
@@ -73,7 +75,7 @@ def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int]) -> int
                 f"{name} expected an int or a tensor that broadcasts to (batch, seq) = {shape}, got shape "
                 f"{tuple(depth.shape)}. One depth per row has shape (batch, 1)."
             )
-        return depth
+        return depth.to(device)
     if depth is None:
         return None
     whole = depth if isinstance(depth, int) else index(depth) if hasattr(depth, "__index__") else 0  # NumPy's, say

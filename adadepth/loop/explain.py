@@ -78,7 +78,8 @@ def _arguments(block: nn.Module, given: Mapping[str, Any]) -> str | None:
 
 def _mismatch(piece: nn.Module, h: Tensor) -> str | None:
     """Parameters of another dtype or device than the state."""
-    mixed = torch.is_autocast_enabled(h.device.type)
+    kind = h.device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     for parameter in piece.parameters() if isinstance(piece, nn.Module) else ():
         other = parameter.device != h.device or (parameter.dtype != h.dtype and not mixed)
         if other and parameter.is_floating_point():

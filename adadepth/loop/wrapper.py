@@ -130,7 +130,7 @@ class RecurrentWrapper(Called, nn.Module):
             mask: `(batch, seq)` bool, True for real tokens, anywhere in the row; None: all are real.
             start: `(batch, seq, dim)`, what input injection reads; None: `x`.
             min_depth: an int in 1..steps, or an integer tensor that broadcasts to `(batch, seq)`:
-                the token stays this long whatever the rule says.
+                the token stays this long whatever the rule says. It is moved to the device of `x`.
             max_depth: the same from above; it wins over `min_depth`. An int shortens the loop, and
                 with it every `steps` axis. Tensors are clamped to 1..steps, not checked. One per row is `(batch, 1)`.
             block_kwargs: what the block takes beside its input, by name. Tensors `(batch, seq, ...)` hold one entry
@@ -153,7 +153,7 @@ class RecurrentWrapper(Called, nn.Module):
         check_together(self.gate, self.update)
         shape = (x.shape[0], x.shape[1])
         given = check_given(block_kwargs, shape)
-        bounds = Bounds.of(self.steps, min_depth, max_depth, shape)
+        bounds = Bounds.of(self.steps, min_depth, max_depth, shape, x.device)
         check_can_look(self, x, mask, bounds)
         if cache is None:
             return self._loop(x, all_tokens(x, mask, self.skip), start, given, bounds, states)

@@ -138,7 +138,7 @@ class DepthBatch:
         check_together(self.looped.gate, self.looped.update)
         shape = (x.shape[0], x.shape[1])
         given = check_given(block_kwargs, shape)
-        bounds = Bounds.of(self.looped.steps, min_depth, max_depth, shape)
+        bounds = Bounds.of(self.looped.steps, min_depth, max_depth, shape, x.device)
         loop = self._loop_with(rule)
         tokens = self.cache.behind(x, mask, {row: self.length(row) for row in rows})
         if due(loop, tokens, x):

@@ -1,7 +1,7 @@
 """The contract suites, for your own pieces too: what every gate, rule, update and block must keep.
 
-Each check runs in the dtype of the piece's parameters, or else the default dtype (1e-10 in float64, 1e-5
-elsewhere), and raises `AssertionError` that says what was expected and what came, or `ValueError` if it is given
+Each check runs on the device of the piece, in the dtype of its parameters, or else the default dtype (1e-10 in float64,
+1e-5 elsewhere), and raises `AssertionError` that says what was expected and what came, or `ValueError` if it is given
 something that is no such piece; `check_block` raises `ValueError`, as a loop does. torch is all that they need.
 """
 

@@ -29,7 +29,7 @@ def check_block(block: nn.Module, dim: int, *, causal: bool = True, steps: int =
     itself raises of the block.
     """
     weight = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
-    x = torch.randn(_BATCH, seq, dim, generator=torch.Generator().manual_seed(0)).to(weight)
+    x = torch.randn(_BATCH, seq, dim, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     looped = RecurrentWrapper(copy.deepcopy(block), steps, causal=causal)
     for training in (False, True):
         looped.train(training)
@@ -42,7 +42,7 @@ def check_block(block: nn.Module, dim: int, *, causal: bool = True, steps: int =
 def _cases(x: Tensor, steps: int) -> Iterator[Case]:
     """Padded rows of mixed depths; one token alone that goes on; and one token alone."""
     seq = x.shape[1]
-    mask = depth_mask(torch.tensor([seq, max(1, 2 * seq // 3), max(1, seq // 2)]), seq).roll(2, 1).to(x.device)
+    mask = depth_mask(torch.tensor([seq, max(1, 2 * seq // 3), max(1, seq // 2)], device=x.device), seq).roll(2, 1)
     yield Case(x, mask, mixed(x, steps), {})
     lone = torch.ones_like(mask, dtype=torch.int64)
     lone[0, seq // 2] = steps

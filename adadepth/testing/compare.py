@@ -1,6 +1,8 @@
 """What the suites of pieces share: random rows, what must come back the same, and a small loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,16 +30,23 @@ class _Mixer(nn.Module):
         return x + view.attend(q, k, v).squeeze(1)
 
 
-def agree(dim: int, steps: int, gate: Gate, rule: Rule, update: Update, dtype: torch.dtype) -> None:
+class Like(NamedTuple):
+    """What a piece is given: tensors on this device, of this dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def agree(dim: int, steps: int, gate: Gate, rule: Rule, update: Update, like: Like) -> None:
     """Packed and dense execution agree, on padded rows of mixed depth."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        block = _Mixer(dim).to(dtype)
-    mask = depth_mask(torch.tensor([7, 4, 0]), 7).roll(1, 1)
-    most = (1 + torch.arange(7) % steps).unsqueeze(0)
+        block = _Mixer(dim).to(*like)
+    mask = depth_mask(torch.tensor([7, 4, 0], device=like.device), 7).roll(1, 1)
+    most = (1 + torch.arange(7, device=like.device) % steps).unsqueeze(0)
     outputs = [
         RecurrentWrapper(block, steps, gate, rule, update, skip=skip).eval()(
-            drawn(3, 7, dim, dtype=dtype), mask=mask, max_depth=most
+            drawn(3, 7, dim, like=like), mask=mask, max_depth=most
         )
         for skip in (True, False)
     ]
@@ -45,14 +54,34 @@ def agree(dim: int, steps: int, gate: Gate, rule: Rule, update: Update, dtype: t
     assert torch.equal(outputs[0].trace.live, outputs[1].trace.live), "Packed and dense execution ran other tokens."
 
 
-def dtype_of(piece: nn.Module) -> torch.dtype:
-    """That of its parameters; a piece may hold others by reference, so it is not cast."""
-    return next((p.dtype for p in piece.parameters()), torch.get_default_dtype())
+def like(piece: nn.Module) -> Like:
+    """The dtype of its parameters; a piece may hold others by reference, so it is not cast."""
+    return Like(device_of(piece), next((p.dtype for p in piece.parameters()), torch.get_default_dtype()))
 
 
-def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+def device_of(piece: object) -> torch.device:
+    """That of the first tensor that a piece holds or refers to, or else the default."""
+    return next((tensor.device for tensor in _tensors(piece)), torch.get_default_device())
+
+
+def _tensors(thing: object) -> Iterator[Tensor]:
+    if isinstance(thing, Tensor):
+        yield thing
+    elif isinstance(thing, nn.Module):
+        yield from chain(thing.parameters(), thing.buffers())
+        referred = [value for part in thing.modules() for value in vars(part).values()]
+        for part in referred:
+            if isinstance(part, nn.Module):  # a head, say, which is of the model
+                yield from chain(part.parameters(), part.buffers())
+    elif callable(thing):
+        for value in getattr(thing, "__dict__", {}).values():  # a threshold, or a rule within a rule
+            yield from _tensors(value)
+
+
+def drawn(*shape: int, like: Like, seed: int = 0) -> Tensor:
     """Normal numbers, every time the same."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def untouched(piece: Callable[..., Tensor], *args: Tensor | int) -> Tensor:
@@ -71,7 +100,7 @@ def untouched(piece: Callable[..., Tensor], *args: Tensor | int) -> Tensor:
 def each_alone(name: str, piece: Callable[..., Tensor], *rows: Tensor) -> None:
     """Permuted tokens give permuted results, and one token alone gives its own."""
     whole = piece(*rows)
-    order = torch.arange(len(rows[0])).flip(0)
+    order = torch.arange(len(rows[0]), device=rows[0].device).flip(0)
     same(name, "the tokens in another order", piece(*(row[order] for row in rows)), whole[order])
     same(name, "a token alone", piece(*(row[:1] for row in rows)), whole[:1])
 

@@ -11,7 +11,7 @@ from .._given import unfit
 from ..gates import Gate, LinearGate
 from ..rules import Survival, Threshold
 from ..updates import Interpolate, Ungated, Update
-from .compare import agree, drawn, dtype_of, each_alone, untouched
+from .compare import Like, agree, drawn, each_alone, like, untouched
 
 _LEADING = ((5,), (1, 5), (2, 3), (0,), (2, 0))
 _ROUNDING = 1e-4  # by which a score in [0, 1] may lie outside
@@ -35,10 +35,10 @@ def check_gate(gate: Gate, dim: int, steps: int = 4, update: Update | None = Non
         raise unfit("check_gate expected an adadepth.Gate", gate, "Write it as a subclass of Gate.")
     if update is not None and not isinstance(update, Update):
         raise unfit("check_gate expected update to be an adadepth.Update", update, "Give it that of the loop.")
-    gate, dtype = copy.deepcopy(gate).eval(), dtype_of(gate)
+    gate, kind = copy.deepcopy(gate).eval(), like(gate)
     for step in range(steps - 1):
-        _scores_each_token(gate, dim, step, dtype)
-    h, previous = (drawn(64, dim, seed=seed, dtype=dtype) for seed in (5, 6))
+        _scores_each_token(gate, dim, step, kind)
+    h, previous = (drawn(64, dim, seed=seed, like=kind) for seed in (5, 6))
     if not gate.reads_step:
         for step in range(1, steps - 1):
             assert torch.equal(gate(h, previous, step), gate(h, previous, 0)), _READS.format(
@@ -46,20 +46,20 @@ def check_gate(gate: Gate, dim: int, steps: int = 4, update: Update | None = Non
             )
     scores = [gate(h, previous, step) for step in range(max(1, steps - 1))]
     update = _of_their_unit(type(gate).__name__, scores, dim, update)
-    agree(dim, steps, gate, Threshold(float(scores[0].detach().median())), update, dtype)
+    agree(dim, steps, gate, Threshold(float(scores[0].detach().median())), update, kind)
 
 
-def _scores_each_token(gate: Gate, dim: int, step: int, dtype: torch.dtype) -> None:
+def _scores_each_token(gate: Gate, dim: int, step: int, kind: Like) -> None:
     """One finite score per token, on its own, for any leading shape."""
     for leading in _LEADING:
-        h, previous = (drawn(*leading, dim, seed=seed, dtype=dtype) for seed in (1, 2))
+        h, previous = (drawn(*leading, dim, seed=seed, like=kind) for seed in (1, 2))
         score = untouched(gate, h, previous, step)
         assert score.shape == leading, (
             f"A gate must give one score per token: expected shape {leading} for h of shape {tuple(h.shape)}, got "
             f"{tuple(score.shape)} at step {step}."
         )
         assert score.is_floating_point(), f"A score must be floating point, got {score.dtype}."
-    h, previous = (drawn(6, dim, seed=seed, dtype=dtype) for seed in (3, 4))
+    h, previous = (drawn(6, dim, seed=seed, like=kind) for seed in (3, 4))
     each_alone("gate", partial(_last, gate, step), h, previous)
     for name, state in (("zeros", torch.zeros_like(h)), ("a state equal to the one before", previous)):
         score = gate(state, state, step)
@@ -83,10 +83,10 @@ def _of_their_unit(name: str, scores: list[Tensor], dim: int, update: Update | N
 
 def _scales(update: Update, dim: int) -> bool:
     """Whether the next input depends on the scores: by its graph, since a fresh `ReZero` hides it from the values."""
-    dtype = dtype_of(update)
-    scores = drawn(6, 1, dtype=dtype).sigmoid().requires_grad_()
+    kind = like(update)
+    scores = drawn(6, 1, like=kind).sigmoid().requires_grad_()
     with torch.enable_grad():
-        x, h, start = (drawn(6, dim, seed=seed, dtype=dtype) for seed in (1, 2, 3))
+        x, h, start = (drawn(6, dim, seed=seed, like=kind) for seed in (1, 2, 3))
         new = update(x, h, start, scores, 0)
     if not new.requires_grad:
         return False
@@ -102,14 +102,14 @@ def check_update(update: Update, dim: int, steps: int = 4) -> None:
     """
     if not isinstance(update, Update):
         raise unfit("check_update expected an adadepth.Update", update, "Write it as a subclass of Update.")
-    update, dtype = copy.deepcopy(update).eval(), dtype_of(update)
+    update, kind = copy.deepcopy(update).eval(), like(update)
     for step in range(steps - 1):
         for leading in _LEADING:
-            x, h, start = (drawn(*leading, dim, seed=seed, dtype=dtype) for seed in (1, 2, 3))
-            _next_input(update, x, h, start, drawn(*leading, step + 1, dtype=dtype).sigmoid(), step)
+            x, h, start = (drawn(*leading, dim, seed=seed, like=kind) for seed in (1, 2, 3))
+            _next_input(update, x, h, start, drawn(*leading, step + 1, like=kind).sigmoid(), step)
         x, h, start, scores = (
-            *(drawn(6, dim, seed=seed, dtype=dtype) for seed in (1, 2, 3)),
-            drawn(6, step + 1, dtype=dtype).sigmoid(),
+            *(drawn(6, dim, seed=seed, like=kind) for seed in (1, 2, 3)),
+            drawn(6, step + 1, like=kind).sigmoid(),
         )
         each_alone("update", partial(_last, update, step), x, h, start, scores)
         if not update.reads_step:
@@ -118,8 +118,8 @@ def check_update(update: Update, dim: int, steps: int = 4) -> None:
                 type(update).__name__,
                 f"it gives another input with a score of 1 before the others, at step {step + 1}",
             )
-    agree(dim, steps, LinearGate(dim, bias=0.0).to(dtype), Survival(), update, dtype)
-    agree(dim, steps, LinearGate(dim, bias=0.0).to(dtype), Threshold(0.5), update, dtype)
+    agree(dim, steps, LinearGate(dim, bias=0.0).to(*kind), Survival(), update, kind)
+    agree(dim, steps, LinearGate(dim, bias=0.0).to(*kind), Threshold(0.5), update, kind)
 
 
 def _next_input(update: Update, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> None:

@@ -10,7 +10,7 @@ from ..attention.tokens import places
 from ..gates import LinearGate
 from ..rules import Rule, TrainingOnly
 from ..updates import Interpolate
-from .compare import agree, same, untouched
+from .compare import Like, agree, device_of, same, untouched
 
 _ROWS, _SEQ, _WIDTH = 3, 7, 10
 # Where the tokens of a row stand in a wider one.
@@ -35,8 +35,9 @@ def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
     """
     if isinstance(rule, type) or not callable(rule):
         raise unfit("check_rule expected a rule", rule, "Give it one, such as Threshold(0.5).")
+    device = device_of(rule)
     for seen in range(1, steps):
-        rows = _rows(seen)
+        rows = _rows(seen, device)
         stays = _stays(rule, rows)
         again = rule(*rows)
         assert torch.equal(stays, again), "A rule must be stateless: the same arguments gave another result."
@@ -46,7 +47,8 @@ def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
             _padding_is_nobody(rule, rows, stays, where, slots)
         if causal and not isinstance(rule, TrainingOnly):
             _each_token_alone(rule, rows, stays)
-    agree(8, steps, LinearGate(8, bias=0.0).double(), rule, Interpolate(), torch.float64)
+    like = Like(device, torch.float64)
+    agree(8, steps, LinearGate(8, bias=0.0).to(*like), rule, Interpolate(), like)
 
 
 class _Rows(NamedTuple):
@@ -57,12 +59,13 @@ class _Rows(NamedTuple):
     positions: Tensor
 
 
-def _rows(seen: int) -> _Rows:
+def _rows(seen: int, device: torch.device) -> _Rows:
     """Rows without padding after iteration `seen`; some tokens have left, of others a part."""
-    scores = torch.rand(_ROWS, _SEQ, seen, generator=torch.Generator().manual_seed(seen), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seen)
+    scores = torch.rand(_ROWS, _SEQ, seen, generator=generator, dtype=torch.float64, device="cpu").to(device)
     remaining = (scores[..., 0] > 0.2).double() * scores[..., -1].sqrt()
     scores = torch.where(remaining.unsqueeze(-1) > 0, scores, 0)
-    return _Rows(scores, remaining, torch.arange(_SEQ).expand(_ROWS, _SEQ))
+    return _Rows(scores, remaining, torch.arange(_SEQ, device=device).expand(_ROWS, _SEQ))
 
 
 def _stays(rule: Rule, rows: _Rows) -> Tensor:
@@ -84,7 +87,7 @@ def _stays(rule: Rule, rows: _Rows) -> Tensor:
 
 def _padding_is_nobody(rule: Rule, rows: _Rows, stays: Tensor, where: str, slots: list[int]) -> None:
     """In wider rows, and one more that is padding alone, the same is decided for the same tokens."""
-    mask = torch.zeros(_ROWS + 1, _WIDTH, dtype=torch.bool)
+    mask = torch.zeros(_ROWS + 1, _WIDTH, dtype=torch.bool, device=stays.device)
     mask[:_ROWS, slots] = True
     scores, remaining = (part.new_zeros(*mask.shape, *part.shape[2:]) for part in rows[:2])
     scores[mask], remaining[mask] = rows.scores.flatten(0, 1), rows.remaining.flatten()
