@@ -73,12 +73,12 @@ def evaluate(looped: ad.RecurrentWrapper, x: Tensor, mask: Tensor | None) -> Non
 
 # Call, padded, options of the wrapper: no more waits of the host, copies to the device and operators than these.
 CEILINGS: dict[str, tuple[Any, bool, dict[str, Any], tuple[int, int, int]]] = {
-    "packed training": (train, False, {}, (15, 8, 1130)),
-    "packed training, padded": (train, True, {}, (22, 12, 1391)),
+    "packed training": (train, False, {}, (3, 6, 1117)),
+    "packed training, padded": (train, True, {}, (4, 8, 1363)),
     "dense training, padded": (train, True, {"skip": False}, (0, 0, 700)),
-    "packed evaluation": (evaluate, False, {}, (21, 8, 491)),
-    "packed evaluation, padded": (evaluate, True, {}, (28, 12, 630)),
-    "decode at batch 8": (decode, True, {}, (17, 5, 393)),
+    "packed evaluation": (evaluate, False, {}, (3, 6, 484)),
+    "packed evaluation, padded": (evaluate, True, {}, (4, 8, 608)),
+    "decode at batch 8": (decode, True, {}, (3, 5, 397)),
 }
 
 

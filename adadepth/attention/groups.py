@@ -34,15 +34,21 @@ class RowGroups(NamedTuple):
     back: Tensor | None
 
 
-def group_rows(asked: list[int], lengths: list[int], device: torch.device) -> RowGroups:
+def group_rows(asked: list[int], lengths: list[int], counts: Tensor, row: Tensor) -> RowGroups:
     """Group rows by what they ask; each asks something.
 
-    `asked`: how many of the packed tokens are of each row, in order; `lengths`: real tokens of each row.
+    `asked`: how many of the packed tokens are of each row, in order; `lengths`: real tokens of each row. The device has
+    the first as `counts (rows,)`, and of each token its `row (T,)`.
     """
-    groups = [_group(rows, asked, lengths, device) for rows in _partition(asked, lengths)]
-    if len(groups) == 1 and groups[0].rows is None and groups[0].queries * len(asked) == sum(asked):
-        return RowGroups(groups, None, None)
-    counts = torch.tensor(asked, dtype=torch.int64, device=device)
+    parts, device = _partition(asked, lengths), row.device
+    if len(parts) == 1:
+        groups = [_group(parts[0], None, asked, lengths)]
+        if groups[0].queries * len(asked) == sum(asked):
+            return RowGroups(groups, None, None)
+    else:
+        sent = torch.tensor([number for part in parts for number in part], dtype=torch.int64, device=device)
+        each = zip(parts, sent.split([len(part) for part in parts]), strict=True)
+        groups = [_group(part, numbers, asked, lengths) for part, numbers in each]
     first = counts.cumsum(0) - counts
     base = torch.zeros_like(counts)
     gathers = []
@@ -54,7 +60,7 @@ def group_rows(asked: list[int], lengths: list[int], device: torch.device) -> Ro
         gathers.append((first[rows].unsqueeze(1) + inside).flatten())
         base[rows] = start + torch.arange(group.size, device=device) * group.queries
         start += group.size * group.queries
-    back = (base - first).repeat_interleave(counts, output_size=sum(asked)) + torch.arange(sum(asked), device=device)
+    back = (base - first)[row] + torch.arange(sum(asked), device=device)
     return RowGroups(groups, torch.cat(gathers), back)
 
 
@@ -71,9 +77,9 @@ def _partition(asked: list[int], lengths: list[int]) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def _group(rows: list[int], asked: list[int], lengths: list[int], device: torch.device) -> Group:
+def _group(rows: list[int], numbers: Tensor | None, asked: list[int], lengths: list[int]) -> Group:
     return Group(
-        rows=None if len(rows) == len(asked) else torch.tensor(rows, dtype=torch.int64, device=device),
+        rows=numbers,
         size=len(rows),
         queries=max(asked[r] for r in rows),
         whole=all(asked[r] == lengths[r] for r in rows),

@@ -267,17 +267,28 @@ class PackedTokens(Packed):
         packed = PackedTokens(go, self.mask, self.index.index_select(0, kept), asked, inherited)
         return packed, lambda tokens: tokens.index_select(1, kept)
 
-    @lazy
+    @property
     def inherited(self) -> Tensor:
         """Which rows of the grid before are those of this one, `(rows,)` int64."""
-        return _numbers(self._inherited, self.index.device)
+        return self._sent[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """The real tokens in each row of the grid, `(rows,)` int64."""
+        return self._sent[1]
+
+    @lazy
+    def _sent(self) -> tuple[Tensor, ...]:
+        """What the device is told of the rows of the grid, at once; the last is how many tokens of each run."""
+        rows = self.grid_rows
+        numbers = [self._inherited, [self.asked.real[row] for row in rows], [self.asked.each[row] for row in rows]]
+        return torch.tensor(numbers, dtype=torch.int64, device=self.index.device).unbind()
 
     @lazy
     def row(self) -> Tensor:
         """Each token's row of the grid, `(T,)` int64."""
-        asked = [number for number in self.asked.each if number]
-        rows = torch.arange(len(asked), device=self.index.device)
-        return rows.repeat_interleave(_numbers(asked, self.index.device), output_size=self.index.numel())
+        rows = torch.arange(len(self.grid_rows), device=self.index.device)
+        return rows.repeat_interleave(self._sent[2], output_size=self.index.numel())
 
     @lazy
     def slots(self) -> Tensor:
@@ -287,22 +298,13 @@ class PackedTokens(Packed):
     @lazy
     def groups(self) -> RowGroups:
         """How these tokens' queries are regrouped by row."""
-        asked = [number for number in self.asked.each if number]
-        return group_rows(asked, [self.asked.real[row] for row in self.grid_rows], self.index.device)
-
-    @lazy
-    def lengths(self) -> Tensor:
-        """The real tokens in each row of the grid, `(rows,)` int64."""
-        return _numbers([self.asked.real[row] for row in self.grid_rows], self.index.device)
+        each, real = ([numbers[row] for row in self.grid_rows] for numbers in self.asked)
+        return group_rows(each, real, self._sent[2], self.row)
 
 
 def chosen(go: Tensor, number: int) -> Tensor:
     """Where the flattened `go` is True, `(number,)` int64, as many as that is known to be."""
     return torch.nonzero_static(go.flatten(), size=number).squeeze(1)
-
-
-def _numbers(numbers: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def _like(live: Tensor, tokens: Tensor) -> Tensor:
