@@ -352,9 +352,9 @@ def test_the_loader_finds_the_class_and_the_sizes(folder: str, monkeypatch: pyte
         return transformers.AdaptiveForCausalLM.from_pretrained(folder).init_continuous_batching().sizes
 
     assert sizes("--rows", "3", "--capacity", "64") == (3, 1, 64, "filled", None)
-    assert sizes("--rows", "6", "--width", "4") == (6, 4, 2048, "filled")
+    assert sizes("--rows", "6", "--width", "4") == (6, 4, 2048, "filled", None)
     rows = 64 * 2**20 // 2048 // bytes_per_token(spread("llama", slice(1, 3)))
-    assert sizes("--memory", "64MiB") == (rows, rows // 2, 2048, "filled")
+    assert sizes("--memory", "64MiB") == (rows, rows // 2, 2048, "filled", None)
 
 
 def test_the_text_of_the_metrics() -> None:

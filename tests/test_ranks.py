@@ -22,9 +22,8 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     pytest.importorskip("transformers")
     import adadepth.hf  # noqa: F401 (once, for both)
 
-    here = {
-        item.callspec.params["case"] for item in request.session.items if "case" in getattr(item, "fixturenames", ())
-    }
+    asked: list[Any] = [item for item in request.session.items if "case" in getattr(item, "fixturenames", ())]
+    here = {item.callspec.params["case"] for item in asked}
     cases = [case for case in (*ranked.CASES, *ranked.MORE) if case in here]
     folder = tmp_path_factory.mktemp("ranks")
     # Copies of this process have imported everything, but where it computed on a GPU they cannot train.
