@@ -40,13 +40,18 @@ PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorde
 
 # These reach every function whose shapes are annotated; tests marked `plain` cannot run with the hook.
 SHAPES = contracts.py criteria.py diagnostics.py flops.py foreign_blocks.py gates.py hf_scoring.py losses.py masks.py \
-	ponder.py rooms.py serving.py viz.py block_kwargs.py::test_gates_and_updates_know_where_a_token_stands \
+	ponder.py rooms.py viz.py block_kwargs.py::test_gates_and_updates_know_where_a_token_stands \
 	budget.py::test_hard_exits_by_hand hf.py::test_hidden_states_by_their_numbers \
 	hf.py::test_several_texts_in_a_row_are_rows_of_their_own \
 	hf_generate.py::test_a_cache_is_cropped_reordered_and_forgotten loop.py::test_packed_equals_dense_in_float32 \
 	ranks.py::test_without_ranks_they_change_nothing \
 	ranks.py::test_anchor_gives_what_was_not_reached_a_gradient_of_0 \
-	self_check.py::test_check_looped_takes_the_call_as_it_will_be
+	self_check.py::test_check_looped_takes_the_call_as_it_will_be \
+	$(addprefix serving.py::test_each_request_is_one_full_forward_over_it,[attention] [encoder] [iteration] [view]) \
+	serving.py::test_a_token_that_is_no_number_reaches_no_other \
+	serving.py::test_a_block_is_given_its_kwargs_and_knows_its_row \
+	serving.py::test_rows_without_tokens_begin_nothing \
+	serving.py::test_a_request_may_be_given_up_at_any_time
 
 # All run as a user runs them; then some once more with jaxtyping's hook, which checks shapes and slows every call.
 test: $(INSTALLED)  ## everything that CI runs

@@ -246,7 +246,7 @@ BLOCKS = {
     "view": Kind(Rotary, rotary),
     "window": deep(Kind(lambda dim, causal: Rotary(dim, causal, window=3), rotary), Kind(Rotary, rotary)),
     "softcap and sinks": Kind(Capped, capped),
-    "iteration and positions": Kind(Stepped, stepped),
+    "iteration": Kind(Stepped, stepped),
 }
 # Each with several layers.
 DEEP = {name: deep(kind, kind) for name, kind in BLOCKS.items()}

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -52,8 +53,9 @@ def rows(output: str) -> dict[str, list[str]]:
 
 
 def test_a_quick_run_prints_every_figure_and_writes_the_report(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(demo, "Shape", partial(Shape, dim=32))
     demo.main(["--quick", "--steps", "10", "--out", str(tmp_path)])
     output = capsys.readouterr().out
     table = rows(output)

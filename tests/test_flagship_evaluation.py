@@ -38,14 +38,14 @@ from examples.adaponderlm.trained import load, own_depths, score_at
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the quick brown fox jumps over 13 lazy dogs, and then (again) it rests until\nthe next day begins\n"
-OPTIONS = Options(windows=12, choice=12, batch=4, depths=(2.0, 2.5), repeats=1)
+OPTIONS = Options(windows=8, choice=8, batch=4, depths=(2.0, 2.5), repeats=1)
 
 SWEEP = """
 base: [small.yaml]
 set: [train.steps=10, train.batch=4, train.save=10, train.log=2, data.window=32, model.steps=3]
 seeds: [0]
 budgets: [2.0, 2.5]
-evaluate: [--windows, "12", --choice, "12", --batch, "4", --repeats, "1"]
+evaluate: [--windows, "8", --choice, "8", --batch, "4", --repeats, "1"]
 against: fixed-3
 runs:
   trunk: {files: [loop.yaml], stop: 0.4}
@@ -155,8 +155,8 @@ def test_budgets_are_met_on_other_text(swept: Swept, run: str) -> None:
 
 def test_a_router_is_as_it_was_after_other_budgets(swept: Swept) -> None:
     run = load(swept.out / "router-0")
-    test = held_out(run.config.data, run.tokenizer, 12, "test")
-    asked = evaluate.Evaluation(run, test, held_out(run.config.data, run.tokenizer, 12, "choice"), OPTIONS)
+    test = held_out(run.config.data, run.tokenizer, OPTIONS.windows, "test")
+    asked = evaluate.Evaluation(run, test, held_out(run.config.data, run.tokenizer, OPTIONS.windows, "choice"), OPTIONS)
     assert run.router is not None
     before, price = asked.own()[0], run.router.price.clone()
     deep = [row["depth"] for row in asked.budgets()]
@@ -206,8 +206,8 @@ def test_a_window_says_its_depth_once_it_is_fitted() -> None:
 
 def test_exits_put_on_afterwards_leave_the_loop_as_it_was(swept: Swept) -> None:
     run = load(swept.out / "gate-0")
-    test = held_out(run.config.data, run.tokenizer, 12, "test")
-    asked = evaluate.Evaluation(run, test, held_out(run.config.data, run.tokenizer, 12, "choice"), OPTIONS)
+    test = held_out(run.config.data, run.tokenizer, OPTIONS.windows, "test")
+    asked = evaluate.Evaluation(run, test, held_out(run.config.data, run.tokenizer, OPTIONS.windows, "choice"), OPTIONS)
     loop = run.model.loop
     before = loop.gate, loop.rule, loop.update
     own = asked.own()[0]
@@ -219,7 +219,7 @@ def test_exits_put_on_afterwards_leave_the_loop_as_it_was(swept: Swept) -> None:
 
 def test_nothing_is_chosen_on_what_is_reported(swept: Swept) -> None:
     run = load(swept.out / "gate-0")
-    test, choice = (held_out(run.config.data, run.tokenizer, 12, part) for part in ("test", "choice"))
+    test, choice = (held_out(run.config.data, run.tokenizer, OPTIONS.windows, part) for part in ("test", "choice"))
     assert not {tuple(row.tolist()) for row in test} & {tuple(row.tolist()) for row in choice}
     cheap = Point("cheap", 1.0, 1.0, torch.tensor([3.0]), choice=2.0)
     lucky = Point("lucky", 1.0, 1.0, torch.tensor([1.0]), choice=2.5)
@@ -522,8 +522,16 @@ def test_a_sweep_that_cannot_be_run(tmp_path: Path, text: str | None, message: s
     assert str(error.value) == "error: " + message.format(path=path)
 
 
-@pytest.mark.parametrize("name", ["small.yaml", "ablation.yaml"])
-@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize(
+    ("name", "quick"),
+    [
+        *(("small.yaml", True), ("ablation.yaml", False)),
+        *(
+            pytest.param(name, name == "ablation.yaml", marks=pytest.mark.every)
+            for name in ("small.yaml", "ablation.yaml")
+        ),
+    ],
+)
 def test_the_sweeps_that_are_here(name: str, quick: bool, tmp_path: Path) -> None:
     loaded = sweep.load(name)
     seeds = loaded.seeds[:1] if quick else loaded.seeds

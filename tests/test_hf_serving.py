@@ -56,10 +56,11 @@ def test_each_request_is_generate_alone(name: str, layers: slice | None) -> None
     assert served(model, texts, rows=4, width=3, **VARIED) == want
 
 
-def test_sixty_four_requests_in_a_compact_cache(model: AdaptiveForCausalLM) -> None:
-    texts = prompts(64, longest=14)
+@pytest.mark.parametrize("number", [24, pytest.param(64, marks=pytest.mark.every)])
+def test_many_requests_in_a_compact_cache(number: int, model: AdaptiveForCausalLM) -> None:
+    texts = prompts(number, longest=14)
     want = expected(model, texts, **VARIED)
-    assert len({len(row) for row, _ in want}) > 3  # some meet the end of text
+    assert len({len(row) for row, _ in want}) > 1  # some meet the end of text
     with torch.inference_mode():
         assert served(model, texts, rows=12, width=6, layout="compact", **VARIED) == want
 

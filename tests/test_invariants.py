@@ -27,11 +27,7 @@ BOTH = ad.Threshold, ad.ACT
 PAIRS = [(kind, rule) for kind in BLOCKS for rule in RULES if kind == "attention" or isinstance(rule, BOTH)]
 ruled = pytest.mark.parametrize(("kind", "rule"), PAIRS)
 # Those that run in a loop alone, and the others.
-PLAIN = [
-    kind
-    for kind in BLOCKS
-    if kind not in ("pointwise", "view", "window", "softcap and sinks", "iteration and positions")
-]
+PLAIN = [kind for kind in BLOCKS if kind not in ("pointwise", "view", "window", "softcap and sinks", "iteration")]
 
 
 def rows(batch: int, seq: int) -> Tensor:

@@ -17,15 +17,18 @@ SECONDS = 240  # of which a machine that has nothing else to do needs 15
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What `ranked.py` made of its cases, by rank."""
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What `ranked.py` made of its cases, those of this run alone, by rank."""
     pytest.importorskip("transformers")
     import adadepth.hf  # noqa: F401 (once, for both)
 
+    asked: list[Any] = [item for item in request.session.items if "case" in getattr(item, "fixturenames", ())]
+    here = {item.callspec.params["case"] for item in asked}
+    cases = [case for case in (*ranked.CASES, *ranked.MORE) if case in here]
     folder = tmp_path_factory.mktemp("ranks")
     # Copies of this process have imported everything, but where it computed on a GPU they cannot train.
     context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-    started = [context.Process(target=ranked.logged, args=(str(folder), rank)) for rank in range(ranked.RANKS)]
+    started = [context.Process(target=ranked.logged, args=(str(folder), rank, cases)) for rank in range(ranked.RANKS)]
     try:
         for process in started:
             process.start()
@@ -50,7 +53,9 @@ def close(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", ranked.CASES, ids=", ".join)
+@pytest.mark.parametrize(
+    "case", [*ranked.CASES, *(pytest.param(case, marks=pytest.mark.every) for case in ranked.MORE)], ids=", ".join
+)
 def test_two_ranks_make_what_one_process_makes_of_all_rows(ranks: list[dict[Any, Any]], case: tuple[str, ...]) -> None:
     want, got = alone(*case[:2]), [of[case] for of in ranks]
     close(torch.stack([of["loss"] for of in got]).mean(), want["loss"])
