@@ -72,4 +72,4 @@ docs: $(INSTALLED)  ## build the documentation into site/
 	$(RUN) -m mkdocs build --strict
 
 bench: $(INSTALLED)  ## all benchmarks, into benchmarks/RESULTS.md
-	for b in skip overhead ponder decode single serving; do $(RUN) -m benchmarks.$$b || exit 1; done
+	for b in skip overhead ponder decode single serving drafts; do $(RUN) -m benchmarks.$$b || exit 1; done
