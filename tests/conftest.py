@@ -16,7 +16,7 @@ LONG = [
     *("test_compile", "test_flagship_training", "test_demo", "test_hf_zoo", "test_programs", "test_docs"),
     *("test_flagship_evaluation", "test_ranks", "test_hf_surroundings", "test_hf_generate", "test_hf_serve"),
     *("test_small_examples", "test_loop", "test_flagship_text", "test_cache", "test_harness", "test_invariants"),
-    *("test_hf_saving", "test_package", "test_flagship_cost"),
+    *("test_hf_saving", "test_package", "test_flagship_cost", "test_hf_serving", "test_hf_drafts"),
 ]
 
 
