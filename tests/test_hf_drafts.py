@@ -32,8 +32,15 @@ def drawn(number: int) -> tuple[Any, list[list[int]], float, dict[str, Any], dic
     if number % 2 == 0:
         options["no_repeat_ngram_size"] = 1 + number // 2 % 2
     drafts = {"draft_depth": 1 + number % 3, "revise_drafts": number // 2 % 2 == number % 2}
-    options["min_depth"] = 3 if drafts["draft_depth"] == 3 else None
-    return model, texts, (0.0, 0.5)[number // 4 % 2], {"seed": number, "min_new_tokens": 5, **options}, drafts
+    options["min_depth"] = 3 if drafts["draft_depth"] == 3 or rows == 1 else None
+    options["max_new_tokens"] = 24 if rows == 1 else 10
+    return (
+        model,
+        texts,
+        (0.0, 0.5)[number // 4 % 2],
+        {"seed": number, "min_new_tokens": options["max_new_tokens"] // 2, **options},
+        drafts,
+    )
 
 
 @pytest.mark.parametrize("number", [*range(12), *(pytest.param(n, marks=pytest.mark.every) for n in range(12, 96))])

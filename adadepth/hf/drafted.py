@@ -60,7 +60,7 @@ def drafted(
     if cache.goes_on:  # then a row that ends early runs its last token
         engine.run_through([one for one, text in zip(requests, texts, strict=True) if len(text) < longest])
     cache.take(held, _real(requests, input_ids.device)[:, : longest - 1])
-    sequences = pad_sequence(texts, batch_first=True, padding_value=_padding(texts, config))
+    sequences = pad_sequence(texts, batch_first=True, padding_value=_padding(texts, stopping_criteria, config))
     if not config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE: cache})
@@ -93,15 +93,18 @@ def _real(requests: list[Request], device: torch.device) -> Tensor:
     return pad_sequence(rows, batch_first=True)
 
 
-def _padding(texts: list[Tensor], config: Any) -> int:
+def _padding(texts: list[Tensor], criteria: StoppingCriteriaList, config: Any) -> int:
     """What stands behind a text that is shorter than another.
 
-    Raises: `ValueError` if nothing is known.
+    Raises: `ValueError` if texts have no end, which `generate` would go on writing.
     """
     if len({len(text) for text in texts}) == 1:
         return 0
-    if config._pad_token_tensor is None:
-        raise ValueError("Rows of a batch have ended at different lengths, and no pad_token_id is known. Pass one.")
+    if config._pad_token_tensor is None or not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+        raise ValueError(
+            "Rows of a batch have ended at different lengths without an end-of-text token. Without drafts, generate "
+            "would go on writing in those that have ended. Pass eos_token_id, or one row at a time."
+        )
     return int(config._pad_token_tensor)
 
 
