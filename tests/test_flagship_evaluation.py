@@ -672,7 +672,7 @@ def test_a_report_asks_for_none_of_the_settings_of_its_runs(swept: Swept, capsys
 
 def test_other_windows_are_another_evaluation(swept: Swept) -> None:
     (job, *_) = sweep.evaluations(swept.sweep, swept.out, [0], [])
-    (other, *_) = sweep.evaluations(swept.sweep, swept.out, [0], ["--windows", "8"])
+    (other, *_) = sweep.evaluations(swept.sweep, swept.out, [0], ["--windows", "6"])
     assert job.finished() and not other.finished()
 
 

@@ -28,7 +28,9 @@ class Looped(nn.Module):
 def prior_loss(model: Looped, out: ad.Output, labels: Tensor, rate: float) -> Tensor:
     """The iterations' losses, weighted by the prior."""
     each = ad.per_iteration_loss(out.states, model.head, labels)
-    return (each * ad.depth_prior("geometric", each.shape[-1], rate)).sum(-1).mean()
+    steps = each.shape[-1]
+    prior = ad.depth_prior("geometric", steps, rate, each.device)
+    return (each * prior).sum(-1).mean()
 
 
 class Gain(ad.Gate):
