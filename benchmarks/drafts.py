@@ -30,7 +30,7 @@ from adadepth.hf.requests import Choice, Request, Tokens
 from ._measure import machine, write_section
 
 STEPS, PROMPT, NEW = 4, 16, 128
-SHARES = (0.0, 0.1, 0.3, 0.5, 1.0)
+SHARES = (0.0, 0.1, 0.3, 1.0)
 LETTERS = 256
 
 
@@ -54,7 +54,7 @@ def text() -> Tensor:
 
 def losses(model: AdaptiveForCausalLM, ids: Tensor) -> Tensor:
     """The loss of each next token after each iteration, `(batch, seq - 1, steps)`, in nats."""
-    head = nn.Sequential(model.base.model.norm, Head(model))
+    head = nn.Sequential(model.base.model.norm, Head(model.base))
     return ad.per_iteration_loss(model(ids[:, :-1], states=True).states, head, ids[:, 1:])
 
 
@@ -88,7 +88,7 @@ def settling(model: AdaptiveForCausalLM, ids: Tensor) -> float:
     with torch.no_grad():
         states = model(ids, states=True).states
         assert states is not None
-        head = nn.Sequential(model.base.model.norm, Head(model))
+        head = nn.Sequential(model.base.model.norm, Head(model.base))
         said = head(states.flatten(0, 2)).argmax(-1).view(states.shape[:3])
     stays = (said == said[..., -1:]).flip(-1).long().cumprod(-1).sum(-1)
     return float((STEPS + 1 - stays).double().mean())
