@@ -52,10 +52,14 @@ def text() -> Tensor:
     return torch.tensor(list("".join(page.read_text() for page in pages).encode()))
 
 
+def readout(model: AdaptiveForCausalLM) -> nn.Module:
+    """From a state of the loop to logits."""
+    return nn.Sequential(model.base.model.norm, Head(model.base))
+
+
 def losses(model: AdaptiveForCausalLM, ids: Tensor) -> Tensor:
     """The loss of each next token after each iteration, `(batch, seq - 1, steps)`, in nats."""
-    head = nn.Sequential(model.base.model.norm, Head(model.base))
-    return ad.per_iteration_loss(model(ids[:, :-1], states=True).states, head, ids[:, 1:])
+    return ad.per_iteration_loss(model(ids[:, :-1], states=True).states, readout(model), ids[:, 1:])
 
 
 def trained(over_depths: bool, steps: int) -> AdaptiveForCausalLM:
@@ -88,8 +92,7 @@ def settling(model: AdaptiveForCausalLM, ids: Tensor) -> float:
     with torch.no_grad():
         states = model(ids, states=True).states
         assert states is not None
-        head = nn.Sequential(model.base.model.norm, Head(model.base))
-        said = head(states.flatten(0, 2)).argmax(-1).view(states.shape[:3])
+        said = readout(model)(states.flatten(0, 2)).argmax(-1).view(states.shape[:3])
     stays = (said == said[..., -1:]).flip(-1).long().cumprod(-1).sum(-1)
     return float((STEPS + 1 - stays).double().mean())
 

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 import adadepth as ad
 from adadepth import _vocabulary
 
-from ._blocks import Layer
+from ._blocks import stack
 from ._measure import machine, write_section
 
 STEPS = 4
@@ -51,11 +51,6 @@ LARGE = Sizes(
     (1, 8, 32, 128),
     5,
 )
-
-
-def stack(layers: int, dim: int, heads: int) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(*(Layer(dim, heads) for _ in range(layers)))
 
 
 def synchronize(s: Sizes) -> None:

@@ -25,12 +25,10 @@ class FlexView(PackedView):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         if not self.causal or how.dropout_p or how.sinks is not None:
             return super()._attend(q, k, v, how)
-        key: Any = ("flex", how.window)
-        if key not in self.masks:
-            self.masks[key] = self._mask(how.window)
+        mask = self._mask_of(("flex", how.window), lambda: self._mask(how.window))
         more = {"scale": how.scale, "enable_gqa": how.enable_gqa, "score_mod": _capped(how.softcap)}
         with answering():
-            out: Tensor = _attention(q.device.type)(q, _flat(k), _flat(v), block_mask=self.masks[key], **more)
+            out: Tensor = _attention(q.device.type)(q, _flat(k), _flat(v), block_mask=mask, **more)
         return out
 
     def _mask(self, window: int | None) -> BlockMask:

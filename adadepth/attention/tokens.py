@@ -278,11 +278,15 @@ class PackedTokens(Packed):
         return self._sent[1]
 
     @lazy
+    def _known(self) -> Asked:
+        """What is asked, of the rows of the grid alone."""
+        return Asked(*([numbers[row] for row in self.grid_rows] for numbers in self.asked))
+
+    @lazy
     def _sent(self) -> tuple[Tensor, ...]:
         """What the device is told of the rows of the grid, at once; the last is how many tokens of each run."""
-        rows = self.grid_rows
-        numbers = [self._inherited, [self.asked.real[row] for row in rows], [self.asked.each[row] for row in rows]]
-        return torch.tensor(numbers, dtype=torch.int64, device=self.index.device).unbind()
+        each, real = self._known
+        return torch.tensor([self._inherited, real, each], dtype=torch.int64, device=self.index.device).unbind()
 
     @lazy
     def row(self) -> Tensor:
@@ -298,8 +302,7 @@ class PackedTokens(Packed):
     @lazy
     def groups(self) -> RowGroups:
         """How these tokens' queries are regrouped by row."""
-        each, real = ([numbers[row] for row in self.grid_rows] for numbers in self.asked)
-        return group_rows(each, real, self._sent[2], self.row)
+        return group_rows(*self._known, self._sent[2], self.row)
 
 
 def chosen(go: Tensor, number: int) -> Tensor:

@@ -9,7 +9,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ from .how import How
 from .tokens import TokenSet, WholeTokens
 
 KV = tuple[Tensor, Tensor]
+M = TypeVar("M")  # a mask, as the view has it
 LOOP = "adadepth.loop.blocks"  # the module whose frames run blocks
 
 
@@ -198,11 +199,11 @@ class TokenView(ABC):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """The answers to the queries of the tokens that run."""
 
-    def _mask_of(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+    def _mask_of(self, key: Any, make: Callable[[], M]) -> M:
         """What may be seen, made once for all calls of the iteration that ask alike."""
         if key not in self.masks:
             self.masks[key] = make()
-        mask: Tensor = self.masks[key]
+        mask: M = self.masks[key]
         return mask
 
     def _past(self) -> tuple[Tensor | None, Tensor | None]:

@@ -65,7 +65,7 @@ class Engine:
         self.loop = DepthBatch(model.loop, cache.parts["loop"], rows, width)
         limit, given = learned_positions(model.base, model.anatomy), cache.parts["loop"].capacity
         self.capacity = min(capacity for capacity in (limit, given) if capacity is not None)
-        self.width, self.drafts, self.counts = width, drafts, Counts()
+        self.drafts, self.counts = drafts, Counts()
         self._flight = Flight(self.loop, self.outside, self.capacity)
         self._free = [*reversed(range(rows))]
         self._owners: dict[int, Request] = {}
@@ -209,7 +209,7 @@ class Engine:
     def _choosable(self) -> list[Tokens]:
         """Those whose next token is chosen now."""
         tokens, some = 0, list[Tokens]()
-        while self._left and len(some) < self.width and tokens < _PROMPTS:
+        while self._left and len(some) < self.loop.width and tokens < _PROMPTS:
             some.append(self._left.popleft())
             tokens += len(some[-1].ids)
         return some

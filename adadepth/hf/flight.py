@@ -23,13 +23,13 @@ class Lost(NamedTuple):
 
 @final
 class Flight:
-    """Brings tokens through the layers before the loop, and, as calls of `width` tokens have room for them, through it.
+    """Brings tokens through the layers before the loop, and, as calls have room for them, through it.
 
     Those of prompts begin at once, and are not counted. A row holds at most `capacity`.
     """
 
     def __init__(self, loop: DepthBatch, outside: Outside, capacity: int) -> None:
-        self.loop, self.outside, self.capacity, self.width = loop, outside, capacity, loop.width
+        self.loop, self.outside, self.capacity = loop, outside, capacity
         self._new: list[Tokens] = []
         self._ready = deque[Tokens]()
         self._running: dict[tuple[int, int], Tokens] = {}  # by row and position
@@ -37,7 +37,7 @@ class Flight:
     @property
     def room(self) -> int:
         """How many single tokens more a call is to run."""
-        return self.width - sum(len(tokens.ids) == 1 for tokens in self._running.values())
+        return self.loop.width - sum(len(tokens.ids) == 1 for tokens in self._running.values())
 
     @property
     def waiting(self) -> int:

@@ -21,7 +21,7 @@ _OPTIONS: dict[str, tuple[type, str]] = {
     "--rows": (int, f"how many requests are in progress at once ({_ROWS}, or as many as fit into --memory)"),
     "--width": (int, "how many tokens of answers a call of the block runs (half of the rows)"),
     "--capacity": (int, f"the most tokens of a request, prompt and answer ({_CAPACITY}, or what fits with --rows)"),
-    "--draft-depth": (int, "iterations after which a token's successor begins as a guess, where that pays (never)"),
+    "--draft-depth": (int, "iterations after which a token's successor begins as a guess, if that saves time (never)"),
     "--memory": (str, "the most that the caches may take, 2GiB say"),
 }
 

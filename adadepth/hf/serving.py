@@ -26,7 +26,7 @@ class AdaptiveServingMixin:
             `rows * capacity` tokens is allocated at once.
         layout: of the loop's cache, as of `KVReuseCache`.
         draft_depth: begin a request's next token after so many iterations of the one before, as a guess that changes
-            no result, while calls have room for it and it pays; None: never.
+            no result, if calls have room for it and guesses save time; None: never.
         memory: the most bytes that the caches may take, a number or `"2GiB"`. Rows are then derived from the capacity,
             at most 256, or, where `rows` is given and `capacity` is not, the capacity from the rows.
     """

@@ -28,9 +28,7 @@ _VIEWS: dict[type[TokenSet], type[TokenView]] = {
 }
 
 
-def view_of(
-    tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool, flex: bool = False
-) -> TokenView:
+def view_of(tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool, flex: bool) -> TokenView:
     """The view of one iteration; where no token runs, of one that stands in: not every block runs on none."""
     if tokens.empty:
         tokens, past = WholeTokens(torch.ones(1, 1, dtype=torch.bool, device=tokens.live.device), skip=True), None
