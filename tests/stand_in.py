@@ -174,7 +174,7 @@ def _count(func: Any, name: str, args: Any, kwargs: dict[str, Any], here: bool, 
     _note("sent", moves and to)
     returns = func._schema.returns
     view = any(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-    if not (view or name == "detach" or _attention.within):
+    if not (view or name in ("detach", "_unsafe_view") or _attention.within):
         for counts in _counting:
             counts.operators[name] += 1
 

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from .context import active
 from .dispatch import NAME, caught, uncaught
+from .how import How
 from .view import TokenView
 
 COMPILED = (
@@ -71,7 +72,7 @@ def _caught(
         q, k, v = (_together(t, view) for t in (q, k, v))
     view.check_shapes(q, k, v)
     _check_mask(view, attn_mask, is_causal, queries=1 if active.apart else q.shape[2])
-    out = view.attend(q, k, v, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa)
+    out = view.answer(q, k, v, How(dropout_p, scale, enable_gqa, None, None, None))
     return out.transpose(1, 2).flatten(0, 1).unsqueeze(2) if active.apart else out
 
 

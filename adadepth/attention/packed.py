@@ -36,7 +36,8 @@ class PackedView(TokenView):
         q = q.squeeze(0).transpose(0, 1)
         if gather is not None:
             q = q.index_select(0, gather)
-        parts = q.split([group.size * group.queries for group in groups])
+        # The gradient of a split is a copy of all its parts: one group needs none.
+        parts = [q] if len(groups) == 1 else q.split([group.size * group.queries for group in groups])
         answers = [self._ask(g, part, k, v, how) for g, part in enumerate(parts)]
         out = answers[0] if len(answers) == 1 else torch.cat(answers)
         if back is not None:

@@ -199,8 +199,14 @@ class Packed(TokenSet):
     def empty(self) -> bool:
         return self.index.numel() == 0
 
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens of the rows run."""
+        return self.index.numel() == self.live.numel()
+
     def take(self, rows: Tensor) -> Tensor:
-        return rows.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
+        flat = rows.flatten(0, 1)
+        return (flat if self.whole else flat.index_select(0, self.index)).unsqueeze(0)
 
     def spread(self, rows: Tensor) -> Tensor:
         (batch, length), seq = rows.shape[:2], self.live.shape[1]
@@ -215,6 +221,8 @@ class Packed(TokenSet):
 
     def rows(self, tokens: Tensor) -> Tensor:
         tokens = tokens.squeeze(0)
+        if self.whole:
+            return tokens.unflatten(0, self.live.shape)
         rows = tokens.new_zeros(self.live.numel(), *tokens.shape[1:])
         return rows.index_copy(0, self.index, tokens).unflatten(0, self.live.shape)
 

@@ -116,14 +116,18 @@ class TokenView(ABC):
         Source: softcap: Gemma 2, arXiv 2408.00118, section 2; learned sinks: Xiao et al. 2023,
         arXiv 2309.17453, section 3.3, as gpt-oss has them.
         """
-        how = How(dropout_p, scale, enable_gqa, window, softcap, sinks)
         if window is not None:
             self._check_window(window)
+        if not self.bare:
+            self.check_shapes(q, k, v)
+        return self.answer(q, k, v, How(dropout_p, scale, enable_gqa, window, softcap, sinks))
+
+    def answer(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        """The same of shapes that were checked."""
         if self.bare:
             return self._attend(q, k, v, how)
         grad = torch.is_grad_enabled()
         self._check_recomputation(grad)
-        self.check_shapes(q, k, v)
         if self.calls == self.expected:
             self._uneven("more than")
         if grad is self._grad:

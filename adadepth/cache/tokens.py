@@ -1,7 +1,7 @@
 """The tokens of a pass with a cache, and of several passes together."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -13,17 +13,40 @@ from .layouts import Layout, Slots
 from .runs import Run, Span, runs_of
 
 
-class Held(NamedTuple):
-    """What a cache knows of a pass: where its rows stand in `entries`, one span for each.
+@final
+class Held:
+    """What a cache knows of a pass over rows `live (batch, seq)`: where they stand in `entries`, one span for each.
 
-    `positions (batch, seq)` int64 are those of the pass's tokens, their slots in their rows; `begun` says of each row
-    how many of its slots are taken now, by tokens that began later too.
+    `begun` says of each row of the cache how many of its slots are taken now, by tokens that began later too.
     """
 
-    entries: Layout
-    spans: list[Span]
-    positions: PositionRows
-    begun: Mapping[int, int]
+    def __init__(
+        self, entries: Layout, spans: list[Span], begun: Mapping[int, int], live: MaskRows, mask: MaskRows | None
+    ) -> None:
+        self.entries, self.spans, self.begun = entries, spans, begun
+        self._live, self._mask = live, mask
+
+    @lazy
+    def _sent(self) -> tuple[Tensor, ...]:
+        """What the device is told, at once: of each row its number, its first new position, and the slot of that."""
+        capacity = self.entries.capacity
+        each = [(row, before, row * capacity + before) for row, before, _ in self.spans]
+        return torch.tensor(each, dtype=torch.int64, device=self._live.device).view(-1, 3).unbind(1)
+
+    @property
+    def numbers(self) -> Tensor:
+        """The row of the cache that each row stands in, `(batch,)` int64."""
+        return self._sent[0]
+
+    @lazy
+    def positions(self) -> PositionRows:
+        """The places of the tokens in their rows."""
+        return self._sent[1].unsqueeze(1) + positions_of(self._live, self._mask)
+
+    @lazy
+    def slots(self) -> Tensor:
+        """Where the tokens stand in the flattened slots of the cache, `(batch, seq)` int64."""
+        return self._sent[2].unsqueeze(1) + positions_of(self._live, self._mask)
 
 
 @final
@@ -35,7 +58,6 @@ class CachedTokens(Packed):
 
     def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held, asked: list[int]) -> None:
         self.live, self.mask, self.index, self.held, self.asked = live, mask, index, held, asked
-        self.positions = held.positions  # goes before the lazy one
 
     @classmethod
     def of(
@@ -43,11 +65,9 @@ class CachedTokens(Packed):
     ) -> "CachedTokens":
         """The tokens of the rows `x (batch, seq, dim)` that are real."""
         live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        before = torch.tensor([span.before for span in spans], dtype=torch.int64, device=x.device)
-        positions = before.unsqueeze(1) + positions_of(live, mask)
         asked = [span.after - span.before for span in spans]
         index = torch.arange(live.numel(), device=x.device) if mask is None else chosen(live, sum(asked))
-        return cls(live, mask, index, Held(entries, spans, positions, begun), asked)
+        return cls(live, mask, index, Held(entries, spans, begun, live, mask), asked)
 
     def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
         asked, tokens = read(go.sum(-1)), self.index.numel()
@@ -64,16 +84,18 @@ class CachedTokens(Packed):
     def finish(self, step: int) -> None:
         self.held.entries.last(step, self.slots)
 
-    @lazy
+    @property
+    def positions(self) -> PositionRows:
+        return self.held.positions
+
+    @property
     def numbers(self) -> Tensor:
-        """The row of the cache that each row stands in."""
-        return torch.tensor([span.row for span in self.held.spans], dtype=torch.int64, device=self.index.device)
+        return self.held.numbers
 
     @lazy
     def slots(self) -> Slots:
         """Where each token stands in the cache."""
-        row, capacity = self.numbers.index_select(0, self.index // self.live.shape[1]), self.held.entries.capacity
-        return Slots(row * capacity + self.take(self.positions).squeeze(0), capacity)
+        return Slots(self.take(self.held.slots).squeeze(0), self.held.entries.capacity)
 
     @property
     def runs(self) -> list[Run]:
