@@ -2,14 +2,20 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from blocks_zoo import DIM, PreNorm
 from stand_in import DEVICE, Counts, counting, stand_in, uncounted
-from stand_in_scenarios import loop_of, rows
-from torch import Tensor
+from stand_in_scenarios import STEPS, loop_of, rows
+from torch import Tensor, nn
 
 import adadepth as ad
+from adadepth import _vocabulary
+from adadepth.attention import flex
+from adadepth.attention.how import How
 
 
 def test_waits_are_counted_by_place() -> None:
@@ -88,3 +94,76 @@ def test_no_more_waits_and_operators_than(name: str) -> None:
     counts = counted(call, padded, **options)
     got = counts.waits.total(), counts.sent.total(), counts.operators.total()
     assert all(number <= most for number, most in zip(got, ceilings, strict=True)), (got, counts)
+
+
+LAYERS = 24
+
+
+def layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(PreNorm(DIM, True) for _ in range(LAYERS))).double().to(DEVICE)
+
+
+def by_hand(x: Tensor) -> Counts:
+    """What four iterations of the same layers launch in a loop that knows no exits."""
+    block, plain = layers(), F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        with mock.patch.object(F, "scaled_dot_product_attention", plain):  # counted as attention in a loop is
+            return How(0.0, None, False, None, None, None).answer(q, k, v, None, is_causal)
+
+    with counting() as counts, mock.patch.object(F, "scaled_dot_product_attention", attention):
+        for _ in range(STEPS):
+            x = block(x)
+        x.sum().backward()
+    return counts
+
+
+def looped_with(depth: Tensor, backward: bool = True, **options: Any) -> Counts:
+    """The same of a loop whose tokens have these depths."""
+    looped = ad.RecurrentWrapper(layers(), STEPS)
+    looped.self_check = False
+    for name, value in options.items():
+        setattr(looped, name, value)
+    with counting() as counts, torch.set_grad_enabled(backward):
+        out = looped(rows(DEVICE, 8, 16), max_depth=depth.to(DEVICE)).hidden
+        if backward:
+            out.sum().backward()
+    return counts
+
+
+EVEN = (torch.arange(16) % STEPS + 1).expand(8, 16)
+UNEVEN = torch.tensor([([4] * (r // 2 + 1) + [3, 3] + [2] * (r % 3 + 1) + [1] * 16)[:16] for r in range(8)])
+
+
+def test_operators_of_24_layers_against_a_loop_by_hand() -> None:
+    """Rows that differ ask in groups, each in a call of its own: flex attention is for them."""
+    with stand_in():
+        hand = by_hand(rows(DEVICE, 8, 16)).operators.total()
+        for depth, skip, most in ((EVEN, True, 1.19), (EVEN, False, 1.21), (UNEVEN, True, 1.78)):
+            assert 1.0 < looped_with(depth, skip=skip).operators.total() / hand <= most, (skip, most)
+
+
+def test_under_flex_attention_rows_that_differ_launch_no_more() -> None:
+    def answered(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+        assert more["block_mask"] is not None
+        return q + k.sum() * v.sum()  # three operators
+
+    with stand_in(), mock.patch.object(flex, "_attention", return_value=answered):
+        counts = [looped_with(depth, backward=False, flex=True).operators for depth in (EVEN, UNEVEN)]
+    assert counts[0] == counts[1] and counts[0]["attention"] == LAYERS
+
+
+def test_ponder_launches_few_operators() -> None:
+    """As of 16 Ki tokens and 50,304 words, in as many chunks: both are a 32nd here, and the tile is a 1,024th."""
+    with stand_in(), mock.patch.object(_vocabulary, "ELSEWHERE", _vocabulary.ELSEWHERE // 1024):
+        torch.manual_seed(0)
+        embedding, head = nn.Embedding(1572, 4, device=DEVICE), nn.Linear(4, 1572, bias=False, device=DEVICE)
+        ponder = ad.Ponder(embedding, head)
+        x, scores = torch.randn(1, 512, 4).to(DEVICE).requires_grad_(), torch.rand(1, 512, 1).to(DEVICE)
+        with counting() as forward:
+            out = ponder(x, x, x, scores, 0)
+        with counting() as backward:
+            out.sum().backward()
+    assert forward.operators["log_"] == 4  # chunks
+    assert forward.operators.total() <= 71 and backward.operators.total() <= 52

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .how import How
 from .tokens import DenseTokens, WholeTokens
-from .view import KV, TokenView, seen
+from .view import KV, TokenView, bias, seen
 
 
 @final
@@ -23,7 +23,8 @@ class WholeView(TokenView):
         window, seq = how.window, q.shape[2]
         if window is None or window >= seq:
             return how.ask(q, k, v, None, self.causal)
-        return how.ask(q, k, v, self._mask_of(window, lambda: self._seen(seq, window)), self.causal)
+        allowed = self._mask_of((window, q.dtype), lambda: bias(self._seen(seq, window), q.dtype))
+        return how.ask(q, k, v, allowed, self.causal)
 
     def _seen(self, seq: int, window: int) -> Tensor:
         """`(seq, seq)` bool."""
@@ -43,16 +44,17 @@ class DenseView(TokenView):
         return torch.where(live, k, 0 if old_k is None else old_k), torch.where(live, v, 0 if old_v is None else old_v)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        return how.ask(q, k, v, self._allowed(how.window), self.causal)
+        return how.ask(q, k, v, self._allowed(how.window, q.dtype), self.causal)
 
-    def _allowed(self, window: int | None) -> Tensor | None:
-        """`(batch, 1, seq, seq)` bool; None: what `is_causal` says."""
+    def _allowed(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What may be seen, added to the scores, `(batch, 1, seq, seq)`; None: what `is_causal` says."""
         mask, seq = self.tokens.mask, self.tokens.live.shape[1]
         if mask is None and (window is None or window >= seq):
             return None
-        return self._mask_of(window, lambda: self._mask(window))
+        return self._mask_of((window, dtype), lambda: bias(self._mask(window), dtype))
 
     def _mask(self, window: int | None) -> Tensor:
+        """`(batch or 1, 1, seq, seq)` bool."""
         mask, positions = self.tokens.mask, self.tokens.positions[:, None]
         if mask is None:
             return seen(positions[:1].unsqueeze(-1), positions[:1].unsqueeze(-2), window)

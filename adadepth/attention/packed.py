@@ -6,7 +6,7 @@ from torch import Tensor
 from .groups import Group
 from .how import How
 from .tokens import PackedTokens
-from .view import KV, TokenView, seen
+from .view import KV, TokenView, bias, seen
 
 
 class PackedView(TokenView):
@@ -73,9 +73,3 @@ class PackedView(TokenView):
         own = own if gather is None else own.index_select(0, gather)
         sizes = [other.size * other.queries for other in groups]
         return seen(own.split(sizes)[g].view(group.size, 1, group.queries, 1), slots, window)
-
-
-def bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """What may be seen, as something added to the scores."""
-    # Added once here: a bool mask would be turned into this by every attention call.
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)

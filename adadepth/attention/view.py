@@ -23,6 +23,7 @@ from .tokens import TokenSet, WholeTokens
 
 KV = tuple[Tensor, Tensor]
 M = TypeVar("M")  # a mask, as the view has it
+ALIGNED = 16
 LOOP = "adadepth.loop.blocks"  # the module whose frames run blocks
 
 
@@ -30,6 +31,15 @@ def seen(own: Tensor, slots: Tensor, window: int | None) -> Tensor:
     """Whether a query at `own` sees what stands at `slots`: not what comes later, nor what is beyond its window."""
     reach = slots <= own
     return reach if window is None else reach & (slots > own - window)
+
+
+def bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """What may be seen, as something added to the scores: a bool mask would be turned into it by every call."""
+    width = allowed.shape[-1]
+    # Elsewhere than on a CPU, kernels copy what does not begin each row at a multiple of 16.
+    fill = 0 if allowed.device.type == "cpu" else -width % ALIGNED
+    space = torch.zeros(*allowed.shape[:-1], width + fill, dtype=dtype, device=allowed.device)
+    return space[..., :width].masked_fill_(~allowed, -torch.inf)
 
 
 def _in_autograd_function() -> bool:

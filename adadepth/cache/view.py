@@ -9,8 +9,7 @@ from torch import Tensor
 from .._lazy import lazy
 from ..attention.context import Here, Together
 from ..attention.how import How, answering
-from ..attention.packed import bias
-from ..attention.view import KV, TokenView, seen
+from ..attention.view import KV, TokenView, bias, seen
 from .runs import Run
 from .tokens import CachedTokens, JoinedTokens
 
