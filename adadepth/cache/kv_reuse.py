@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from .layouts import Grids, Layout, Pool, chosen, longer, zeros
+from .grids import Grids
+from .layouts import Layout, chosen, longer, zeros
+from .pool import Pool
 from .runs import Span
 from .tokens import CachedTokens
 
