@@ -131,7 +131,7 @@ def right(s: Sizes) -> Iterator[Row]:
             stack(layers, dim, heads), STEPS, ad.LinearGate(dim), update=ad.Interpolate(), **options
         )
         loop.to(s.device, torch.float64 if dtype == torch.float64 else torch.float32).self_check = False
-        loop.flex = flex
+        loop.one_call = flex
         given = x.to(s.device, next(loop.parameters()).dtype, copy=True).requires_grad_()
         with torch.autocast(s.device, dtype, enabled=dtype not in (torch.float64, torch.float32)):
             out = loop(given, mask=mask.to(s.device), max_depth=depth)
@@ -207,7 +207,7 @@ def training(s: Sizes) -> Iterator[Row]:
         yield {"model": name, "execution": "plain loop", "ms": full, "MiB": memory(s)}
         for way in ("packed", "dense", *(("flex",) if s.device == "cuda" else ())):
             loop, _ = looped(s, name, skip=way != "dense")
-            loop.flex = way == "flex"
+            loop.one_call = way == "flex"
             took = milliseconds(s, partial(ours, loop))
             yield {
                 "model": name,
@@ -263,7 +263,7 @@ def launches(s: Sizes) -> Iterator[Row]:
     name = next(iter(s.models))
     loop, x = looped(s, name, rule=ad.Threshold(0.5))
     for way in ("packed", *(("flex",) if s.device == "cuda" else ())):
-        loop.flex = way == "flex"
+        loop.one_call = way == "flex"
         with autocast(s):
             loop(x).hidden.sum().backward()
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if s.device == "cuda" else [])]

@@ -40,6 +40,10 @@ class Layout(ABC):
 
     capacity: int
 
+    def rounded(self, capacity: int) -> int:
+        """The capacity that rows get where they need so many slots."""
+        return capacity
+
     @abstractmethod
     def place(self, parts: Sequence[tuple[int, Slots]]) -> None:
         """What is written next, part by part: an iteration, and the slots of the tokens that run it."""
@@ -79,7 +83,7 @@ class Layout(ABC):
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
-        """Give each row more slots."""
+        """Give each row more slots, a number that is rounded."""
 
     @abstractmethod
     def take(self, rows: Tensor, used: int) -> None:

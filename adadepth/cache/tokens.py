@@ -16,12 +16,14 @@ from .runs import Run, Span, runs_of
 class Held(NamedTuple):
     """What a cache knows of a pass: where its rows stand in `entries`, one span for each.
 
-    `positions (batch, seq)` int64 are those of the pass's tokens, their slots in their rows; `begun` says of each row
-    how many of its slots are taken now, by tokens that began later too.
+    `numbers (batch,)` int64 are the rows of the cache that they are. `positions (batch, seq)` int64 are those of the
+    pass's tokens, their slots in their rows; `begun` says of each row how many of its slots are taken now, by tokens
+    that began later too.
     """
 
     entries: Layout
     spans: list[Span]
+    numbers: Tensor
     positions: PositionRows
     begun: Mapping[int, int]
 
@@ -35,7 +37,7 @@ class CachedTokens(Packed):
 
     def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held, asked: list[int]) -> None:
         self.live, self.mask, self.index, self.held, self.asked = live, mask, index, held, asked
-        self.positions = held.positions  # goes before the lazy one
+        self.positions, self.numbers = held.positions, held.numbers  # go before the lazy ones
 
     @classmethod
     def of(
@@ -43,11 +45,12 @@ class CachedTokens(Packed):
     ) -> "CachedTokens":
         """The tokens of the rows `x (batch, seq, dim)` that are real."""
         live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        before = torch.tensor([span.before for span in spans], dtype=torch.int64, device=x.device)
+        told = [[span.row for span in spans], [span.before for span in spans]]
+        numbers, before = torch.tensor(told, dtype=torch.int64, device=x.device).unbind()
         positions = before.unsqueeze(1) + positions_of(live, mask)
         asked = [span.after - span.before for span in spans]
         index = torch.arange(live.numel(), device=x.device) if mask is None else chosen(live, sum(asked))
-        return cls(live, mask, index, Held(entries, spans, positions, begun), asked)
+        return cls(live, mask, index, Held(entries, spans, numbers, positions, begun), asked)
 
     def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
         asked, tokens = read(go.sum(-1)), self.index.numel()
@@ -63,11 +66,6 @@ class CachedTokens(Packed):
 
     def finish(self, step: int) -> None:
         self.held.entries.last(step, self.slots)
-
-    @lazy
-    def numbers(self) -> Tensor:
-        """The row of the cache that each row stands in."""
-        return torch.tensor([span.row for span in self.held.spans], dtype=torch.int64, device=self.index.device)
 
     @lazy
     def slots(self) -> Slots:
