@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attention import varlen
 from ..attention.how import How, answering
-from ..attention.varlen import Sequences, attend, serves
+from ..attention.varlen import Sequences
 from .pages import Pages
+from .runs import Span
 from .view import CachedView
 
 
@@ -23,12 +25,12 @@ class PagedView(CachedView):
     """
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        if not isinstance(self.entries, Pages) or not serves(q, k, v, how):
+        if not isinstance(self.entries, Pages) or not varlen.serves(q, k, v, how):
             return super()._attend(q, k, v, how)
         pages, device = self.entries.pages(self.calls - 1), q.device
         of = self._mask_of(("sequences", device), lambda: self._sequences(device))
         with answering():
-            out = attend(q.squeeze(0).transpose(0, 1), *pages, of, how)
+            out = varlen.attend(q.squeeze(0).transpose(0, 1), *pages, of, how)
         return out.transpose(0, 1).unsqueeze(0)
 
     def _sequences(self, device: torch.device) -> Sequences:
@@ -38,10 +40,17 @@ class PagedView(CachedView):
 
     def _bounds(self) -> tuple[int, int]:
         """How many sequences there may be, and how many queries one may have: as much as the host knows."""
-        asked = [n for _, part in self.parts for n in part.asked]
-        new = [span.after - span.before for _, part in self.parts for span in part.held.spans]
-        # Between two runs of a row is one of its new tokens that does not run.
-        return sum(min(n, of - n + 1) for n, of in zip(asked, new, strict=True)), max(asked)
+        number = sum(
+            _most_runs(n, span) for _, part in self.parts for n, span in zip(part.asked, part.held.spans, strict=True)
+        )
+        most = [max(part.asked) for _, part in self.parts]
+        # Of two parts, tokens of a row may be neighbours in one plane.
+        return number, 1 if max(most) == 1 else sum(most)
+
+
+def _most_runs(asked: int, span: Span) -> int:
+    """How many runs so many of a row's new tokens make at most: between two is one that does not ask."""
+    return min(asked, span.after - span.before - asked + 1)
 
 
 def sequences(places: Tensor, number: int, longest: int, entries: Pages) -> Sequences:
