@@ -241,21 +241,16 @@ def decoding(s: Sizes) -> Iterator[Row]:
         loop.self_check = False
         for batch in s.batches:
             x = torch.randn(batch, 129, dim, device=s.device, dtype=s.dtype)
-            caches = {layout: ad.KVReuseCache(layout, 256) for layout in ("filled", "compact")}
-            for cache in caches.values():
-                loop(x[:, :128], cache=cache, max_depth=depths(batch, 128, s, 2.0))
-            new = x[:, 128:]
             mean2 = torch.arange(batch, device=s.device).view(-1, 1) % 3 + 1
-
-            decode = partial(next_token, loop, new)
-            yield {
-                "model": name,
-                "batch": batch,
-                "fixed": milliseconds(s, partial(decode, caches["filled"], None)),
-                "mean 2": milliseconds(s, partial(decode, caches["filled"], mean2)),
-                "mean 2, compact": milliseconds(s, partial(decode, caches["compact"], mean2)),
-                "layers alone": milliseconds(s, partial(by_hand, block, new)),
-            }
+            took: Row = {}
+            for way in ("", ", compact", *([", one call"] if s.device == "cuda" else [])):
+                loop.one_call = way == ", one call"
+                cache = ad.KVReuseCache("compact" if way == ", compact" else "filled", 256)
+                loop(x[:, :128], cache=cache, max_depth=depths(batch, 128, s, 2.0))
+                for what, depth in (("fixed", None), ("mean 2", mean2)):
+                    took[what + way] = milliseconds(s, partial(next_token, loop, x[:, 128:], cache, depth))
+            alone = milliseconds(s, partial(by_hand, block, x[:, 128:]))
+            yield {"model": name, "batch": batch, **took, "layers alone": alone}
 
 
 def launches(s: Sizes) -> Iterator[Row]:
