@@ -131,7 +131,7 @@ def right(s: Sizes) -> Iterator[Row]:
             stack(layers, dim, heads), STEPS, ad.LinearGate(dim), update=ad.Interpolate(), **options
         )
         loop.to(s.device, torch.float64 if dtype == torch.float64 else torch.float32).self_check = False
-        loop.flex = flex
+        loop.one_call = flex
         given = x.to(s.device, next(loop.parameters()).dtype, copy=True).requires_grad_()
         with torch.autocast(s.device, dtype, enabled=dtype not in (torch.float64, torch.float32)):
             out = loop(given, mask=mask.to(s.device), max_depth=depth)
@@ -207,7 +207,7 @@ def training(s: Sizes) -> Iterator[Row]:
         yield {"model": name, "execution": "plain loop", "ms": full, "MiB": memory(s)}
         for way in ("packed", "dense", *(("flex",) if s.device == "cuda" else ())):
             loop, _ = looped(s, name, skip=way != "dense")
-            loop.flex = way == "flex"
+            loop.one_call = way == "flex"
             took = milliseconds(s, partial(ours, loop))
             yield {
                 "model": name,
@@ -241,21 +241,16 @@ def decoding(s: Sizes) -> Iterator[Row]:
         loop.self_check = False
         for batch in s.batches:
             x = torch.randn(batch, 129, dim, device=s.device, dtype=s.dtype)
-            caches = {layout: ad.KVReuseCache(layout, 256) for layout in ("filled", "compact")}
-            for cache in caches.values():
-                loop(x[:, :128], cache=cache, max_depth=depths(batch, 128, s, 2.0))
-            new = x[:, 128:]
             mean2 = torch.arange(batch, device=s.device).view(-1, 1) % 3 + 1
-
-            decode = partial(next_token, loop, new)
-            yield {
-                "model": name,
-                "batch": batch,
-                "fixed": milliseconds(s, partial(decode, caches["filled"], None)),
-                "mean 2": milliseconds(s, partial(decode, caches["filled"], mean2)),
-                "mean 2, compact": milliseconds(s, partial(decode, caches["compact"], mean2)),
-                "layers alone": milliseconds(s, partial(by_hand, block, new)),
-            }
+            took: Row = {}
+            for way in ("", ", compact", *([", one call"] if s.device == "cuda" else [])):
+                loop.one_call = way == ", one call"
+                cache = ad.KVReuseCache("compact" if way == ", compact" else "filled", 256)
+                loop(x[:, :128], cache=cache, max_depth=depths(batch, 128, s, 2.0))
+                for what, depth in (("fixed", None), ("mean 2", mean2)):
+                    took[what + way] = milliseconds(s, partial(next_token, loop, x[:, 128:], cache, depth))
+            alone = milliseconds(s, partial(by_hand, block, x[:, 128:]))
+            yield {"model": name, "batch": batch, **took, "layers alone": alone}
 
 
 def launches(s: Sizes) -> Iterator[Row]:
@@ -263,7 +258,7 @@ def launches(s: Sizes) -> Iterator[Row]:
     name = next(iter(s.models))
     loop, x = looped(s, name, rule=ad.Threshold(0.5))
     for way in ("packed", *(("flex",) if s.device == "cuda" else ())):
-        loop.flex = way == "flex"
+        loop.one_call = way == "flex"
         with autocast(s):
             loop(x).hidden.sum().backward()
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if s.device == "cuda" else [])]

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import adadepth
+from adadepth.attention import varlen
 from adadepth.attention.how import How
 
 DEVICE, CPU = torch.device("lazy", 0), torch.device("cpu")
@@ -206,16 +207,21 @@ class _Attention:
     """Counts attention in a loop as one operator, as a GPU has it."""
 
     def __init__(self) -> None:
-        self.within, self.answer = False, How.answer
+        self.within = False
 
-    def __call__(self, how: How, *args: Any) -> Tensor:
-        for counts in _counting:
-            counts.operators["attention"] += 1
-        self.within = True
-        try:
-            return self.answer(how, *args)
-        finally:
-            self.within = False
+    def of(self, answer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """An attention that is counted."""
+
+        def counted(*args: Any) -> Tensor:
+            for counts in _counting:
+                counts.operators["attention"] += 1
+            self.within = True
+            try:
+                return answer(*args)
+            finally:
+                self.within = False
+
+        return counted
 
 
 _attention = _Attention()
@@ -227,7 +233,10 @@ def counting() -> Iterator[Counts]:
     counts = Counts()
     _counting.append(counts)
     try:
-        with mock.patch.object(How, "answer", lambda how, *args: _attention(how, *args)):
+        with (
+            mock.patch.object(How, "answer", _attention.of(How.answer)),
+            mock.patch.object(varlen, "attend", _attention.of(varlen.attend)),
+        ):
             yield counts
     finally:
         _counting.remove(counts)

@@ -121,9 +121,10 @@ CALLS: dict[str, Scenario] = {
 
 
 @torch.no_grad()
-def cached(device: torch.device, layout: Any, batch: int, kind: str) -> Any:
+def cached(device: torch.device, layout: Any, batch: int, kind: str, one_call: bool = False) -> Any:
     """A prompt, tokens, a cropped cache, other rows, and tokens again."""
     looped = loop_of(device, kind=kind, deep=True).eval()
+    looped.one_call = one_call
     torch.manual_seed(2)
     cache, x = ad.KVReuseCache(layout), rows(device, batch, 9)
     mask = torch.arange(4, device=device) >= torch.arange(batch, device=device).unsqueeze(1)
@@ -141,6 +142,10 @@ CACHES: dict[str, Scenario] = {
     for layout in ("filled", "compact", "single")
     for batch in (1, 3)
     for kind in ("attention", "grouped-query", "window", "softcap and sinks")
+} | {
+    f"in one call, {layout}, {kind}": partial(cached, layout=layout, batch=3, kind=kind, one_call=True)
+    for layout in ("filled", "single")
+    for kind in ("window", "softcap and sinks")
 }
 
 
@@ -154,9 +159,10 @@ def moved(device: torch.device) -> Any:
     return looped.to(device)(x[:, 4:].to(device), cache=cache.to(device))
 
 
-def served(device: torch.device, layout: Any, update: str, gate: str) -> Any:
+def served(device: torch.device, layout: Any, update: str, gate: str, one_call: bool = False) -> Any:
     """Rows that begin at different times, and one that is dropped."""
     looped = loop_of(device, update=update, gate=gate).eval()
+    looped.one_call = one_call
     torch.manual_seed(2)
     batch, x = DepthBatch(looped, ad.KVReuseCache(layout, 8), 2, 4), rows(device, 2, 5)
     batch.begin([0], x[:1, :3])
@@ -175,6 +181,7 @@ def served(device: torch.device, layout: Any, update: str, gate: str) -> Any:
 
 SERVED: dict[str, Scenario] = {
     "a cache that moves": moved,
+    "in one call": partial(served, layout="filled", update="Interpolate", gate="LinearGate", one_call=True),
     **{
         f"{layout}, {update}, {gate}": partial(served, layout=layout, update=update, gate=gate)
         for layout in ("filled", "compact")

@@ -42,7 +42,7 @@ def test_it_is_the_definition(kind: str, seen: list[None]) -> None:
         want = by_definition(BLOCKS[kind], case, s)
         assume(len(want.live.sum(-1)[want.live[..., 0]].unique()) > 1)
         loop = ad.RecurrentWrapper(**s.pieces).eval()
-        loop.flex = True
+        loop.one_call = True
         with torch.no_grad():
             out = loop(s.x, **s.arguments)
         assert_same(
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_grouped_rows() -> None:
     for flexible in (False, True):
         s = setting(BLOCKS["view"], case, torch.float32)
         loop = ad.RecurrentWrapper(**s.pieces).cuda()
-        loop.flex = flexible
+        loop.one_call = flexible
         given: Any = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in s.arguments.items()}
         loop(s.x.cuda(), **given).hidden.square().sum().backward()
         grads.append([p.grad for p in loop.parameters() if p.grad is not None])

@@ -104,7 +104,7 @@ def at_once(loop: ad.RecurrentWrapper, x: Tensor) -> ad.Output:
 
 
 def with_flex(loop: ad.RecurrentWrapper, x: Tensor) -> ad.Output:
-    loop.flex = True
+    loop.one_call = True
     return loop(x, mask=MASK)
 
 

@@ -14,7 +14,7 @@ import adadepth as ad
 from adadepth import _vocabulary, calibration, criteria, diagnostics, gates, losses, selection
 from adadepth import depths as ad_depths
 from adadepth.attention import dense, how, packed, tokens
-from adadepth.cache import layouts, view
+from adadepth.cache import grids, paged, view
 from adadepth.loop import iterations
 from adadepth.loop.bounds import Bounds
 from adadepth.serving import batch
@@ -38,7 +38,8 @@ PLANTED: dict[str, tuple[Any, str, str]] = {
     "attention, dense": (dense, "seen", "block: grouped-query, causal True, skip False, mask ragged"),
     "attention, tokens": (tokens, "positions_of", "block: view, causal False, skip False, mask ragged"),
     "attention, written out": (how.How, "_written_out", "block: softcap and sinks, causal True, skip True, mask none"),
-    "cache, layouts": (layouts, "_part", "cache: filled, batch 3, attention"),
+    "cache, grids": (grids, "_part", "cache: filled, batch 3, attention"),
+    "cache, pages": (paged, "sequences", "cache: in one call, filled, window"),
     "cache, views": (view, "seen", "cache: compact, batch 3, window"),
     "loop, bounds": (Bounds, "clamp", "call: ints, {'skip': True}"),
     "loop, iterations": (iterations, "_stays", "loop: LinearGate, Threshold, True, Replace, none"),

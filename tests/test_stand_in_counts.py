@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import adadepth as ad
 from adadepth import _vocabulary
-from adadepth.attention import flex
+from adadepth.attention import flex, varlen
 from adadepth.attention.how import How
 
 
@@ -52,7 +52,9 @@ def test_waits_are_counted_by_place() -> None:
 def counted(call: Callable[..., None], padded: bool, **options: Any) -> Counts:
     """Of one call with a stack of two layers and four iterations, on 8 rows of 16 tokens."""
     with stand_in(), torch.set_grad_enabled(call is train):
+        one_call = options.pop("one_call", False)
         looped = loop_of(DEVICE, kind="stack", **options).train(call is train)
+        looped.one_call = one_call
         torch.manual_seed(2)
         x = rows(DEVICE, 8, 16)
         mask = torch.arange(16, device=DEVICE) >= torch.arange(8, device=DEVICE).unsqueeze(1)
@@ -84,7 +86,8 @@ CEILINGS: dict[str, tuple[Any, bool, dict[str, Any], tuple[int, int, int]]] = {
     "dense training, padded": (train, True, {"skip": False}, (0, 0, 700)),
     "packed evaluation": (evaluate, False, {}, (3, 6, 484)),
     "packed evaluation, padded": (evaluate, True, {}, (4, 8, 608)),
-    "decode at batch 8": (decode, True, {}, (3, 5, 397)),
+    "decode at batch 8": (decode, True, {}, (3, 1, 397)),
+    "decode at batch 8, one call": (decode, True, {"one_call": True}, (3, 1, 308)),
 }
 
 
@@ -150,7 +153,7 @@ def test_under_flex_attention_rows_that_differ_launch_no_more() -> None:
         return q + k.sum() * v.sum()  # three operators
 
     with stand_in(), mock.patch.object(flex, "_attention", return_value=answered):
-        counts = [looped_with(depth, backward=False, flex=True).operators for depth in (EVEN, UNEVEN)]
+        counts = [looped_with(depth, backward=False, one_call=True).operators for depth in (EVEN, UNEVEN)]
     assert counts[0] == counts[1] and counts[0]["attention"] == LAYERS
 
 
@@ -167,3 +170,46 @@ def test_ponder_launches_few_operators() -> None:
             out.sum().backward()
     assert forward.operators["log_"] == 4  # chunks
     assert forward.operators.total() <= 71 and backward.operators.total() <= 52
+
+
+Key = tuple[Any, ...]
+
+
+def key(part: Any) -> Key:
+    """What a kernel's plan depends on."""
+    if isinstance(part, Tensor):
+        return tuple(part.shape), part.stride(), part.dtype
+    return tuple(map(key, part)) if isinstance(part, tuple) else (part,)
+
+
+@pytest.mark.parametrize("batch", [8, 32])
+def test_a_cache_in_one_call_tells_the_device_nothing_and_asks_alike_for_each_token(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of other lengths and depths, 6 tokens each: the block never waits, nor sends; calls differ by live rows."""
+    keys, attend = set[Key](), varlen.attend
+
+    def noted(*args: Any) -> Tensor:
+        keys.add(key(args))
+        return attend(*args)
+
+    monkeypatch.setattr(varlen, "attend", noted)
+    with stand_in(), torch.no_grad(), counting() as counts:
+        looped = loop_of(DEVICE, kind="stack").eval()
+        looped.one_call = True
+        inside = list[tuple[int, int]]()
+
+        def note(*_: Any) -> None:
+            inside.append((counts.waits.total(), counts.sent.total()))
+
+        looped.block.register_forward_pre_hook(note)
+        looped.block.register_forward_hook(note)
+        x, cache = rows(DEVICE, batch, 26), ad.KVReuseCache(capacity=26)
+        mask = torch.arange(20, device=DEVICE) >= torch.arange(batch, device=DEVICE).unsqueeze(1) % 17
+        looped(x[:, :20], mask=mask, cache=cache)
+        keys.clear()
+        sizes = set[int]()
+        for column in range(20, 26):
+            sizes |= set(looped(x[:, column : column + 1], cache=cache).trace.live.sum((0, 1)).tolist())
+    assert len(inside) > 6 * 2 and inside[::2] == inside[1::2]
+    assert len(keys) == len(sizes - {0}) > 1

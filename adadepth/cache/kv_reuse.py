@@ -10,7 +10,10 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from .layouts import Grids, Layout, Pool, chosen, longer, zeros
+from .grids import Grids
+from .layouts import Layout, chosen, longer, zeros
+from .pages import Pages
+from .pool import Pool
 from .runs import Span
 from .tokens import CachedTokens
 
@@ -147,10 +150,13 @@ class KVReuseCache:
         return self
 
     @contextmanager
-    def open(self, x: Tensor, mask: Tensor | None, steps: int, causal: bool, owner: object) -> Iterator[CachedTokens]:
+    def open(
+        self, x: Tensor, mask: Tensor | None, steps: int, causal: bool, owner: object, one_call: bool
+    ) -> Iterator[CachedTokens]:
         """The tokens of a pass over the rows `x (batch, seq, dim)`; should it raise, the cache is as before.
 
-        Arguments: `owner`, what stands for the wrapper that passes.
+        Arguments: `owner`, what stands for the wrapper that passes; `one_call`, whether it asks all rows together,
+            which at the first pass decides how entries lie in memory.
         """
         self._check(x, steps, causal, owner)
         batch, seq = x.shape[:2]
@@ -160,7 +166,7 @@ class KVReuseCache:
         longest = max(after, default=0)
         self._check_capacity(longest)
         try:
-            entries = self._with_room(longest, batch, steps, x.device)
+            entries = self._with_room(longest, batch, steps, x.device, one_call)
             yield CachedTokens.of(x, mask, entries, list(map(Span, range(batch), before, after)), {})
             self._owner = weakref.ref(owner)
         except BaseException:
@@ -172,7 +178,7 @@ class KVReuseCache:
         self._depth.view(-1).index_copy_(0, tokens.slots.flat, tokens.take(depth).squeeze(0))
         self._lengths, self.layers = [span.after for span in tokens.held.spans], tokens.held.entries.calls
 
-    def reserve(self, rows: int, steps: int, device: torch.device, owner: object) -> None:
+    def reserve(self, rows: int, steps: int, device: torch.device, owner: object, one_call: bool) -> None:
         """Room for `rows` rows, none of which holds anything, for passes over some of them.
 
         Raises: `ValueError` for a cache that holds something, or without a capacity.
@@ -183,7 +189,7 @@ class KVReuseCache:
                 f"Expected a new KVReuseCache with a capacity, the most tokens that a row may hold, got {held}. Pass "
                 f"adadepth.KVReuseCache(layout={self.layout!r}, capacity=2048), say."
             )
-        self._with_room(self.capacity, rows, steps, device)
+        self._with_room(self.capacity, rows, steps, device, one_call)
         self._lengths, self._owner = [0] * rows, weakref.ref(owner)
 
     def behind(self, x: Tensor, mask: Tensor | None, starts: Mapping[int, int]) -> CachedTokens:
@@ -248,15 +254,15 @@ class KVReuseCache:
                 f"{longest}. Give it the capacity of prompt and new tokens together, or None."
             )
 
-    def _with_room(self, longest: int, batch: int, steps: int, device: torch.device) -> Layout:
+    def _with_room(self, longest: int, batch: int, steps: int, device: torch.device, one_call: bool) -> Layout:
         if self._entries is None:
             room = self.capacity or longest
-            kind = {"filled": steps, "single": 1}.get(self.layout)
-            self._entries = Pool(steps, batch, room, device) if kind is None else Grids(kind, batch, room)
-            self._depth = zeros(torch.empty(0, dtype=torch.int64, device=device), batch, room)
+            kind, planes = {"filled": steps, "single": 1}.get(self.layout), Pages if one_call else Grids
+            self._entries = Pool(steps, batch, room, device) if kind is None else planes(kind, batch, room)
+            self._depth = zeros(torch.empty(0, dtype=torch.int64, device=device), batch, self._entries.capacity)
             self.steps = steps
         if longest > self._entries.capacity:
-            room = max(longest, self._entries.capacity * 3 // 2)
+            room = self._entries.rounded(max(longest, self._entries.capacity * 3 // 2))
             depth = longer(self._depth, 1, room)
             self._entries.grow(room)
             self._depth = depth

@@ -13,13 +13,6 @@ from torch import Tensor
 
 from ..attention.view import KV
 
-# A pool that is full grows by one part in so many, which bounds how often an entry is copied.
-GROWTH = 64
-# It is cleared once more than one part in so many of its entries is shown by nobody.
-WASTE = 256
-# Looking is slow: after parts of rows are forgotten, only once that may be more than one part in so many.
-LOOSE = 8
-
 
 @final
 class Slots:
@@ -46,6 +39,10 @@ class Layout(ABC):
     """
 
     capacity: int
+
+    def rounded(self, capacity: int) -> int:
+        """The capacity that rows get where they need so many slots."""
+        return capacity
 
     @abstractmethod
     def place(self, parts: Sequence[tuple[int, Slots]]) -> None:
@@ -86,7 +83,7 @@ class Layout(ABC):
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
-        """Give each row more slots."""
+        """Give each row more slots, a number that is rounded."""
 
     @abstractmethod
     def take(self, rows: Tensor, used: int) -> None:
@@ -107,197 +104,6 @@ class Layout(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> None:
         """Move it."""
-
-
-@final
-class Grids(Layout):
-    """A grid of slots for each of the first `iterations`; the last serves all that follow.
-
-    With as many as the loop has steps, every iteration's grid is complete (the fastest to read); with
-    one, each token shows its newest entry to every iteration.
-    """
-
-    def __init__(self, iterations: int, batch: int, capacity: int) -> None:
-        self.iterations, self.batch, self.capacity = iterations, batch, capacity
-        self.grids: list[KV] = []  # (iterations, batch, kv_heads, capacity, head_dim): a head is read in one run
-
-    def place(self, parts: Sequence[tuple[int, Slots]]) -> None:
-        self.parts = parts
-        self.found = dict[tuple[int, torch.device], Tensor]()
-
-    def last(self, step: int, slots: Slots) -> None:
-        later = self._plane(step) + 1
-        if later == self.iterations or not slots.flat.numel():
-            return
-        for grid in self.tensors():
-            planes = grid.view(self.iterations, -1, grid.shape[-1])
-            where = slots.vectors(grid.shape[2], grid.device).flatten()
-            entries = planes[later - 1].index_select(0, where)
-            planes[later:].index_copy_(1, where, entries.expand(self.iterations - later, -1, -1))
-
-    def _plane(self, step: int) -> int:
-        return min(step, self.iterations - 1)
-
-    def _where(self, heads: int, device: torch.device) -> Tensor:
-        """Where the vectors that are written next stand in all planes, `(heads * T,)`, head by head."""
-        size = self.batch * heads * self.capacity
-        planes = [slots.vectors(heads, device) + self._plane(step) * size for step, slots in self.parts]
-        return (planes[0] if len(planes) == 1 else torch.cat(planes, 1)).flatten()
-
-    @property
-    def calls(self) -> int:
-        return len(self.grids)
-
-    def held(self, call: int) -> KV:
-        return self.grids[call]
-
-    def put(self, call: int, k: Tensor, v: Tensor) -> None:
-        if call == len(self.grids):
-            self.grids.append((self._grid(k), self._grid(v)))
-        which = k.shape[1], k.device
-        if which not in self.found:
-            self.found[which] = self._where(*which)
-        for grid, new in zip(self.grids[call], (k, v), strict=True):
-            grid.view(-1, grid.shape[-1]).index_copy_(0, self.found[which], new.reshape(-1, new.shape[-1]))
-
-    def _grid(self, new: Tensor) -> Tensor:
-        heads, _, head_dim = new.shape[1:]
-        return zeros(new, self.iterations, self.batch, heads, self.capacity, head_dim)
-
-    def read(self, call: int, step: int, rows: slice, width: int) -> KV:
-        k, v = self.grids[call]
-        plane = self._plane(step)
-        return _part(k, plane, rows, width), _part(v, plane, rows, width)
-
-    def grow(self, capacity: int) -> None:
-        self.grids = [(longer(k, 3, capacity), longer(v, 3, capacity)) for k, v in self.grids]
-        self.capacity = capacity
-
-    def take(self, rows: Tensor, used: int) -> None:
-        self.grids = [(self._taken(k, rows, used), self._taken(v, rows, used)) for k, v in self.grids]
-        self.batch = len(rows)
-
-    def _taken(self, grid: Tensor, rows: Tensor, used: int) -> Tensor:
-        return longer(chosen(grid[:, :, :, :used], 1, rows), 3, self.capacity)
-
-    def keep(self, lengths: Sequence[int], used: int) -> None:
-        for grid in self.tensors():
-            for row, length in enumerate(lengths):
-                grid[:, row, :, length:used] = 0
-
-    def clear(self, row: int, slots: slice) -> None:
-        for grid in self.tensors():
-            grid[:, row, :, slots] = 0
-
-    def tensors(self) -> list[Tensor]:
-        return [tensor for kv in self.grids for tensor in kv]
-
-    def to(self, device: torch.device | str) -> None:
-        self.grids = [(k.to(device), v.to(device)) for k, v in self.grids]
-
-
-@final
-class Pool(Layout):
-    """Only the entries that were made, one after the other, and a table of which one a slot shows when.
-
-    Entry 0 is zero and belongs to no token. Rows may show the same entries: beams share their past.
-    """
-
-    def __init__(self, iterations: int, batch: int, capacity: int, device: torch.device) -> None:
-        self.capacity, self.count = capacity, 1
-        self.loose = 0  # at most so many entries are shown by nobody since it was last looked at
-        self.table = zeros(torch.empty(0, dtype=torch.int32, device=device), iterations, batch, capacity)
-        self.pools: list[KV] = []  # (entries, kv_heads, head_dim)
-
-    def place(self, parts: Sequence[tuple[int, Slots]]) -> None:
-        self.first = self.count
-        for step, slots in parts:
-            flat, last = slots.flat, self.count + len(slots.flat)
-            entries = torch.arange(self.count, last, dtype=torch.int32, device=flat.device)
-            self.count = last
-            # Numbers are small: all later iterations are shown this entry until there is another.
-            showing = self.table[step:].flatten(1, 2)
-            showing.index_copy_(1, flat, entries.expand(len(showing), -1))
-        self.shown = dict[tuple[int, int, int, int], Tensor]()
-
-    def last(self, step: int, slots: Slots) -> None:
-        del step, slots  # the table shows it
-
-    @property
-    def calls(self) -> int:
-        return len(self.pools)
-
-    def held(self, call: int) -> KV:
-        k, v = self.pools[call]
-        return k.transpose(0, 1), v.transpose(0, 1)
-
-    def put(self, call: int, k: Tensor, v: Tensor) -> None:
-        k, v = (new.squeeze(0).transpose(0, 1) for new in (k, v))
-        if call == len(self.pools):
-            self.pools.append((zeros(k, 1, *k.shape[1:]), zeros(v, 1, *v.shape[1:])))
-        if len(self.pools[call][0]) < self.count:
-            k_pool, v_pool = self.pools[call]
-            size = max(self.count, len(k_pool) + len(k_pool) // GROWTH)
-            self.pools[call] = longer(k_pool, 0, size), longer(v_pool, 0, size)
-        for pool, new in zip(self.pools[call], (k, v), strict=True):
-            pool[self.first : self.count] = new
-
-    def read(self, call: int, step: int, rows: slice, width: int) -> KV:
-        k, v = self.pools[call]
-        which = (step, rows.start, rows.stop, width)
-        if which not in self.shown:
-            self.shown[which] = self.table[step, rows, :width].flatten()
-        entries = self.shown[which].to(k.device)
-        shape = (rows.stop - rows.start, width)
-        return (
-            k.index_select(0, entries).unflatten(0, shape).transpose(1, 2),
-            v.index_select(0, entries).unflatten(0, shape).transpose(1, 2),
-        )
-
-    def grow(self, capacity: int) -> None:
-        self.table, self.capacity = longer(self.table, 2, capacity), capacity
-
-    def take(self, rows: Tensor, used: int) -> None:
-        self.table = chosen(self.table, 1, rows)
-        self._collect()
-
-    def keep(self, lengths: Sequence[int], used: int) -> None:
-        for row, length in enumerate(lengths):
-            self.table[:, row, length:used] = 0
-        self._collect()
-
-    def clear(self, row: int, slots: slice) -> None:
-        gone = self.table[:, row, slots]
-        self.loose += int(gone.count_nonzero())
-        gone.zero_()
-        if not slots.start or self.loose > self.count // LOOSE:
-            self._collect()
-
-    def tensors(self) -> list[Tensor]:
-        return [self.table, *(tensor for kv in self.pools for tensor in kv)]
-
-    def to(self, device: torch.device | str) -> None:
-        self.table = self.table.to(device)
-        self.pools = [(k.to(device), v.to(device)) for k, v in self.pools]
-
-    def _collect(self) -> None:
-        """Drop the entries that no slot shows, once they are too many."""
-        self.loose = 0
-        used = torch.cat([self.table.new_zeros(1), self.table.flatten()]).unique()
-        if self.count - len(used) <= self.count // WASTE:
-            return
-        with torch.inference_mode(False):
-            self.table = torch.searchsorted(used, self.table, out_int32=True)
-        self.pools = [(chosen(k, 0, used), chosen(v, 0, used)) for k, v in self.pools]
-        self.count = len(used)
-
-
-def _part(grid: Tensor, plane: int, rows: slice, width: int) -> Tensor:
-    """`grid[plane, rows, :, :width]`, in one step: it is made for every row of every attention call."""
-    heads, head_dim = grid.shape[2], grid.shape[4]
-    by_plane, *strides = grid.stride()
-    first = plane * by_plane + rows.start * strides[0]
-    return grid.as_strided((rows.stop - rows.start, heads, width, head_dim), strides, first)
 
 
 def zeros(like: Tensor, *shape: int) -> Tensor:

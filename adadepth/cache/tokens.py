@@ -17,7 +17,8 @@ from .runs import Run, Span, runs_of
 class Held:
     """What a cache knows of a pass over rows `live (batch, seq)`: where they stand in `entries`, one span for each.
 
-    `begun` says of each row of the cache how many of its slots are taken now, by tokens that began later too.
+    `begun` says of each row of the cache how many of its slots are taken now, by tokens that began later too;
+    `numbers (batch,)` int64 are the rows of the cache that these are.
     """
 
     def __init__(
@@ -25,28 +26,19 @@ class Held:
     ) -> None:
         self.entries, self.spans, self.begun = entries, spans, begun
         self._live, self._mask = live, mask
-
-    @lazy
-    def _sent(self) -> tuple[Tensor, ...]:
-        """What the device is told, at once: of each row its number, its first new position, and the slot of that."""
-        capacity = self.entries.capacity
-        each = [(row, before, row * capacity + before) for row, before, _ in self.spans]
-        return torch.tensor(each, dtype=torch.int64, device=self._live.device).view(-1, 3).unbind(1)
-
-    @property
-    def numbers(self) -> Tensor:
-        """The row of the cache that each row stands in, `(batch,)` int64."""
-        return self._sent[0]
+        each = [(row, before, row * entries.capacity + before) for row, before, _ in spans]
+        sent = torch.tensor(each, dtype=torch.int64, device=live.device)  # at once
+        self.numbers, self._first, self._slot = sent.view(-1, 3).unbind(1)
 
     @lazy
     def positions(self) -> PositionRows:
         """The places of the tokens in their rows."""
-        return self._sent[1].unsqueeze(1) + positions_of(self._live, self._mask)
+        return self._first.unsqueeze(1) + positions_of(self._live, self._mask)
 
     @lazy
     def slots(self) -> Tensor:
         """Where the tokens stand in the flattened slots of the cache, `(batch, seq)` int64."""
-        return self._sent[2].unsqueeze(1) + positions_of(self._live, self._mask)
+        return self._slot.unsqueeze(1) + positions_of(self._live, self._mask)
 
 
 @final

@@ -1,7 +1,7 @@
 """The view under which the tokens that run ask a cache."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ class _Asking(NamedTuple):
         return self.run.size * self.run.queries
 
 
-@final
 class CachedView(TokenView):
     """What is asked is a cache, which holds these tokens behind those of earlier passes.
 

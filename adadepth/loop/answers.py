@@ -39,7 +39,7 @@ def _iterate(
     given: Mapping[str, Any],
 ) -> tuple[Tensor, list[KV] | None]:
     """The block's output, and all tokens' keys and values if the next iteration may need them."""
-    view = view_of(tokens, step, loop.causal, past, keep, loop.flex)
+    view = view_of(tokens, step, loop.causal, past, keep, loop.one_call)
     out = run(loop.block, x, view, given, tokens.live.shape)
     return out, view.present if keep else None
 

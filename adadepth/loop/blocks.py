@@ -16,24 +16,28 @@ from ..attention.packed import PackedView
 from ..attention.prepare import refuse_compiled
 from ..attention.tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens
 from ..attention.view import KV, TokenView
-from ..cache.tokens import CachedTokens
+from ..cache.paged import PagedView
+from ..cache.tokens import CachedTokens, JoinedTokens
 from ..cache.view import CachedView
 from .explain import explain
 
-_VIEWS: dict[type[TokenSet], type[TokenView]] = {
-    WholeTokens: WholeView,
-    DenseTokens: DenseView,
-    PackedTokens: PackedView,
-    CachedTokens: CachedView,
+# Of each kind of tokens: as they are asked by default, and in one call whatever their rows.
+_VIEWS: dict[type[TokenSet], tuple[type[TokenView], type[TokenView]]] = {
+    WholeTokens: (WholeView, WholeView),
+    DenseTokens: (DenseView, DenseView),
+    PackedTokens: (PackedView, FlexView),
+    CachedTokens: (CachedView, PagedView),
+    JoinedTokens: (CachedView, PagedView),
 }
 
 
-def view_of(tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool, flex: bool) -> TokenView:
+def view_of(
+    tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool, one_call: bool
+) -> TokenView:
     """The view of one iteration; where no token runs, of one that stands in: not every block runs on none."""
     if tokens.empty:
         tokens, past = WholeTokens(torch.ones(1, 1, dtype=torch.bool, device=tokens.live.device), skip=True), None
-    kind = FlexView if flex and isinstance(tokens, PackedTokens) else _VIEWS[type(tokens)]
-    return kind(tokens, step, causal, past, keep)
+    return _VIEWS[type(tokens)][one_call](tokens, step, causal, past, keep)
 
 
 def run(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any], shape: torch.Size) -> Tensor:

@@ -30,7 +30,7 @@ class Loop(Protocol):
     update: Update
     causal: bool
     checkpoint: bool
-    flex: bool
+    one_call: bool
     training: bool
     agree: Callable[[bool], bool]
 

@@ -61,8 +61,9 @@ class RecurrentWrapper(Called, nn.Module):
     it makes of it is dropped. Ranks that run one loop together need `adadepth.ranks.any_rank` there.
 
     The first time that tokens are skipped, the wrapper runs a few of them packed and in rows and compares, in the
-    mode it is in; `self_check = False` leaves that out. With `flex = True` packed tokens ask in one call of flex
-    attention, however their rows differ: it is for a GPU, where it is not measured yet. `torch.compile` takes a
+    mode it is in; `self_check = False` leaves that out. With `one_call = True` the tokens that run ask in one call
+    an attention layer, however their rows differ: packed ones by flex attention, those with a cache by attention over
+    pages. A cache learns it in its first pass. It is for a GPU, where it is not measured yet. `torch.compile` takes a
     wrapper with `skip=False`; one that skips, checkpoints or has a cache runs in eager, and the model around it is
     compiled.
 
@@ -71,7 +72,7 @@ class RecurrentWrapper(Called, nn.Module):
     """
 
     self_check: bool = True
-    flex: bool = False
+    one_call: bool = False
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class RecurrentWrapper(Called, nn.Module):
         if cache is None:
             return self._loop(x, all_tokens(x, mask, self.skip), start, given, bounds, states)
         check_cache(cache, self)
-        with cache.open(x, mask, self.steps, self.causal, self._identity) as tokens:
+        with cache.open(x, mask, self.steps, self.causal, self._identity, self.one_call) as tokens:
             out = self._loop(x, tokens, start, given, bounds, states)
             cache.commit(tokens, out.trace.depth)
         return out

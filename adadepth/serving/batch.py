@@ -16,11 +16,10 @@ from .._types import HiddenRows, MaskRows
 from ..attention.context import Here, Together
 from ..cache.kv_reuse import KVReuseCache
 from ..cache.tokens import JoinedTokens
-from ..cache.view import CachedView
 from ..loop.agreement import altered
 from ..loop.answers import scored, updated
 from ..loop.arguments import check_given, check_rows
-from ..loop.blocks import run_block
+from ..loop.blocks import run_block, view_of
 from ..loop.bounds import Bounds, Depth
 from ..loop.checks import check_any_row, check_scores, check_together
 from ..loop.iterations import AskBlock, AskGate, AskUpdate
@@ -86,7 +85,7 @@ class DepthBatch:
                 f"training={looped.training}. Call looped.eval() first; a loop that is not causal has no next token."
             )
         device = next((p.device for p in looped.parameters()), torch.device("cpu"))
-        cache.reserve(rows, looped.steps, device, looped._identity)
+        cache.reserve(rows, looped.steps, device, looped._identity, looped.one_call)
         self.looped, self.cache, self.rows, self.width = looped, cache, rows, width
         self._passes: list[Pass] = []
         self._flights: list[list[Flight]] = [[] for _ in range(rows)]
@@ -231,7 +230,7 @@ class DepthBatch:
             return
         runs = [run for run, _ in asked]
         (step, tokens), *others = parts = [run.part for run in runs]
-        view = CachedView(JoinedTokens(parts), 0, True) if others else CachedView(tokens, step, True)
+        view = view_of(JoinedTokens(parts) if others else tokens, step, True, None, False, self.looped.one_call)
         given = together([run.each_given() for run in runs])
         h = run_block(self.looped.block, _joined([ask.x for _, ask in asked]), view, given)
         for run, part in _split(h, runs):

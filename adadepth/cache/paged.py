@@ -1,0 +1,70 @@
+"""The view under which all tokens that run ask a cache in one call of an attention layer."""
+
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention import varlen
+from ..attention.how import How, answering
+from ..attention.varlen import Sequences
+from .pages import Pages
+from .runs import Span
+from .view import CachedView
+
+
+@final
+class PagedView(CachedView):
+    """One call a layer, whatever the lengths, depths and iterations of the rows.
+
+    A sequence of the call is a run of neighbouring positions of a row: one token at decoding, all of a prompt. They are
+    found once for all layers, on the device, without a wait. At decoding, shapes depend on the number of tokens that
+    run alone. What the call has not (softcap, sinks, dropout, other dtypes on a GPU), and the layout "compact", keep
+    a call for each group of rows.
+    """
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
+        if not isinstance(self.entries, Pages) or not varlen.serves(q, k, v, how):
+            return super()._attend(q, k, v, how)
+        pages, device = self.entries.pages(self.calls - 1), q.device
+        of = self._mask_of(("sequences", device), lambda: self._sequences(device))
+        with answering():
+            out = varlen.attend(q.squeeze(0).transpose(0, 1), *pages, of, how)
+        return out.transpose(0, 1).unsqueeze(0)
+
+    def _sequences(self, device: torch.device) -> Sequences:
+        assert isinstance(self.entries, Pages)
+        number, longest = self._bounds()
+        return sequences(self.entries.places(device), number, longest, self.entries)
+
+    def _bounds(self) -> tuple[int, int]:
+        """How many sequences there may be, and how many queries one may have: as much as the host knows."""
+        number = sum(
+            _most_runs(n, span) for _, part in self.parts for n, span in zip(part.asked, part.held.spans, strict=True)
+        )
+        most = [max(part.asked) for _, part in self.parts]
+        # Of two parts, tokens of a row may be neighbours in one plane.
+        return number, 1 if max(most) == 1 else sum(most)
+
+
+def _most_runs(asked: int, span: Span) -> int:
+    """How many runs so many of a row's new tokens make at most: between two is one that does not ask."""
+    return min(asked, span.after - span.before - asked + 1)
+
+
+def sequences(places: Tensor, number: int, longest: int, entries: Pages) -> Sequences:
+    """The runs of neighbours in a row among `places (T,)` int64; empty ones fill up the number."""
+    total, capacity, device = len(places), entries.capacity, places.device
+    if longest == 1:
+        starts, last = torch.arange(total + 1, dtype=torch.int32, device=device), places
+    else:
+        begins = F.pad(places[1:] != places[:-1] + 1, (1, 0), value=True) | (places % capacity == 0)
+        found = torch.nonzero_static(begins, size=number, fill_value=total).squeeze(1)
+        starts = F.pad(found, (0, 1), value=total)
+        last = places.index_select(0, starts[1:] - 1)
+        starts = starts.int()
+    row, slot = last // capacity, last % capacity
+    each = capacity // entries.page
+    pages = (row * each).unsqueeze(1) + torch.arange(each, device=device)
+    return Sequences(starts, (slot + 1).int(), pages.int(), longest)
