@@ -143,7 +143,7 @@ def test_operators_of_24_layers_against_a_loop_by_hand() -> None:
     """Rows that differ ask in groups, each in a call of its own: flex attention is for them."""
     with stand_in():
         hand = by_hand(rows(DEVICE, 8, 16)).operators.total()
-        for depth, skip, most in ((EVEN, True, 1.19), (EVEN, False, 1.21), (UNEVEN, True, 1.78)):
+        for depth, skip, most in ((EVEN, True, 1.15), (EVEN, False, 1.21), (UNEVEN, True, 1.78)):
             assert 1.0 < looped_with(depth, skip=skip).operators.total() / hand <= most, (skip, most)
 
 
