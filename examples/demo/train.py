@@ -76,8 +76,8 @@ class Training:
         if slow:
             self.optimiser.add_param_group({"params": slow, "scale": self.recipe.gate_lr})
 
-    def fixed(self, data: Tensor, depth: int) -> Progress:
-        """One step with every byte at `depth`."""
+    def fixed(self, data: Tensor, depth: int | Tensor) -> Progress:
+        """One step with every byte at `depth`, or each at its own."""
         return self._update(data, lambda trace: 0.0, min_depth=depth, max_depth=depth)
 
     def adaptive(self, data: Tensor, policy: Policy) -> Progress:
@@ -108,7 +108,7 @@ class Training:
         *_, last = losses = self.losses(windows).mean((0, 1))[1:]
         return last + 0.5 * losses[:-1].mean() if len(losses) > 1 else last
 
-    def _update(self, data: Tensor, cost: Any, **depths: int) -> Progress:
+    def _update(self, data: Tensor, cost: Any, **depths: int | Tensor) -> Progress:
         windows = self._windows(data)
         prediction = self.model(windows[:, :-1], **depths)
         loss = nll(prediction.logits, windows[:, 1:]).mean()
