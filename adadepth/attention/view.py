@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx
 from .._types import Attended, Keys, Queries, Values
 from .context import Here, Together
 from .how import How
+from .operator import asked_in_graph
 from .tokens import TokenSet, WholeTokens
 
 KV = tuple[Tensor, Tensor]
@@ -77,6 +78,7 @@ class TokenView(ABC):
         self._grad = torch.is_grad_enabled()
         self._saving = _checkpointing() if self._grad else None
         self._shape = tokens.shape
+        self.in_graph = torch.compiler.is_compiling()
 
     @property
     def iteration(self) -> Int[Tensor, "rows length"]:
@@ -117,6 +119,8 @@ class TokenView(ABC):
         arXiv 2309.17453, section 3.3, as gpt-oss has them.
         """
         how = How(dropout_p, scale, enable_gqa, window, softcap, sinks)
+        if not self.in_graph and torch.compiler.is_compiling():
+            return asked_in_graph(self, q, k, v, **how._asdict())
         if window is not None:
             self._check_window(window)
         if self.bare:

@@ -12,6 +12,7 @@ from ..attention.catch import catching, takes_view
 from ..attention.context import Here, Together, Window, active, asked
 from ..attention.dense import DenseView, WholeView
 from ..attention.flex import FlexView
+from ..attention.operator import expect_graphs
 from ..attention.packed import PackedView
 from ..attention.prepare import refuse_compiled
 from ..attention.tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens
@@ -60,6 +61,7 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
     taken = takes_view(block)
     if not taken:
         refuse_compiled(block)
+    expect_graphs()
     copied, written = _guarded(x)
     before = active.here
     active.view, active.here, active.block, active.takes_view = view, view.here, block, taken
