@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx
 from .._types import Attended, Keys, Queries, Values
 from .context import Here, Together
 from .how import How
+from .linked import Ledger
 from .operator import asked_in_graph
 from .tokens import TokenSet, WholeTokens
 
@@ -79,6 +80,17 @@ class TokenView(ABC):
         self._saving = _checkpointing() if self._grad else None
         self._shape = tokens.shape
         self.in_graph = torch.compiler.is_compiling()
+        self.ledger: Ledger | None = None  # of layers that are compiled by themselves
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether the iteration is made again in the backward pass."""
+        return self._saving is not None
+
+    @property
+    def links(self) -> bool:
+        """Whether what compiled layers keep has gradients that are handed on around their graphs."""
+        return self._grad and self._saving is None and not self.in_graph
 
     @property
     def iteration(self) -> Int[Tensor, "rows length"]:
@@ -120,7 +132,7 @@ class TokenView(ABC):
         """
         how = How(dropout_p, scale, enable_gqa, window, softcap, sinks)
         if not self.in_graph and torch.compiler.is_compiling():
-            return asked_in_graph(self, q, k, v, **how._asdict())
+            return asked_in_graph(q, k, v, how._asdict())
         if window is not None:
             self._check_window(window)
         if self.bare:
