@@ -133,7 +133,7 @@ def enter(view: Any, x: Tensor) -> Tensor:
 
     Only where a layer may be compiled at all.
     """
-    if "torch._dynamo" not in sys.modules or not (view.past and view.links):
+    if not (view.links and view.past) or "torch._dynamo" not in sys.modules:
         return x
     past = [tensor for kv in view.past for tensor in kv]
     if not any(tensor.requires_grad for tensor in past):

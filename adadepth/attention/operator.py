@@ -92,9 +92,7 @@ def _check(view: Any, grad: bool) -> None:
         )
 
 
-def _without_gradients(
-    view: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: dict[str, Any]
-) -> Tensor:
+def _without_gradients(view: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, how: dict[str, Any]) -> Tensor:
     number = view.calls
     out: Tensor = view.attend(q, k, v, sinks=sinks, **how)
     if view.keep and not view.bare:
