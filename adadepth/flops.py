@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import _vocabulary as _vocabulary  # defines the operator whose formula stands below
 from ._given import named
 from ._modes import evaluating
+from .loop.eager import in_eager
 from .loop.wrapper import RecurrentWrapper
 
 LENGTHS = (2, 4)  # at which what grows with the square of the length is told from what grows with it
@@ -155,7 +156,7 @@ def _per_token(part: Callable[[Tensor], object], tokens: Sequence[Tensor]) -> Co
 
 
 def _count(run: Callable[..., object], *args: object) -> float:
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with in_eager(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         run(*args)
     return float(counter.get_total_flops())
 

@@ -13,7 +13,16 @@ torch.set_num_threads(1)
 adadepth.RecurrentWrapper.self_check = False
 # Files that take long: of two processes neither is to begin one when the other is done.
 LONG = [
-    *("test_compile", "test_flagship_training", "test_demo", "test_hf_zoo", "test_programs", "test_docs"),
+    *(
+        "test_compile",
+        "test_regional_compile",
+        "test_hf_compile",
+        "test_flagship_training",
+        "test_demo",
+        "test_hf_zoo",
+        "test_programs",
+        "test_docs",
+    ),
     *("test_flagship_evaluation", "test_ranks", "test_hf_surroundings", "test_hf_generate", "test_hf_serve"),
     *("test_small_examples", "test_loop", "test_flagship_text", "test_cache", "test_harness", "test_invariants"),
     *("test_hf_saving", "test_package", "test_flagship_cost", "test_hf_serving", "test_hf_drafts"),

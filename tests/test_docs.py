@@ -35,6 +35,7 @@ import adadepth as ad
 pytestmark = [
     pytest.mark.plain,  # snippets run as they do for a user, without the hook that checks shapes
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Dynamo's own
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
 ]
 
 ROOT = Path(__file__).parent.parent

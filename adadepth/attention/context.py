@@ -99,6 +99,7 @@ class Active(threading.local):
         self.window: Window | None = None
         self.apart = False
         self.attends = False
+        self.turn = torch.zeros(2, dtype=torch.int64)  # of the last call of attention that a graph made
 
 
 active = Active()

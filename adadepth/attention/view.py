@@ -19,6 +19,8 @@ from torch.autograd.function import FunctionCtx
 from .._types import Attended, Keys, Queries, Values
 from .context import Here, Together
 from .how import How
+from .linked import Ledger
+from .operator import asked_in_graph
 from .tokens import TokenSet, WholeTokens
 
 KV = tuple[Tensor, Tensor]
@@ -87,6 +89,18 @@ class TokenView(ABC):
         self._grad = torch.is_grad_enabled()
         self._saving = _checkpointing() if self._grad else None
         self._shape = tokens.shape
+        self.in_graph = torch.compiler.is_compiling()
+        self.ledger: Ledger | None = None  # of layers that are compiled by themselves
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether the iteration is made again in the backward pass."""
+        return self._saving is not None
+
+    @property
+    def links(self) -> bool:
+        """Whether what compiled layers keep has gradients that are handed on around their graphs."""
+        return self._grad and self._saving is None and not self.in_graph
 
     @property
     def iteration(self) -> Int[Tensor, "rows length"]:
@@ -126,11 +140,14 @@ class TokenView(ABC):
         Source: softcap: Gemma 2, arXiv 2408.00118, section 2; learned sinks: Xiao et al. 2023,
         arXiv 2309.17453, section 3.3, as gpt-oss has them.
         """
+        how = How(dropout_p, scale, enable_gqa, window, softcap, sinks)
+        if not self.in_graph and torch.compiler.is_compiling():
+            return asked_in_graph(q, k, v, how._asdict())
         if window is not None:
             self._check_window(window)
         if not self.bare:
             self.check_shapes(q, k, v)
-        return self.answer(q, k, v, How(dropout_p, scale, enable_gqa, window, softcap, sinks))
+        return self.answer(q, k, v, how)
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
         """The same of shapes that were checked."""

@@ -12,6 +12,7 @@ from ..attention.catch import catching, takes_view
 from ..attention.context import Here, Together, Window, active, asked
 from ..attention.dense import DenseView, WholeView
 from ..attention.flex import FlexView
+from ..attention.linked import enter, leave
 from ..attention.packed import PackedView
 from ..attention.prepare import refuse_compiled
 from ..attention.tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens
@@ -65,6 +66,7 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
     if not taken:
         refuse_compiled(block)
     copied, written = _guarded(x)
+    copied = enter(view, copied)
     before = active.here
     active.view, active.here, active.block, active.takes_view = view, view.here, block, taken
     try:
@@ -83,7 +85,8 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
         )
     view.close()
     _check_output(block, x, out, view, taken)
-    return out if out.dtype == x.dtype else out.to(x.dtype)
+    out = out if out.dtype == x.dtype else out.to(x.dtype)
+    return out if view.ledger is None else leave(view, out)
 
 
 def ask_piece(piece: Any, here: Here | Together, h: Tensor, *more: Any) -> Any:

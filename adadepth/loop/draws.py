@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention.context import active
+from .eager import in_eager
 
 
 @final
@@ -76,6 +77,6 @@ def shared(dense: Sequence[Draw], packed: Sequence[Draw], tokens: int, ran: int)
 def drawn(module: nn.Module, run: Callable[[], object]) -> list[Draw]:
     """What `run` draws in the parts of `module`."""
     draws = Draws(module)
-    with draws.watching():
+    with in_eager(), draws.watching():
         run()
     return draws.found

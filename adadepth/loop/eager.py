@@ -1,6 +1,8 @@
 """What Dynamo does not trace: a loop whose shapes depend on the data runs as it is, between graphs of the rest."""
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -25,3 +27,14 @@ def uncompiled(looped: Any, x: Any, **options: Any) -> Any:
 
 def _forward(looped: Any, x: Any, **options: Any) -> Any:
     return looped.forward(x, **options)
+
+
+def in_eager() -> AbstractContextManager[Any]:
+    """A context in which compiled parts run as they are written.
+
+    Dynamo traces nothing under a dispatch mode, and what it met there once it never tries again.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    context: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return context

@@ -12,6 +12,7 @@ from ..attention.context import Window
 from ..attention.tokens import TokenSet, WholeTokens
 from .agreement import Case, check, untouched
 from .blocks import each
+from .eager import in_eager
 
 ROWS, TOKENS = 4, 64  # of the input, at most
 
@@ -41,7 +42,7 @@ def check_itself(looped: Any, x: Tensor, mask: Tensor | None, more: Mapping[str,
     if not bool(case.mask.any()):
         return
     try:
-        with untouched(looped, x.device):
+        with in_eager(), untouched(looped, x.device):
             if not check(looped, case) and looped.training:
                 with evaluating(looped):
                     check(looped, case)

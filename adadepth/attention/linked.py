@@ -1,0 +1,190 @@
+"""Gradients around a graph: those of keys and values that a compiled layer's attention keeps for the next iteration.
+
+A graph has gradients of its inputs and outputs only, and these keys and values are neither. `leave` receives theirs
+together with that of the block's output, so before any layer of the iteration runs backward. `enter` passes on those
+of what the iteration before had kept, after all of them have. That holds as long as each layer stands between the
+block's input and its output; where one does not, the backward pass raises.
+"""
+
+import itertools
+import sys
+import weakref
+from collections.abc import Sequence
+from typing import Any, NoReturn, final
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+Gradients = Sequence[Tensor | None]
+
+
+@final
+class Asked:
+    """One call of attention: its `inputs`, the `kept` keys and values of the iteration before, and the `answers`.
+
+    These are the attended values and, where the next iteration may need them, all tokens' keys and values. All have a
+    graph of their own, from the answers to the others.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], kept: Sequence[Tensor], answers: Sequence[Tensor]) -> None:
+        self.inputs, self.kept, self.answers = inputs, kept, answers
+        self.due: Gradients = ()  # of what was kept for the next iteration
+        self.ran = -1  # the backward pass in which it did
+
+    def backward(self, grad: Tensor) -> list[Tensor | None]:
+        """The gradients of the inputs and of what was kept, given that of the attended values."""
+        self.ran = torch._C._current_graph_task_id()
+        given, self.due = [grad, *self.due], ()
+        pairs = [(a, g) for a, g in zip(self.answers, given, strict=False) if g is not None and a.requires_grad]
+        sources = [*self.inputs, *self.kept]
+        found = iter(
+            torch.autograd.grad(
+                [answer for answer, _ in pairs],
+                [source for source in sources if source.requires_grad],
+                [gradient for _, gradient in pairs],
+                retain_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
+                allow_unused=True,
+            )
+        )
+        return [next(found) if source.requires_grad else None for source in sources]
+
+
+@final
+class Ledger:
+    """What the compiled layers of one iteration asked, by the number of the call, and the gradients that go back.
+
+    `entered`: whether they have a way back, at the block's input. What holds the iteration's output holds the ledger.
+    """
+
+    def __init__(self, entered: bool) -> None:
+        self.number, self.entered = next(_numbers), entered
+        self.calls: dict[int, Asked] = {}
+        self.back: dict[int, Gradients] = {}
+        self.closed = -1  # the backward pass in which they went
+        _ledgers[self.number] = self
+
+    def backward(self, call: int, grad: Tensor) -> Gradients:
+        """The gradients of a call's inputs; those of what was kept before it wait for the block's input."""
+        if self.closed == torch._C._current_graph_task_id():
+            _refuse()
+        asked = self.calls[call]
+        gradients = asked.backward(grad)
+        if any(gradient is not None for gradient in gradients[len(asked.inputs) :]):
+            self.back[call] = gradients[len(asked.inputs) :]
+            self._check_later()
+        return gradients[: len(asked.inputs)]
+
+    def deliver(self, call: int, due: Gradients) -> None:
+        """The gradients of the keys and values that a call kept."""
+        asked = self.calls[call]
+        if asked.ran == torch._C._current_graph_task_id():
+            _refuse()
+        asked.due = due
+        self._check_later()
+
+    def give_back(self, calls: int) -> list[Tensor | None]:
+        """The gradients of what was kept before each of so many calls."""
+        self.closed = torch._C._current_graph_task_id()
+        return [gradient for call in range(calls) for gradient in self.back.pop(call, (None, None))]
+
+    def _check_later(self) -> None:
+        torch.autograd.Variable._execution_engine.queue_callback(self._check)
+
+    def _check(self) -> None:
+        """At the end of a backward pass no gradient waits any more."""
+        waiting = bool(self.back) or any(asked.due for asked in self.calls.values())
+        self.back = {}
+        for asked in self.calls.values():
+            asked.due = ()
+        if waiting:
+            _refuse()
+
+
+_numbers = itertools.count(1)
+_ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
+
+
+def ledger(number: int) -> Ledger:
+    """The one of this number.
+
+    Raises: `ValueError` where its iteration's output is no longer held.
+    """
+    found = _ledgers.get(number)
+    if found is None:
+        raise ValueError(
+            "The backward pass reached a compiled layer of a loop whose output is no longer held. Keep the loop's "
+            "output until the backward pass is done, or run the layers without torch.compile."
+        )
+    return found
+
+
+def _refuse() -> NoReturn:
+    raise ValueError(
+        "Gradients of the keys and values that a compiled layer keeps for the next iteration expected that the layer "
+        "reads the block's input and adds to its output, and that the backward pass goes through all of it; got a "
+        "layer that is cut off. Call loss.backward(), or pass the weights of all layers to torch.autograd.grad; do not "
+        "detach the layer's input or output. Or run that layer without torch.compile."
+    )
+
+
+def enter(view: Any, x: Tensor) -> Tensor:
+    """The block's input `x (rows, length, dim)`, at which gradients go to what the iteration before had kept.
+
+    Only where a layer may be compiled at all.
+    """
+    if not (view.links and view.past) or "torch._dynamo" not in sys.modules:
+        return x
+    past = [tensor for kv in view.past for tensor in kv]
+    if not any(tensor.requires_grad for tensor in past):
+        return x
+    view.ledger = Ledger(entered=True)
+    entered: Tensor = _Enter.apply(view.ledger, x, *past)  # type: ignore[no-untyped-call]
+    return entered
+
+
+def leave(view: Any, h: Tensor) -> Tensor:
+    """The block's output `h (rows, length, dim)`; what compiled layers kept in `view.present` now has gradients too."""
+    book: Ledger = view.ledger
+    calls = [call for call, asked in book.calls.items() if len(asked.answers) > 1]
+    if not book.calls:
+        return h
+    if not h.requires_grad:
+        _refuse()
+    kept = [tensor for call in calls for tensor in view.present[call]]
+    left, *linked = _Leave.apply(book, calls, h, *kept)  # type: ignore[no-untyped-call]
+    for i, call in enumerate(calls):
+        view.present[call] = (linked[2 * i], linked[2 * i + 1])
+    return left
+
+
+@final
+class _Enter(Function):
+    @staticmethod
+    def forward(ctx: Any, book: Ledger, x: Tensor, *past: Tensor) -> Tensor:
+        ctx.book, ctx.calls = book, len(past) // 2
+        return x.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, grad, *ctx.book.give_back(ctx.calls)
+
+
+@final
+class _Leave(Function):
+    @staticmethod
+    def forward(ctx: Any, book: Ledger, calls: list[int], h: Tensor, *kept: Tensor) -> Any:
+        ctx.book, ctx.calls, ctx.zeros = book, calls, h.new_zeros(()).expand(h.shape)
+        ctx.set_materialize_grads(False)
+        return h.detach(), *(tensor.detach() for tensor in kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, *due: Tensor | None) -> Any:
+        for i, call in enumerate(ctx.calls):
+            pair = due[2 * i : 2 * i + 2]
+            if any(gradient is not None for gradient in pair):
+                ctx.book.deliver(call, pair)
+        # The layers run backward even where only what they kept was read.
+        return None, None, ctx.zeros if grad is None else grad, *([None] * len(due))
