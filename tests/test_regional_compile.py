@@ -12,7 +12,7 @@ from narrow import the
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 
 import adadepth as ad
 
@@ -87,15 +87,15 @@ def agree(slow: ad.RecurrentWrapper, fast: ad.RecurrentWrapper, length: int, gra
     for loop in (slow, fast):
         torch.manual_seed(2)
         with nullcontext() if grad else torch.no_grad():
-            out = loop(**given(length) | other)
+            out = the(ad.Output, loop(**given(length) | other))
         weights = [*loop.parameters()]
         gradients = torch.autograd.grad(out.hidden.square().sum(), weights, allow_unused=True) if grad else ()
         found.append((out, gradients))
     (a, expected), (b, got) = found
     assert torch.equal(a.trace.depth, b.trace.depth)
     torch.testing.assert_close(b.hidden, a.hidden, rtol=1e-10, atol=1e-12)
-    for one, other in zip(got, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+    for one, two in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("skip", [True, False])
