@@ -25,13 +25,14 @@ def report() -> Iterator[tuple[str, str]]:
     """The lines, each a name and what is known of it."""
     yield "adadepth", __version__
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    for package in ("torch", "einops", "jaxtyping", "beartype"):
+    yield "torch", torch.__version__
+    for package in ("einops", "jaxtyping", "beartype"):
         yield package, found(package) or "missing"
     yield "GPU", gpu()
     yield "", ""
-    yield "Extras", ""
+    yield "Extras", "(pip install 'adadepth[NAME]' completes one)"
     for extra, packages in extras().items():
-        yield f"  {extra}", describe(extra, packages)
+        yield f"  {extra}", describe(packages)
 
 
 def gpu() -> str:
@@ -55,12 +56,12 @@ def extras() -> dict[str, list[str]]:
     return packages
 
 
-def describe(extra: str, packages: list[str]) -> str:
-    """The versions of an extra's packages, or what is missing and how to install it."""
+def describe(packages: list[str]) -> str:
+    """The versions of an extra's packages, or those that are missing."""
     versions = {package: found(package) for package in packages}
     missing = [package for package, number in versions.items() if number is None]
     if missing:
-        return f"incomplete, without {', '.join(missing)}: pip install 'adadepth[{extra}]'"
+        return f"missing: {', '.join(missing)}"
     return ", ".join(f"{package} {number}" for package, number in versions.items())
 
 

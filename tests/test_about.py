@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -26,13 +27,13 @@ jaxtyping     missing
 beartype      0.19.0
 GPU           none that torch can use
 
-Extras
+Extras        (pip install 'adadepth[NAME]' completes one)
   hf          transformers 5.24.0, safetensors 0.4.0
-  viz         incomplete, without rich: pip install 'adadepth[viz]'
+  viz         missing: rich
   wide        first-package 1.0.0, second-package 1.0.0, third-package 1.0.0, fourth-package
               1.0.0
 """
-VERSIONS = {"torch": "2.6.0", "einops": "0.8.0", "beartype": "0.19.0", "transformers": "5.24.0", "safetensors": "0.4.0"}
+VERSIONS = {"einops": "0.8.0", "beartype": "0.19.0", "transformers": "5.24.0", "safetensors": "0.4.0"}
 WIDE = [f"{number}-package" for number in ("first", "second", "third", "fourth")]
 REQUIRES = [
     "torch>=2.6",
@@ -56,6 +57,7 @@ def number(package: str) -> str:
 def test_it_prints_what_a_bug_report_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(about, "__version__", "0.1.0")
     monkeypatch.setattr(about, "version", number)
+    monkeypatch.setattr(torch, "__version__", "2.6.0")
     monkeypatch.setattr(about, "requires", lambda _: REQUIRES)
     monkeypatch.setattr("platform.python_version", lambda: "3.11.7")
     monkeypatch.setattr("platform.system", lambda: "Linux")
@@ -82,7 +84,7 @@ def test_the_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_runs_as_a_module(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(__import__("sys").modules, "adadepth.__main__")
+    monkeypatch.delitem(sys.modules, "adadepth.__main__")
     runpy.run_module("adadepth", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["adadepth", adadepth.__version__]

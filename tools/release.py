@@ -22,7 +22,7 @@ def problems(tag: str, package: str, changelog: str, citation: str) -> list[str]
     """What does not fit, a sentence each."""
     version = re.findall(r'^__version__ = "(.*)"', package, re.MULTILINE)[0]
     if tag != f"v{version}":
-        return [f"Expected the tag v{version}, got {tag}. Set __version__ in adadepth/__init__.py, or tag another commit."]
+        return [f"Expected the tag v{version}, got {tag}. Set __version__ to it, or tag another commit."]
     date = re.findall(rf"^## \[{re.escape(version)}\] - (\d{{4}}-\d\d-\d\d)$", changelog, re.MULTILINE)
     if not date:
         return [f"Expected the heading `## [{version}] - <date>` in CHANGELOG.md, got none. Add it below [Unreleased]."]
