@@ -15,12 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from io import TextIOBase
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 from . import _measure
 
@@ -102,7 +102,7 @@ class Side:
         self.times: list[tuple[str, str, float]] = []
 
     def go(self) -> bool:
-        """One turn: on to the next that is timed. False if nothing is left."""
+        """Wait until it comes to what it times next. False if nothing is left."""
         out = cast(IO[str], self.process.stdout)
         for said in map(json.loads, out):
             if said in ("turn", "end"):
@@ -111,12 +111,21 @@ class Side:
         raise SystemExit(f"The benchmark ended with status {self.process.wait()}; its error stands above.")
 
     def let(self) -> None:
+        """Let it time that."""
         into = cast(IO[str], self.process.stdin)
         into.write("go\n")
         into.flush()
 
 
-def take_turns(sides: list[Side]) -> None:
+class Turns(Protocol):
+    """What takes turns."""
+
+    def let(self) -> None: ...
+
+    def go(self) -> bool: ...
+
+
+def take_turns(sides: Sequence[Turns]) -> None:
     """Both reach their first call; then one goes at a time, and who goes first alternates."""
     waiting = [side for side in sides if side.go()]
     while waiting:
