@@ -118,4 +118,5 @@ notes:  ## the changelog's section of a release: make --silent notes TAG=v0.1.0
 ONLY ?= skip overhead ponder decode $(if $(BASE),,single serving drafts peers)
 
 bench: $(INSTALLED)  ## all benchmarks, into benchmarks/RESULTS.md; with BASE, the ratio to that commit instead
+	$(if $(filter peers,$(ONLY)),$(INSTALL) -r benchmarks/requirements.txt)
 	for b in $(ONLY); do $(RUN) -m benchmarks.$(if $(BASE),compare $(BASE) )$$b $(ARGS) || exit 1; done

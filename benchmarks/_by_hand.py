@@ -74,8 +74,8 @@ def by_gather(layers: list[Layer], x: Tensor, depth: Tensor) -> Tensor:
             grids = [grid.index_put((rows, columns), new) for grid, new in zip(kept[number], (k, v), strict=True)]
             kept[number] = grids[0], grids[1]
             padded = q.new_zeros(shape[0], width, *q.shape[1:]).index_put((rows, place), q)
-            seen = [part.transpose(1, 2) for part in (padded, *grids)]
-            attended = F.scaled_dot_product_attention(*seen, attn_mask=mask[:, None])
+            q, k, v = (part.transpose(1, 2) for part in (padded, *grids))
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
             h = layer.finish(h, attended.transpose(1, 2)[rows, place].transpose(0, 1)[None])
         flat = flat.index_copy(0, index, h[0])
     return flat.view(shape)

@@ -36,16 +36,10 @@ from ._work import (
 
 PLAIN = f"{LAYERS} plain layers"
 INTRODUCTION = """\
-A training step and decoding with depths from outside: 1 to 4 iterations, 2 in the mean. Each ratio compares loops
-around one block with adadepth's packed execution around the same. The error is the largest difference in float64 from
-the definition, written token by token; around x-transformers' block it is that from one pass over all tokens."""
-NOTES = """\
-- By hand, all tokens: `torch.where` keeps the state, keys and values of exited tokens; everything is computed.
-- By hand, `index_select`: the tokens that go on are selected; attention takes them padded by rows.
-- x-transformers trains with every iteration of every token. Its decoding takes one row at a time, and keeps the keys
-  and values of a generated token's last iteration alone, so it does not compute what one pass over the text does.
-- ponder-transformer trains with every iteration of every token, and with a head and a loss at each. It has no cache.
-- pytorch-adaptive-computation-time, for RNN cells, asks for torch before 2.0 and cannot be installed beside ours."""
+What the rows and columns mean: docs/peers.md, which shows these tables. Depths from outside: 1 to 4 iterations, 2 in
+the mean."""
+# docs/peers.md shows what stands between these.
+START, END = "<!-- --8<-- [start:peers] -->", "<!-- --8<-- [end:peers] -->"
 
 
 def own(dim: int, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Layer]]:
@@ -90,7 +84,7 @@ def decoders(sizes: Sizes, batch: int, dtype: torch.dtype) -> tuple[list[Layer],
     """The layers, states, depths, and two decoders of our block."""
     block, layers = own(sizes.dim, dtype)
     depth = inputs(batch, sizes.prompt + sizes.new, sizes.prompt)[1]
-    x = states(*depth.shape, sizes.dim, dtype)
+    x = states(batch, depth.shape[1], sizes.dim, dtype)
     hand = _by_hand.Decoder(layers, STEPS, batch, x.shape[1], x)
     by_hand = Decoder(hand, lambda: setattr(hand, "at", sizes.prompt))
     return layers, x, depth, {"adadepth, packed": cached(block, sizes.prompt), "by hand, all rows": by_hand}
@@ -107,7 +101,7 @@ def plain_decode(sizes: Sizes, batch: int, repeats: int) -> list[str]:
 
 
 def measure(sizes: Sizes, repeats: int) -> str:
-    """Both tables, and the notes."""
+    """Both tables."""
     training = plain_training(sizes, repeats)
     decode = [row for batch in (1, sizes.batch) for row in plain_decode(sizes, batch, repeats)]
     if find_spec("x_transformers"):
@@ -119,7 +113,7 @@ def measure(sizes: Sizes, repeats: int) -> str:
     shape = f"{sizes.batch} × {sizes.length} tokens of width {sizes.dim}"
     first = "\n".join([f"A training step, {shape}:\n", head, *training])
     second = "\n".join([f"Decoding, ms for a token of each row, behind a prompt of {sizes.prompt}:\n", head, *decode])
-    return f"{first}\n\n{second}\n\n{NOTES}"
+    return f"{first}\n\n{second}"
 
 
 def main() -> None:
@@ -129,7 +123,8 @@ def main() -> None:
     args = parser.parse_args()
     print(machine(), flush=True)
     tables = measure(Sizes(), args.repeats)
-    write_section("peers", f"{INTRODUCTION} {machine()}. {args.note}\n\n{tables}")
+    taken = f"{machine()}. {args.note}".strip()
+    write_section("peers", f"{INTRODUCTION}\n\n{START}\n{taken}\n\n{tables}\n{END}")
 
 
 if __name__ == "__main__":

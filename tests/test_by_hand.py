@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import adadepth as ad
-from benchmarks import _by_hand
+from benchmarks import _by_hand, _packages, peers
 from benchmarks._blocks import Layer, stack
+from benchmarks._work import SMALL, Sizes
 
 DEPTH = torch.tensor([[1, 3, 2, 1, 2, 3], [2, 1, 1, 1, 1, 1]])
 
@@ -39,3 +40,25 @@ def test_decoding_by_hand_is_the_definition() -> None:
         parts = [decoder(x[:, :2], depth[:, :2]), *(decoder(x[:, t : t + 1], depth[:, t : t + 1]) for t in range(2, 6))]
         want = _by_hand.definition(layers, x, depth)
     torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-12)
+
+
+def test_the_benchmark_of_peers_fills_its_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda name: None)
+    tables = peers.measure(Sizes(8, 2, 8, 3, 4), 1)
+    rows = [line.strip("| ").split(" | ") for line in tables.splitlines() if line.startswith("| 2 plain")]
+    assert len(rows) == 8
+    assert all(float(row[4]) < 1e-12 for row in rows)
+    assert [row[3] for row in rows if row[1] == "adadepth, packed"] == ["1.00"] * 3
+
+
+def test_the_benchmark_of_packages_measures_the_same_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("x_transformers")
+    found: list[dict[str, str]] = []
+    monkeypatch.setattr(_packages, "table", lambda block, calls, errors, repeats: found.append(errors))
+    monkeypatch.setattr(_packages, "decode_table", lambda block, ways, given, errors, repeats: found.append(errors))
+    _packages.looped_training(SMALL, 1)
+    _packages.looped_decode(SMALL, 1)
+    training, decode = found
+    assert set(training.values()) == {"–", "0e+00 between these two"}
+    assert float(decode["adadepth, packed"]) < 1e-12
+    assert float(decode["x-transformers"]) > 1e-3
