@@ -168,14 +168,7 @@ def _mix_some(mixed: Tensor, total: Tensor, x: Tensor, tiles: Iterator[list[Any]
     total.log_().add_(top)
 
 
-# Written out because torch 2.6 cannot infer it from `list[bool]` and `list[Tensor]`.
-UNMIX = (
-    "(Tensor grad, Tensor h, Tensor weight, Tensor? bias, Tensor table, Tensor mixed, Tensor log_total, "
-    "ScalarType dtype, float scale, float cap, bool[] needed) -> Tensor[]"
-)
-
-
-@torch.library.custom_op("adadepth::expected_embedding_backward", mutates_args=(), schema=UNMIX)
+@torch.library.custom_op("adadepth::expected_embedding_backward", mutates_args=())
 def _unmix(
     grad: Tensor,
     h: Tensor,
