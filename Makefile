@@ -10,7 +10,8 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo reproduce-small ablations test test-every lint docs bench
+.PHONY: demo reproduce-small ablations test test-fast test-shapes test-every lint style types docs \
+	dist wheel-test lowest changelog release-check notes bench
 INSTALLED = $(VENV)/.adadepth-installed
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
@@ -54,22 +55,68 @@ SHAPES = contracts.py criteria.py diagnostics.py flops.py foreign_blocks.py gate
 	serving.py::test_a_request_may_be_given_up_at_any_time
 
 # All run as a user runs them; then some once more with jaxtyping's hook, which checks shapes and slows every call.
-test: $(INSTALLED)  ## everything that CI runs
-	$(MAKE) lint
+test: lint test-fast test-shapes  ## everything that CI runs
+
+test-fast: $(INSTALLED)  ## all tests, without lint and without shapes checked
 	$(PYTEST) -m "not every"
+
+test-shapes: $(INSTALLED)  ## some tests once more, with every annotated shape checked
 	$(PYTEST) -m "not plain and not every" --jaxtyping-packages=adadepth,beartype.beartype $(SHAPES:%=tests/test_%)
 
 test-every: $(INSTALLED)  ## what test leaves out: more cases of the same kinds
 	$(PYTEST) --dist load -m every
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: style types  ## ruff, codespell and mypy
+
+style: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m codespell_lib
+
+types: $(INSTALLED)
 	$(RUN) -m mypy
 
 docs: $(INSTALLED)  ## build the documentation into site/
 	$(INSTALL) -e '.[docs]'
 	$(RUN) -m mkdocs build --strict
 
-bench: $(INSTALLED)  ## all benchmarks, into benchmarks/RESULTS.md
-	for b in skip overhead ponder decode single serving drafts; do $(RUN) -m benchmarks.$$b || exit 1; done
+dist: $(INSTALLED)  ## the wheel and the sdist, into dist/, checked as a package index checks them
+	$(INSTALL) build twine
+	rm -rf dist
+	$(RUN) -m build --quiet
+	$(RUN) -m twine check --strict dist/*
+
+# The tests come from the unpacked sdist, where no adadepth stands beside them; those of extras are left out.
+CORE = about block_kwargs budget cache cache_moves contracts criteria errors flops gates losses loop masks \
+	misuse ponder self_check serving surroundings
+TESTED = pytest 'hypothesis>=6.100' numpy pyyaml
+define core_tests
+	rm -rf build/$(1) && mkdir -p build/$(1)/sdist
+	tar xzf dist/adadepth-*.tar.gz -C build/$(1)/sdist --strip-components 1 && rm -r build/$(1)/sdist/adadepth
+	$(PYTHON) -m venv build/$(1)/venv
+	build/$(1)/venv/bin/python -m pip install --quiet --disable-pip-version-check $(2) dist/*.whl $(TESTED)
+	cd build/$(1)/sdist && ../venv/bin/python -m adadepth
+	cd build/$(1)/sdist && ../venv/bin/python -m pytest -q -m "not every" $(CORE:%=tests/test_%.py)
+endef
+
+wheel-test: dist  ## the built wheel, without extras, in an environment of its own
+	$(call core_tests,wheel,-c $(CONSTRAINTS))
+
+lowest: dist  ## the same with the oldest torch and other packages that pyproject.toml allows
+	$(call core_tests,lowest,$$($(RUN) -m tools.lowest))
+
+changelog:  ## does a change since BASE that users see have its line? make changelog BASE=main
+	$(PYTHON) -m tools.changelog $(or $(BASE),main)
+
+release-check:  ## do version, changelog and citation say the same? make release-check TAG=v0.1.0
+	$(PYTHON) -m tools.release $(TAG)
+
+notes:  ## the changelog's section of a release: make --silent notes TAG=v0.1.0
+	@$(PYTHON) -m tools.release $(TAG) --notes
+
+# make bench BASE=<commit> ONLY=skip ARGS="--only '4 × 256 | 2'" compares with another commit and writes no file.
+ONLY ?= skip overhead ponder decode $(if $(BASE),,single serving drafts peers)
+
+bench: $(INSTALLED)  ## all benchmarks, into benchmarks/RESULTS.md; with BASE, the ratio to that commit instead
+	$(if $(filter peers,$(ONLY)),$(INSTALL) -r benchmarks/requirements.txt)
+	for b in $(ONLY); do $(RUN) -m benchmarks.$(if $(BASE),compare $(BASE) )$$b $(ARGS) || exit 1; done

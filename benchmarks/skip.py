@@ -74,10 +74,11 @@ def measure(case: Case, repeats: int) -> dict[tuple[bool, float], float]:
     packed, dense = (
         ad.RecurrentWrapper(block, case.steps, gate, update=ad.Interpolate(), skip=s) for s in (True, False)
     )
-    calls = {str(key): partial(run, packed, x, depth, case.backward) for key, depth in case.depths.items()}
+    named = {(uneven, share): f"{'uneven' if uneven else 'even'}, {share:.0%}" for uneven, share in case.depths}
+    calls = {named[key]: partial(run, packed, x, depth, case.backward) for key, depth in case.depths.items()}
     some = next(iter(case.depths.values()))
     best = interleave({"dense": partial(run, dense, x, some, case.backward), **calls}, repeats)
-    return {key: best[str(key)] / best["dense"] for key in case.depths}
+    return {key: best[named[key]] / best["dense"] for key in case.depths}
 
 
 def row(case: Case, uneven: bool, ratios: dict[tuple[bool, float], float]) -> str:

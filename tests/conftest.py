@@ -1,4 +1,7 @@
-"""The same numbers every time: drawn cases, random tensors and the number of threads are fixed."""
+"""The same numbers every time: drawn cases, random tensors and the number of threads are fixed.
+
+Memory that is not written yet holds NaN, so that a read of it fails a test instead of finding zeros by luck.
+"""
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ import adadepth
 settings.register_profile("fixed", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fixed")
 torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)  # with it, torch.utils.deterministic.fill_uninitialized_memory is heeded
 # Its own tests turn it on: every example that is drawn makes new wrappers.
 adadepth.RecurrentWrapper.self_check = False
 # Files that take long: of two processes neither is to begin one when the other is done.

@@ -1,0 +1,1 @@
+"""What the Makefile and the workflows run, and no user imports."""
