@@ -1,0 +1,6 @@
+"""The tasks of the study, by name."""
+
+from .programs import PROGRAMS
+from .task import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (PROGRAMS,)}
