@@ -78,9 +78,7 @@ def models(task: Task) -> dict[str, Model]:
         *(_fixed(depth, looped) for depth in task.fixed),
         Model(layers, lambda steps: at_exits, Shape(1, layers=task.dense), (layers,)),
         Model(width, lambda steps: at_exits, Shape(1, dim=wide(task)), (width,)),
-        Model(
-            PRIOR, lambda steps: prior, looped, tuple(map(readout_name, READOUTS)), begins=FULL, after=GUIDED.name
-        ),
+        Model(PRIOR, lambda steps: prior, looped, tuple(map(readout_name, READOUTS)), begins=FULL, after=GUIDED.name),
         Model(NEEDED, lambda steps: at_depth(lambda sample: sample.needed), looped, (NEEDED,), begins=FULL),
     ]
     return {model.name: model for model in all_of_them}

@@ -35,7 +35,8 @@ def judged(task: Task, seed: int, plan: Plan) -> Sample:
 
 def settings(task: Task, seed: int, plan: Plan) -> dict[str, Any]:
     """All that a row depends on; rows that differ in it cannot stand in one table."""
-    assert is_dataclass(task) and not isinstance(task, type)
+    assert is_dataclass(task)
+    assert not isinstance(task, type)
     recipe = {name: getattr(train, name) for name in ("BATCH", "RATES", "WARM", "PRIOR", "K_MAX", "K_WARM")}
     policies = {policy.name: policy.training and policy.training._asdict() for policy in TRAINED}
     of_task = {f"task {name}": value for name, value in asdict(task).items()}

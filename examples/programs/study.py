@@ -18,7 +18,7 @@ from .policies import GUIDED, READOUTS, Policy
 from .ranks import rank_correlation
 from .store import Row, Store
 from .task import Sample, Task
-from .train import Progress, batches, stage
+from .train import batches, stage
 
 SHOWN = 3  # sequences in the picture
 TIMES = "times"  # the unit of work that measures them, after all others
@@ -112,11 +112,11 @@ def judge(
     if not model.rows:
         return
     exits = measure(trained, sample, given_depth(task, model, sample))
-    yield row_of(model.rows[0], trained, sample, exits)
+    yield row_of(model.rows[0], trained, sample, exits, task.steps)
     if model.policy is GUIDED:
         trained.looped.gate = trained.looped.rule = None  # depths are given
         for name, depth in _instead(sample, exits, task.steps, stream(seed, 4)).items():
-            yield row_of(name, trained, sample, measure(trained, sample, depth))
+            yield row_of(name, trained, sample, measure(trained, sample, depth), task.steps)
 
 
 def given_depth(task: Task, model: Model, sample: Sample) -> Tensor | int | None:
@@ -140,13 +140,13 @@ def _read(trained: Interpreter, sample: Sample, others: Sample, store: Store) ->
         policy.attach(trained, 0.0)
         tau = highest(trained, policy, others, lambda exits: exits.mean_depth >= gates.depth) or 0.0
         trained.looped.rule = policy.rule(tau)
-        yield row_of(readout_name(policy), trained, sample, measure(trained, sample))._replace(tau=tau)
+        row = row_of(readout_name(policy), trained, sample, measure(trained, sample), trained.shape.steps)
+        yield row._replace(tau=tau)
 
 
-def row_of(name: str, model: Interpreter, sample: Sample, exits: Measured) -> Row:
-    """All that is said of exits on these weights."""
+def row_of(name: str, model: Interpreter, sample: Sample, exits: Measured, steps: int) -> Row:
+    """All that is said of exits on these weights; `steps` are those of the task."""
     needed, used, right = (part[sample.counted] for part in (sample.needed, exits.depth, exits.right))
-    steps = int(max(sample.needed.max(), model.shape.steps))
     counts = ((needed - 1) * steps + used - 1).bincount(minlength=steps**2).view(steps, steps)
     shares = [right[needed == n].double().mean().item() if counts[n - 1].any() else None for n in range(1, steps + 1)]
     rank = rank_correlation(needed, used)
@@ -175,11 +175,16 @@ def timed(task: Task, seed: int, plan: Plan, store: Store) -> dict[str, float]:
         for name, policy in _timed_rows(model).items():
             trained = load(task, seed, model, store)
             if policy is not None:
-                row = store.row(name)
-                assert row is not None and row.tau is not None, "readouts come first"
-                policy.attach(trained, row.tau)
+                policy.attach(trained, _threshold(store, name))
             runs[name] = partial(trained, sample.ids, depth=given_depth(task, model, sample))
     return {name: 1000 * best / len(sample.ids) for name, best in seconds(runs, plan.rounds).items()}
+
+
+def _threshold(store: Store, name: str) -> float:
+    row = store.row(name)
+    assert row is not None, f"{name} comes first"
+    assert row.tau is not None
+    return row.tau
 
 
 def _timed_rows(model: Model) -> Mapping[str, Policy | None]:

@@ -1,4 +1,4 @@
-"""Who wins, in words: paired differences over seeds, and the best mixture of models that were trained at fixed depths."""
+"""Who wins, in words: paired differences over seeds, and the best mixture of models trained at fixed depths."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,7 +79,7 @@ def said(difference: Difference, form: str) -> str:
     """`+0.0123 ± 0.0021, above by 5.9 standard errors`."""
     mean = format(difference.mean, f"+{form}")
     if difference.error is None:
-        return f"{mean} (one seed: no standard error)"
+        return f"{mean} (one seed)"
     if difference.errors < SEEN:
         word = "no difference seen"
     else:
