@@ -29,8 +29,10 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.programs", description=__doc__)
     parser.add_argument("--task", choices=TASKS, default="programs", help="what is learned (default: programs)")
     parser.add_argument("--seeds", type=int, nargs="+", help="one table of all (default: 20 21 22 23 24; quick: 20)")
-    parser.add_argument("--steps1", type=int, metavar="N", help="steps of training at full depth (default: 2500)")
-    parser.add_argument("--steps2", type=int, metavar="N", help="steps with exits, for each policy (default: 1500)")
+    parser.add_argument("--steps1", type=int, metavar="N", help="steps of training at full depth (default: the task's)")
+    parser.add_argument(
+        "--steps2", type=int, metavar="N", help="steps with exits, for each policy (default: the task's)"
+    )
     parser.add_argument("--processes", type=int, metavar="N", help="models at a time (default: one for each core)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go, and are gone on from")
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
@@ -42,7 +44,7 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
 
 def plan_of(args: argparse.Namespace) -> Plan:
     """What the command line asks for."""
-    plan = QUICK if args.quick else Plan()
+    plan = QUICK if args.quick else Plan(*TASKS[args.task].training)
     given = {"steps_1": args.steps1, "steps_2": args.steps2}
     plan = plan._replace(**{name: steps for name, steps in given.items() if steps is not None})
     for option, number in (("--steps1", plan.steps_1), ("--steps2", plan.steps_2), ("--processes", args.processes)):

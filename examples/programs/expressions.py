@@ -64,11 +64,12 @@ class Expressions:
     """
 
     name: str = "expressions"
-    length: int = 32
+    length: int = 24
     highest: int = 5
     steps: int = 6
     fixed: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     dense: int = 3
+    training: tuple[int, int] = (4000, 1500)
 
     @property
     def sizes(self) -> Sizes:

@@ -13,8 +13,8 @@ from .task import Sample, Task
 class Plan(NamedTuple):
     """Training steps of both stages, sequences to judge on, others to fit thresholds on, and rounds of timing."""
 
-    steps_1: int = 2500
-    steps_2: int = 1500
+    steps_1: int
+    steps_2: int
     judged: int = 2048
     fitted: int = 512
     rounds: int = 7

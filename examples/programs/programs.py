@@ -1,6 +1,6 @@
 """Straight-line programs over the numbers modulo 5.
 
-A program has 24 lines, or 48 where it is deep. A line is a constant, as the first four are, or a function of an
+A program has 24 lines, or 36 where it is deep. A line is a constant, as the first four are, or a function of an
 earlier line, named by its number: `7: 2x(3)`. A line is one token, and every token is to predict the value of its own
 line. A line's level is the length of its chain of references: a constant has level 0, what refers to level n has
 level n + 1. A line's answer is there after as many iterations as its level, but attention reads what an iteration
@@ -41,6 +41,7 @@ class Programs:
     steps: int = 6
     fixed: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     dense: int = 4
+    training: tuple[int, int] = (2500, 1500)
 
     @property
     def sizes(self) -> Sizes:
@@ -89,3 +90,4 @@ has its answer after n iterations, and must run one more before lines that refer
 
 
 PROGRAMS = Programs()
+DEEP = Programs("deep", lines=36, deepest=11, steps=12, fixed=(2, 4, 6, 8, 10, 12), dense=6)

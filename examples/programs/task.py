@@ -32,7 +32,8 @@ class Task(Protocol):
     """A task whose needed depth is known for every token.
 
     `steps` are the iterations of the loop, `fixed` the depths at which models are trained as such, the last of them
-    `steps`. `dense` is the number of distinct layers that cost what gates cost: the rounded mean depth.
+    `steps`. `dense` is the number of distinct layers that cost what gates cost: the rounded mean depth. `training` are
+    the steps of both stages that it takes to learn the task.
     """
 
     @property
@@ -45,6 +46,8 @@ class Task(Protocol):
     def fixed(self) -> tuple[int, ...]: ...
     @property
     def dense(self) -> int: ...
+    @property
+    def training(self) -> tuple[int, int]: ...
     @property
     def introduction(self) -> str: ...
 
