@@ -872,10 +872,10 @@ def test_verdicts_are_of_pairs_at_equal_flops() -> None:
         gates = some_row(seed, GUIDED.name)._replace(flops=2.0, accuracy=0.9 + seed / 100, loss=0.1)
         return {row.name: row for row in [*made, gates]}
 
-    said = list(verdicts.verdicts(SMALL, [rows(0), rows(1), rows(2)]))
+    said = [each.sentence for each in verdicts.verdicts(SMALL, [rows(0), rows(1), rows(2)])]
     assert said == [
-        "guided gates − the best mixture of two trained depths at equal FLOPs: accuracy, points +16.00 ± 0.29, above "
-        "by 55.4 standard errors; loss -0.1500 ± 0.0029, below by 52.0 standard errors.",
+        "guided gates − best mixture of two trained depths (FLOPs × 1.00): accuracy, points +16.00 ± 0.29, above by "
+        "55.4 standard errors; loss -0.1500 ± 0.0029, below by 52.0 standard errors.",
         "guided gates − trained at depth 3 (FLOPs × 0.67): accuracy, points -9.00 ± 0.00, below by inf standard errors"
         "; loss +0.1000 ± 0.0058, above by 17.3 standard errors.",
     ]

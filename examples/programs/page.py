@@ -15,18 +15,17 @@ from .report import COLUMNS, Seed, legend, lines, shared, trained
 from .store import Row
 from .study import SHOWN
 from .task import Sample, Task
-from .verdicts import verdicts
+from .verdicts import said, verdicts
 
 
 def page(task: Task, seeds: Sequence[Seed], sample: Sample, note: str) -> str:
     """HTML. `seeds` are the rows of each, `sample` what the first was judged on; `note` is said first."""
     groups = trained(task, seeds)
-    said = "".join(f"<p>{escape(line)}</p>" for line in verdicts(task, [seed.rows for seed in seeds]))
     return viz.page(
         f"Iterations needed and used: {task.name}",
         ("", "".join(f"<p>{escape(part)}</p>" for part in (note, task.introduction) if part)),
         (f"All models (seeds: {len(seeds)})", _table(task, seeds) + f"<p>{escape(legend(task))}</p>"),
-        ("Verdicts", said),
+        ("Verdicts: each less the other", _verdicts(task, seeds)),
         ("Wrong answers against FLOPs", viz.svg(_frontier(task, seeds))),
         *((f"Needed and used: {group[0].name}", viz.svg(_needed(group))) for group in groups),
         ("Sequences: iterations needed", _heat(task, sample, sample.needed[:SHOWN])),
@@ -36,6 +35,14 @@ def page(task: Task, seeds: Sequence[Seed], sample: Sample, note: str) -> str:
 
 def _table(task: Task, seeds: Sequence[Seed]) -> str:
     return viz.table(["", *COLUMNS], lines(task, seeds))
+
+
+def _verdicts(task: Task, seeds: Sequence[Seed]) -> str:
+    rows = [
+        [each.name, each.other, f"{each.cost:.2f}×", said(each.points, ".2f"), said(each.nats, ".4f")]
+        for each in verdicts(task, [seed.rows for seed in seeds])
+    ]
+    return viz.table(["", "other", "FLOPs", "accuracy, points", "loss, nats"], rows)
 
 
 def _frontier(task: Task, seeds: Sequence[Seed]) -> matplotlib.figure.Figure:

@@ -87,8 +87,8 @@ def show(console: Console, task: Task, results: dict[int, Seed], note: str) -> N
         out.add_row(*line)
     console.print(out)
     console.print(legend(task), "")
-    for sentence in verdicts(task, [seed.rows for seed in seeds]):
-        console.print(sentence)
+    for verdict in verdicts(task, [seed.rows for seed in seeds]):
+        console.print(verdict.sentence)
     console.print(right(task, seeds), "")
     console.print(Columns([matrix(rows) for rows in trained(task, seeds)], padding=(0, 4)))
 

@@ -4,15 +4,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .models import (
-    NEEDED,
-    ORACLE,
-    RANDOM,
-    SHUFFLED,
-    dense_names,
-    fixed_name,
-    readout_name,
-)
+from .models import NEEDED, ORACLE, RANDOM, SHUFFLED, dense_names, fixed_name, readout_name
 from .policies import GUIDED, READOUTS, TRAINED
 from .store import Row
 from .task import Task
@@ -96,23 +88,43 @@ def opponents(task: Task) -> dict[str, list[str]]:
     return {GUIDED.name: [*strict, *weights, *others]} | {name: [deepest, *dense_names(task)] for name in others}
 
 
-def verdicts(task: Task, results: Sequence[Rows]) -> Iterator[str]:
-    """A sentence for each comparison whose rows all seeds have."""
+class Verdict(NamedTuple):
+    """One of our policies against another row, or the mixture: its FLOPs as a share of the other's, and differences.
+
+    `points` are points of accuracy, `nats` the loss.
+    """
+
+    name: str
+    other: str
+    cost: float
+    points: Difference
+    nats: Difference
+
+    @property
+    def sentence(self) -> str:
+        """In words."""
+        points, nats = said(self.points, ".2f"), said(self.nats, ".4f")
+        return f"{self.name} − {self.other} (FLOPs × {self.cost:.2f}): accuracy, points {points}; loss {nats}."
+
+
+MIXTURE = "best mixture of two trained depths"
+
+
+def verdicts(task: Task, results: Sequence[Rows]) -> Iterator[Verdict]:
+    """Each comparison whose rows all seeds have."""
     for name, others in opponents(task).items():
         if not results or any(name not in rows for rows in results):
             continue
         mixed = [mixture_of(task, rows, name) for rows in results]
         pairs = [(rows[name], mix) for rows, mix in zip(results, mixed, strict=True) if mix is not None]
         if len(pairs) == len(results):
-            yield _sentence(name, "the best mixture of two trained depths at equal FLOPs", pairs)
+            yield _verdict(name, MIXTURE, 1.0, pairs)
         for other in others:
             if all(other in rows for rows in results):
                 both = [(rows[name], rows[other]) for rows in results]
-                cost = statistics.mean(a.flops / b.flops for a, b in both)
-                yield _sentence(name, f"{other} (FLOPs × {cost:.2f})", both)
+                yield _verdict(name, other, statistics.mean(a.flops / b.flops for a, b in both), both)
 
 
-def _sentence(name: str, other: str, pairs: Sequence[tuple[Row, Row | Mixture]]) -> str:
+def _verdict(name: str, other: str, cost: float, pairs: Sequence[tuple[Row, Row | Mixture]]) -> Verdict:
     points = difference([(100 * a.accuracy, 100 * b.accuracy) for a, b in pairs])
-    nats = difference([(a.loss, b.loss) for a, b in pairs])
-    return f"{name} − {other}: accuracy, points {said(points, '.2f')}; loss {said(nats, '.4f')}."
+    return Verdict(name, other, cost, points, difference([(a.loss, b.loss) for a, b in pairs]))
