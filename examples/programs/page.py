@@ -39,10 +39,10 @@ def _table(task: Task, seeds: Sequence[Seed]) -> str:
 
 def _verdicts(task: Task, seeds: Sequence[Seed]) -> str:
     rows = [
-        [each.name, each.other, f"{each.cost:.2f}×", said(each.points, ".2f"), said(each.nats, ".4f")]
+        [each.name, each.other, said(each.points, ".2f"), said(each.nats, ".4f"), f"{each.cost:.2f}×"]
         for each in verdicts(task, [seed.rows for seed in seeds])
     ]
-    return viz.table(["", "other", "FLOPs", "accuracy, points", "loss, nats"], rows)
+    return viz.table(["", "other", "accuracy, points", "loss, nats", "FLOPs"], rows)
 
 
 def _frontier(task: Task, seeds: Sequence[Seed]) -> matplotlib.figure.Figure:
