@@ -194,8 +194,9 @@ def evaluated(ids: Sequence[int]) -> list[tuple[int, int]]:
         matched = the(re.Match, re.fullmatch(r"(.+)\((\d+), (\d+)\)", words[str(place)]))
         (a, left, start), (b, right, middle) = run(int(matched[2])), run(int(matched[3]))
         assert int(matched[3]) == place - 1 and int(matched[2]) == middle - 1  # arguments stand side by side
-        looked_at = {"a+1": [left], "swap(b)": [right]}.get(matched[1], [left, right])
-        return OPERATOR[matched[1]](a, b), 1 + max(looked_at), start
+        looked_at = {"a+1": left, "swap(b)": right}.get(matched[1], max(left, right))
+        assert looked_at == max(left, right)  # never at the shorter argument alone
+        return OPERATOR[matched[1]](a, b), 1 + looked_at, start
 
     return [run(place)[:2] for place in range(len(ids))]
 
@@ -212,7 +213,7 @@ def test_values_and_heights_are_those_of_nested_expressions() -> None:
 def test_every_sequence_of_expressions_mixes_heights() -> None:
     sample = some(500, task=EXPRESSIONS)
     assert sample.ids.max() < EXPRESSIONS.sizes.vocabulary == 101
-    assert (sample.needed[sample.counted].bincount()[2:] / sample.counted.sum()).min() > 0.06
+    assert (sample.needed[sample.counted].bincount()[2:] / sample.counted.sum()).min() > 0.1
     kinds = [len(set(row.tolist())) for row in sample.needed]
     assert min(kinds) >= 3 and statistics.mean(kinds) > 5
 
@@ -222,7 +223,7 @@ def test_a_bracket_alone_says_nothing_of_its_value() -> None:
     ids, values = sample.ids[sample.counted], sample.values[sample.counted]
     operators = (ids - 5) // 24
     seen = torch.zeros(4, 5).index_put_((operators, values), torch.ones(()), accumulate=True)
-    assert (seen / seen.sum(-1, keepdim=True) - 0.2).abs().max() < 0.02 and seen.min() > 2000
+    assert (seen / seen.sum(-1, keepdim=True) - 0.2).abs().max() < 0.02 and seen.min() > 700
     before = sample.values.roll(1, 1)[sample.counted]  # the second argument
     seen = torch.zeros(2, 5, 5).index_put_((operators - 2, before, values), operators.ge(2).float(), accumulate=True)
     assert (seen / seen.sum(-1, keepdim=True)).max() < 0.24  # one argument of a sum

@@ -5,10 +5,10 @@ the two expressions that end last. A closing bracket says where the first of the
 `7: a-b(3, 6)`. To parse is not the task, to evaluate is. Every token is to predict the value of the expression that
 ends with it; the digits, which are their own values, are not counted.
 
-Two operators look at one argument alone, two at both. A bracket's height is the longest way down to a digit through
-arguments that are looked at. At height h the answer is there after h iterations, and h + 1 are needed, since attention
-reads what an iteration began with. Without an argument that is looked at nothing is known of the result. MAX and MIN
-are not like that: a bracket that knows one argument could be done before its other is.
+A bracket's height is the longest way down to a digit. At height h the answer is there after h iterations, and h + 1
+are needed, since attention reads what an iteration began with. Two operators look at both arguments, two at one alone,
+and stand only where that is the taller one, or as tall. So nothing is known of a result before its taller argument is.
+MAX and MIN are not like that: a bracket that knows its shorter argument could be done.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ OPERATORS = {
     "a-b": [[(a - b) % MODULUS for b in VALUES] for a in VALUES],
 }
 TABLE = torch.tensor(list(OPERATORS.values()))
-LOOKS = torch.tensor([[1, 0], [0, 1], [1, 1], [1, 1]])  # at the first argument, at the second
+BOTH = 2  # added to the number of an operator that looks at one argument gives one that looks at both
 CLOSES = 0.8  # how often a bracket closes where it can
 
 
@@ -69,7 +69,7 @@ class Expressions:
     steps: int = 6
     fixed: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     dense: int = 3
-    training: tuple[int, int] = (4000, 1500)
+    training: tuple[int, int] = (5000, 1500)
 
     @property
     def sizes(self) -> Sizes:
@@ -99,8 +99,9 @@ around it can read it."""
         tokens = []
         for place in range(self.length):
             (first, a, left), (_, b, right) = stack.top(1), stack.top(0)
-            digit, operator = digits[:, place], operators[:, place]
-            height = 1 + torch.maximum(*(LOOKS[operator] * torch.stack([left, right], 1)).unbind(1))
+            digit, operator, height = digits[:, place], operators[:, place], 1 + torch.maximum(left, right)
+            shorter = ((operator == 0) & (left < right)) | ((operator == 1) & (right < left))
+            operator = operator + BOTH * shorter
             close = closes[:, place] & (stack.size > 1) & (height <= self.highest)
             ids = torch.where(close, MODULUS + self.length * operator + first, digit)
             value, height = torch.where(close, TABLE[operator, a, b], digit), torch.where(close, height, 0)
