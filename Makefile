@@ -10,7 +10,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo reproduce-small ablations test test-fast test-shapes test-every lint style types docs \
+.PHONY: demo programs reproduce-small ablations test test-fast test-shapes test-every lint style types docs \
 	dist wheel-test lowest changelog release-check notes bench
 INSTALLED = $(VENV)/.adadepth-installed
 
@@ -25,6 +25,12 @@ FLAGS = $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED)) $(if $(POLICY),--pol
 
 demo: $(INSTALLED)  ## train small adaptive models on real text and show what came of it
 	$(RUN) -m examples.demo $(FLAGS) $(ARGS)
+
+# make programs QUICK=1 TASK=expressions SEEDS='20 21' OUT=somewhere; the same command goes on after an interrupt
+STUDY = $(if $(QUICK),--quick) $(if $(TASK),--task $(TASK)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+programs: $(INSTALLED)  ## gates beside models trained at fixed depths, on tasks whose needed depth is known, five seeds
+	$(RUN) -m examples.programs $(STUDY)
 
 # make reproduce-small QUICK=1 SEEDS='0 1' TEXT='a.txt b.txt' OUT=somewhere ARGS='train.steps=4800'
 SWEEP = $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT)) $(ARGS)

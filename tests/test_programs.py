@@ -1,13 +1,15 @@
-"""The algorithmic task in examples/programs: the task, its model, its training, its figures, and what it refuses."""
+"""The study in examples/programs: its tasks, models, training, rows, verdicts, and what it refuses."""
 
 import itertools
 import math
 import multiprocessing
 import re
+import shutil
 import statistics
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +24,69 @@ from torch import Tensor, nn
 
 import adadepth as ad
 from examples.programs import __main__ as command
-from examples.programs import evaluate, mixture, ranks, report, study, task, train, workers
-from examples.programs.model import STEPS, Block, Interpreter, Prediction
-from examples.programs.policies import GUIDED, PAPER, SURVIVAL, TRAINED, UNTRAINED, Policy, Training
-from examples.programs.study import GIVEN, Now, Plan, Row
+from examples.programs import evaluate, mixture, ranks, report, study, train, verdicts, workers
+from examples.programs.expressions import EXPRESSIONS
+from examples.programs.model import Interpreter, Layer, Layers, Prediction, Shape
+from examples.programs.models import FULL, ORACLE, RANDOM, SHUFFLED, Model, models, wide
+from examples.programs.plan import Plan, judged, stream
+from examples.programs.policies import GUIDED, PAPER, READOUTS, SURVIVAL, TRAINED, Policy, Training
+from examples.programs.programs import PROGRAMS, Programs
+from examples.programs.report import Seed
+from examples.programs.store import OtherSettings, Row, Store
+from examples.programs.study import Now
+from examples.programs.task import Sample, Task
+from examples.programs.tasks import TASKS
 
-TINY = Plan(steps_1=3, steps_2=3, judged=24, fitted=16)
-NAMES = [*(policy.name for policy in (*TRAINED, *UNTRAINED)), GIVEN]
+STEPS = 6
+TINY = Plan(steps_1=2, steps_2=2, judged=24, fitted=16, rounds=1)
+SMALL = Programs("small", lines=8, deepest=3, steps=3, fixed=(1, 2, 3), dense=2)
+ROWS = [
+    "guided gates",
+    "guided gates, depths shuffled",
+    "guided gates, random depths",
+    "guided gates, needed depth",
+    "survival gates",
+    "entropy late, trained",
+    "paper's gates",
+    "trained at depth 1",
+    "trained at depth 2",
+    "trained at depth 3",
+    "2 distinct layers",
+    "one layer, 88 wide",
+    "prior, top probability",
+    "prior, entropy",
+    "prior, entropy late",
+    "prior, KL",
+    "needed depth, trained in",
+]
+OURS = {"guided gates", "survival gates", "entropy late, trained", "paper's gates"}
 VALUE: dict[str, Callable[[int], int]] = {
     "x+1": lambda x: (x + 1) % 5,
     "2x": lambda x: 2 * x % 5,
     "-x": lambda x: -x % 5,
     "swap01": lambda x: {0: 1, 1: 0}.get(x, x),
 }
+OPERATOR: dict[str, Callable[[int, int], int]] = {
+    "a+b": lambda a, b: (a + b) % 5,
+    "a-b": lambda a, b: (a - b) % 5,
+    "a+1": lambda a, b: (a + 1) % 5,
+    "swap(b)": lambda a, b: {0: 1, 1: 0}.get(b, b),
+}
 Said = Generator[tuple[int, Now | Row]]  # what a run says
 
 
-def some(count: int, seed: int = 0) -> task.Programs:
+def some(count: int, seed: int = 0, task: Task = PROGRAMS) -> Sample:
     return task.draw(count, torch.Generator().manual_seed(seed))
 
 
+def part_of(sample: Sample, rows: slice) -> Sample:
+    return Sample(*(part[rows] for part in sample))
+
+
 def uneven(policy: Policy = SURVIVAL, tau: float = 0.3) -> Interpreter:
-    """An untrained model whose lines leave at all depths."""
+    """An untrained model whose lines exit at all depths."""
     torch.manual_seed(0)
-    model = Interpreter()
+    model = Interpreter(PROGRAMS.sizes)
     policy.attach(model, tau)
     for last in last_maps(model.looped.gate) if hasattr(model.looped.gate, "mlps") else []:
         last.weight.data.normal_(std=20.0)
@@ -53,24 +94,48 @@ def uneven(policy: Policy = SURVIVAL, tau: float = 0.3) -> Interpreter:
     return model.eval()
 
 
+def stage(model: Interpreter, number: int, steps: int, policy: Policy | None = None) -> Iterator[train.Progress]:
+    """A stage on programs; with exits, if a policy is given."""
+    if policy is not None:
+        policy.attach(model, policy.tau)
+    objective = train.at_exits if policy is None else train.objective_of(policy, steps)
+    samples = train.batches(PROGRAMS, torch.Generator().manual_seed(number - 1))
+    return train.stage(model, number, steps, samples, objective)
+
+
 @cache
 def trained() -> Interpreter:
     """A model after a few steps of both stages."""
     torch.manual_seed(0)
-    model = Interpreter()
-    for _ in train.stage_1(model, 5, torch.Generator().manual_seed(0)):
+    model = Interpreter(PROGRAMS.sizes)
+    for _ in stage(model, 1, 5):
         pass
-    for _ in train.stage_2(model, SURVIVAL, 5, torch.Generator().manual_seed(1)):
+    for _ in stage(model, 2, 5, SURVIVAL):
         pass
     return model.eval()
 
 
-# The task
+def done(task: Task, plan: Plan, store: Store, seed: int = 0) -> list[Now | Row]:
+    """All that the units of one seed say."""
+    return [said for unit in study.units(task) for said in study.work(task, seed, unit, plan, store)]
 
 
-def test_values_and_levels_are_those_of_an_interpreter_that_reads_the_text() -> None:
-    programs = some(200)
-    for ids, values, levels in zip(*(part.tolist() for part in programs), strict=True):
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A study of a small task, run once."""
+    store = study.store_of(tmp_path_factory.mktemp("small"), SMALL, 0, TINY)
+    done(SMALL, TINY, store)
+    return store
+
+
+# The tasks
+
+
+@pytest.mark.parametrize("task", [PROGRAMS, Programs(lines=30, deepest=11, steps=12), SMALL], ids=repr)
+def test_values_and_levels_are_those_of_an_interpreter_that_reads_the_text(task: Programs) -> None:
+    programs = some(200, task=task)
+    assert programs.counted.all()
+    for ids, values, needed in zip(*(part.tolist() for part in programs[:3]), strict=True):
         lines = dict(line.split(": ") for line in task.text(ids))
 
         def run(line: str, lines: dict[str, str] = lines) -> tuple[int, int]:
@@ -81,25 +146,25 @@ def test_values_and_levels_are_those_of_an_interpreter_that_reads_the_text() -> 
             value, level = run(source)
             return VALUE[function](value), level + 1
 
-        assert list(lines) == [str(i) for i in range(24)]
-        assert [run(line) for line in lines] == list(zip(values, levels, strict=True))
+        assert list(lines) == [str(i) for i in range(task.lines)]
+        run_all = [run(line) for line in lines]
+        assert [value for value, _ in run_all] == values
+        assert [min(level + 1, task.steps) for _, level in run_all] == needed
 
 
 def test_a_line_is_written_as_one_writes_it() -> None:
-    lines = task.text([4, 0, 5, 5 + 1, 5 + 24 + 3, 5 + 2 * 24, 5 + 3 * 24 + 23])
+    lines = PROGRAMS.text([4, 0, 5, 5 + 1, 5 + 24 + 3, 5 + 2 * 24, 5 + 3 * 24 + 23])
     assert lines == ["0: 4", "1: 0", "2: x+1(0)", "3: x+1(1)", "4: 2x(3)", "5: -x(0)", "6: swap01(23)"]
 
 
 def test_programs_begin_with_constants_and_reach_every_level() -> None:
     programs = some(2000)
-    assert programs.ids.shape == programs.values.shape == programs.levels.shape == (2000, 24)
+    assert {part.shape for part in programs} == {(2000, 24)}
     assert (programs.ids[:, :4] < 5).all() and (programs.ids[:, 4:] >= 5).all()
-    assert programs.ids.max() < task.VOCABULARY == 101
-    shares = programs.levels.flatten().bincount() / programs.levels.numel()
-    assert len(shares) == 7 and shares.min() > 0.07
-    assert programs.needed(6).double().mean().item() == pytest.approx(3.53, abs=0.02)
-    assert programs.needed(6).equal(torch.minimum(programs.levels + 1, torch.tensor(6)))
-    assert programs.needed(3).max() == 3
+    assert programs.ids.max() < PROGRAMS.sizes.vocabulary == 101
+    shares = programs.needed.flatten().bincount(minlength=7)[1:] / programs.needed.numel()
+    assert shares.min() > 0.07
+    assert programs.needed.double().mean().item() == pytest.approx(3.53, abs=0.02)
 
 
 def test_programs_are_repeatable() -> None:
@@ -109,7 +174,7 @@ def test_programs_are_repeatable() -> None:
 
 def test_a_line_alone_says_nothing_of_its_value() -> None:
     a, b = some(4000), some(1000, seed=1)
-    seen = torch.zeros(24, task.VOCABULARY, 5)
+    seen = torch.zeros(24, 101, 5)
     places = torch.arange(24).expand_as(a.ids)
     seen.index_put_((places, a.ids, a.values), torch.ones(()), accumulate=True)
     guess = seen.argmax(-1)[places[:1000], b.ids]
@@ -118,12 +183,58 @@ def test_a_line_alone_says_nothing_of_its_value() -> None:
     assert right[4:].mean().item() == pytest.approx(0.2, abs=0.01)
 
 
+def evaluated(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """The value and height of the expression that ends with each token, by recursion over the text."""
+    words = dict(word.split(": ") for word in EXPRESSIONS.text(ids))
+
+    def run(place: int) -> tuple[int, int, int]:
+        """And the place where it begins."""
+        if words[str(place)].isdigit():
+            return int(words[str(place)]), 0, place
+        matched = the(re.Match, re.fullmatch(r"(.+)\((\d+), (\d+)\)", words[str(place)]))
+        (a, left, start), (b, right, middle) = run(int(matched[2])), run(int(matched[3]))
+        assert int(matched[3]) == place - 1 and int(matched[2]) == middle - 1  # arguments stand side by side
+        looked_at = {"a+1": left, "swap(b)": right}.get(matched[1], max(left, right))
+        assert looked_at == max(left, right)  # never at the shorter argument alone
+        return OPERATOR[matched[1]](a, b), 1 + looked_at, start
+
+    return [run(place)[:2] for place in range(len(ids))]
+
+
+def test_values_and_heights_are_those_of_nested_expressions() -> None:
+    sample = some(200, task=EXPRESSIONS)
+    for ids, values, needed, counted in zip(*(part.tolist() for part in sample), strict=True):
+        found = evaluated(ids)
+        assert [value for value, _ in found] == values
+        assert [height + 1 for _, height in found] == needed
+        assert [height > 0 for _, height in found] == counted
+
+
+def test_every_sequence_of_expressions_mixes_heights() -> None:
+    sample = some(500, task=EXPRESSIONS)
+    assert sample.ids.max() < EXPRESSIONS.sizes.vocabulary == 101
+    assert (sample.needed[sample.counted].bincount()[2:] / sample.counted.sum()).min() > 0.1
+    kinds = [len(set(row.tolist())) for row in sample.needed]
+    assert min(kinds) >= 3 and statistics.mean(kinds) > 5
+
+
+def test_a_bracket_alone_says_nothing_of_its_value() -> None:
+    sample = some(4000, task=EXPRESSIONS)
+    ids, values = sample.ids[sample.counted], sample.values[sample.counted]
+    operators = (ids - 5) // 24
+    seen = torch.zeros(4, 5).index_put_((operators, values), torch.ones(()), accumulate=True)
+    assert (seen / seen.sum(-1, keepdim=True) - 0.2).abs().max() < 0.02 and seen.min() > 700
+    before = sample.values.roll(1, 1)[sample.counted]  # the second argument
+    seen = torch.zeros(2, 5, 5).index_put_((operators - 2, before, values), operators.ge(2).float(), accumulate=True)
+    assert (seen / seen.sum(-1, keepdim=True)).max() < 0.24  # one argument of a sum
+
+
 # The model
 
 
 def test_forced_depths_are_those_of_a_loop_by_hand() -> None:
     model, ids = uneven().double(), some(3).ids
-    layer = the(Block, model.looped.block)
+    layer = the(Layer, model.looped.block)
     x = model.tokens(ids) + model.positions.weight
     every = model(ids, depth=STEPS, every=True).logits
     given = torch.randint(1, STEPS + 1, ids.shape)
@@ -141,6 +252,18 @@ def test_forced_depths_are_those_of_a_loop_by_hand() -> None:
         torch.testing.assert_close(plain[:, :, depth - 1], model.head(x), rtol=1e-10, atol=1e-12)
 
 
+def test_distinct_layers_follow_each_other() -> None:
+    torch.manual_seed(0)
+    model, ids = Interpreter(PROGRAMS.sizes, Shape(1, 32, 2)).eval(), some(3).ids
+    first, second = (Interpreter(PROGRAMS.sizes, Shape(1, 32)).eval() for _ in range(2))
+    layers = the(Layers, model.looped.block).layers
+    for alone, layer in zip((first, second), layers, strict=True):
+        the(Layer, alone.looped.block).load_state_dict(layer.state_dict())
+    x = model.tokens(ids) + model.positions.weight
+    expected = model.head(second.looped(first.looped(x).hidden).hidden)
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
 def test_a_line_is_not_told_what_comes_later() -> None:
     model, ids = uneven(), some(2).ids
     changed = ids.clone()
@@ -149,7 +272,7 @@ def test_a_line_is_not_told_what_comes_later() -> None:
     assert not torch.allclose(model(ids).logits[:, 12:], model(changed).logits[:, 12:])
 
 
-@pytest.mark.parametrize("policy", [*TRAINED, *UNTRAINED], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [*TRAINED, *READOUTS], ids=lambda policy: policy.name)
 def test_packed_equals_dense(policy: Policy) -> None:
     model, programs = deepcopy(trained()), some(8)
     if policy is not SURVIVAL:
@@ -170,30 +293,60 @@ def test_packed_equals_dense(policy: Policy) -> None:
 # Training
 
 
-def losses(steps: Callable[[Interpreter, torch.Generator], Iterable[train.Progress]]) -> list[train.Progress]:
+def losses(steps: Callable[[Interpreter], Iterable[train.Progress]]) -> list[train.Progress]:
     torch.manual_seed(0)
-    model, generator = Interpreter(), torch.Generator().manual_seed(0)
-    return list(steps(model, generator))
+    return list(steps(Interpreter(PROGRAMS.sizes)))
 
 
-def test_training_is_repeatable_and_never_told_of_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    def both(model: Interpreter, generator: torch.Generator) -> Iterator[train.Progress]:
-        yield from train.stage_1(model, 3, generator)
-        yield from train.stage_2(model, SURVIVAL, 3, generator)
+def test_training_is_repeatable_and_never_told_of_needed_depths(monkeypatch: pytest.MonkeyPatch) -> None:
+    def both(model: Interpreter) -> Iterator[train.Progress]:
+        yield from stage(model, 1, 3)
+        yield from stage(model, 2, 3, SURVIVAL)
 
-    done = losses(both)
-    assert [progress.depth for progress in done] == [6.0] * 6  # gates start open
-    untold: Any = None
-    monkeypatch.setattr(train, "draw", lambda *args: task.draw(*args)._replace(levels=untold))
-    assert losses(both) == done
+    first = losses(both)
+    assert [progress.depth for progress in first] == [6.0] * 6  # gates start open
+    drawn = Programs.draw
+
+    def untold(self: Programs, count: int, generator: torch.Generator) -> Sample:
+        return drawn(self, count, generator)._replace(needed=torch.zeros(count, 24))
+
+    monkeypatch.setattr(Programs, "draw", untold)
+    assert losses(both) == first
+
+
+def test_batches_are_drawn_many_at_a_time_and_all_differ() -> None:
+    samples = train.batches(PROGRAMS, torch.Generator().manual_seed(0))
+    drawn = [next(samples) for _ in range(train.CHUNK + 1)]
+    assert {sample.ids.shape for sample in drawn} == {(64, 24)}
+    assert torch.cat([sample.ids for sample in drawn[:-1]]).equal(some(64 * train.CHUNK).ids)
+    assert not drawn[-1].ids.equal(drawn[0].ids)
 
 
 def test_the_first_step_is_the_cross_entropy_of_the_last_iteration() -> None:
-    (first,) = losses(lambda model, generator: train.stage_1(model, 1, generator))
+    (first,) = losses(lambda model: stage(model, 1, 1))
     torch.manual_seed(0)
-    model, programs = Interpreter(), task.draw(64, torch.Generator().manual_seed(0))
-    picked = model(programs.ids).logits.log_softmax(-1).gather(-1, programs.values.unsqueeze(-1))
+    model, sample = Interpreter(PROGRAMS.sizes), part_of(some(64 * train.CHUNK), slice(64))
+    picked = model(sample.ids).logits.log_softmax(-1).gather(-1, sample.values.unsqueeze(-1))
     assert first.loss == pytest.approx(-picked.mean().item(), rel=1e-5)
+
+
+def test_a_prior_over_depths_is_the_last_answer_and_the_mean_of_all() -> None:
+    torch.manual_seed(0)
+    model, sample = Interpreter(PROGRAMS.sizes).double(), some(4)
+    each = [train.cross_entropy(model(sample.ids, depth=d), sample.values).item() for d in range(1, STEPS + 1)]
+    got = train.prior(model, sample, 0)
+    assert got.at_exit.item() == pytest.approx(each[-1])
+    assert got.total.item() == pytest.approx(each[-1] + train.PRIOR * sum(each) / 6)
+
+
+def test_a_model_is_trained_at_the_depth_it_is_given() -> None:
+    torch.manual_seed(0)
+    model, sample = Interpreter(PROGRAMS.sizes), some(4)
+    for depth in (2, sample.needed):
+        got = train.at_depth(lambda _, depth=depth: depth)(model, sample, 0)  # type: ignore[misc]
+        out = model(sample.ids, depth=depth)
+        assert got.total.item() == pytest.approx(train.cross_entropy(out, sample.values).item())
+        assert got.trace.depth.equal(torch.as_tensor(depth).expand(4, 24))
 
 
 def test_exits_are_trained_in() -> None:
@@ -201,7 +354,7 @@ def test_exits_are_trained_in() -> None:
     weights = the(nn.Module, model.looped.gate).state_dict()
     model.looped.gate = None
     policy = SURVIVAL._replace(training=the(Training, SURVIVAL.training)._replace(tau=0.99))  # fresh gates are at 0.98
-    steps = train.stage_2(model, policy, 2, torch.Generator())
+    steps = stage(model, 2, 2, policy)
     assert next(steps).depth == 1.0
     assert the(nn.Module, model.looped.gate).state_dict().keys() == weights.keys()
 
@@ -222,10 +375,11 @@ def test_the_penalty_is_on_what_the_rule_reads_and_grows_from_nothing(
             return self.penalty(values, live, at)
 
     monkeypatch.setattr(ad, "BottomKPenalty", Watched)
+    monkeypatch.setattr(train, "BATCH", 8)
     traces: list[Prediction] = []
     model = uneven()
     model.register_forward_hook(lambda model, args, out: traces.append(out))
-    for _ in train.stage_2(model, policy, 10, torch.Generator()):
+    for _ in stage(model, 2, 10, policy):
         pass
     assert [at for _, at in seen] == list(range(10))
     for (values, _), out in zip(seen, traces, strict=True):
@@ -233,7 +387,7 @@ def test_the_penalty_is_on_what_the_rule_reads_and_grows_from_nothing(
     assert [round(penalty(0.5, (1, 6)).k(at), 2) for at in range(8)] == [0, 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5]
 
 
-def guided_by_hand(model: Interpreter, programs: task.Programs) -> tuple[Tensor, Tensor]:
+def guided_by_hand(model: Interpreter, programs: Sample) -> tuple[Tensor, Tensor]:
     """What guidance minimises without the gates' own loss, and that loss; one program and one depth at a time."""
     deep, foretold, at_exit = [], [], []
     for ids, values in zip(programs.ids[:3].split(1), programs.values[:3], strict=True):
@@ -267,7 +421,7 @@ def test_guidance_is_every_answer_of_one_half_and_the_exits_of_the_other() -> No
 
 
 def test_guided_gates_start_at_what_a_guess_has_to_gain_and_leave_one_iteration_late() -> None:
-    model, programs = Interpreter(), some(4)
+    model, programs = Interpreter(PROGRAMS.sizes), some(4)
     GUIDED.attach(model, 0.2)
     assert model(programs.ids).trace.scores.mean().item() == pytest.approx(math.log(5), abs=0.2)
     for i, last in enumerate(last_maps(model.looped.gate)):
@@ -332,7 +486,7 @@ def test_the_mixture_is_judged_at_each_price_by_the_same_weights() -> None:
         model.looped.rule = ad.Lookahead(ad.Threshold(price))
         out = model(programs.ids)
         assert row.right == pytest.approx((out.logits.argmax(-1) == programs.values).double().mean().item())
-        pairs = (programs.needed(6).flatten().tolist(), out.trace.depth.flatten().tolist())
+        pairs = (programs.needed.flatten().tolist(), out.trace.depth.flatten().tolist())
         assert row.depth == pytest.approx(statistics.mean(pairs[1]))
         assert row.rank == pytest.approx(slow_correlation(*pairs))
         full = model(programs.ids, depth=6).logits.argmax(-1) == programs.values
@@ -401,64 +555,72 @@ def test_rank_correlation_is_scipys() -> None:
     assert ranks.rank_correlation(a, b) == pytest.approx(stats.spearmanr(a.numpy(), b.numpy()).statistic, abs=1e-12)
 
 
-# Figures
+# Rows
 
 
-def test_a_row_is_what_the_policy_does() -> None:
-    model, programs = uneven(), some(40)
-    tau, generator = 0.4, torch.Generator().manual_seed(7)
-    row = study.judge(model, SURVIVAL, tau, programs, some(20, seed=1), generator)
-    model.looped.rule = ad.SurvivalThreshold(tau)
+def slow(model: Interpreter, sample: Sample, depth: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """What is right, its nats and its depth, sequence by sequence."""
+    outs = [
+        model(sample.ids[i : i + 1], depth=None if depth is None else depth[i : i + 1]) for i in range(len(sample.ids))
+    ]
+    logits = torch.cat([out.logits for out in outs])
+    nats = -logits.log_softmax(-1).gather(-1, sample.values.unsqueeze(-1)).squeeze(-1)
+    return logits.argmax(-1) == sample.values, nats, torch.cat([out.trace.depth for out in outs])
 
-    def run(depth: Tensor | None = None) -> tuple[float, Tensor]:
-        """Program by program."""
-        parts = [model(programs.ids[i : i + 1], depth=None if depth is None else depth[i : i + 1]) for i in range(40)]
-        right = torch.cat([part.logits.argmax(-1) for part in parts]) == programs.values
-        return right.double().mean().item(), torch.cat([part.trace.depth for part in parts])
 
-    accuracy, depth = run()
+def test_a_row_is_what_the_policy_does_to_the_tokens_that_count() -> None:
+    model, sample = uneven(tau=0.4), some(40)
+    counted = torch.rand(40, 24, generator=torch.Generator().manual_seed(5)) < 0.7
+    sample = sample._replace(counted=counted)
+    row = study.row_of("some", model, sample, evaluate.measure(model, sample), 6)
+    right, nats, depth = slow(model, sample)
     assert set(depth.flatten().tolist()) == {1, 2, 3, 4, 5, 6}
-    fixed = [run(torch.full_like(programs.ids, d))[0] for d in range(1, 7)]
-    mean = depth.double().mean().item()
-    low = int(mean)
-    needed = programs.needed(6)
-    pairs = list(zip(needed.flatten().tolist(), depth.flatten().tolist(), strict=True))
-    drawn = ad.uniform_depths((40, 24), 6, mean, torch.Generator().manual_seed(7))
-    assert row.policy == "survival gates"
-    assert row.accuracy == pytest.approx(accuracy)
-    assert row.full == pytest.approx(fixed[5])
-    assert row.mean_depth == pytest.approx(mean)
-    assert row.correlation == pytest.approx(slow_correlation(*zip(*pairs, strict=True)))
-    assert row.by_depth == pytest.approx(fixed)
-    assert row.fixed == pytest.approx(fixed[low - 1] + (mean - low) * (fixed[low] - fixed[low - 1]))
-    assert row.random == pytest.approx(run(drawn)[0])
+    pairs = list(zip(sample.needed[counted].tolist(), depth[counted].tolist(), strict=True))
+    assert (row.name, row.tau) == ("some", None)
+    assert row.accuracy == pytest.approx(right[counted].double().mean().item())
+    assert row.loss == pytest.approx(nats[counted].mean().item(), rel=1e-5)
+    assert row.depth == pytest.approx(depth.double().mean().item())  # of all
+    assert row.rank == pytest.approx(slow_correlation(*zip(*pairs, strict=True)))
     assert row.matrix == [[pairs.count((n, u)) for u in range(1, 7)] for n in range(1, 7)]
+    by_needed = [right[counted & (sample.needed == n)].double().mean().item() for n in range(1, 7)]
+    assert row.right == pytest.approx(by_needed)
     assert row.shown == depth[:3].tolist()
 
 
-def test_what_is_saved_is_saved_at_equal_accuracy() -> None:
-    model, programs, others = uneven(), some(40), some(40, seed=1)
-    others = others._replace(values=model(others.ids, depth=STEPS).logits.argmax(-1))  # full depth is right
-    values = evaluate.thresholds(model, SURVIVAL, others)
-    assert values == sorted(values) and len(values) == 513
-    enough = evaluate.fixed(model, others)[-1].accuracy - 0.002
-    saved = study.saved_at_equal_accuracy(model, SURVIVAL, programs, others)
-    tau = the(float, the(ad.SurvivalThreshold, model.looped.rule).tau)
-    assert evaluate.measure(model, others).accuracy >= enough
-    assert saved == pytest.approx(1 - evaluate.measure(model, programs).mean_depth / 6)
-    assert 0 < saved < 1
-    model.looped.rule = ad.SurvivalThreshold(values[values.index(tau) + 1])
-    assert evaluate.measure(model, others).accuracy < enough
+def test_flops_are_those_of_a_hand_count() -> None:
+    """A product of `(n, a)` and `(a, b)` is 2·n·a·b; attention multiplies each query with all 24 keys, twice."""
+
+    def layer(dim: int) -> int:
+        return 2 * dim * 12 * dim + 2 * 2 * 24 * dim
+
+    head = 2 * 64 * 5
+    depth = torch.tensor([[1, 3, 6] * 8] * 2)  # 1, 3 and 5 of them have a score
+    model = Interpreter(PROGRAMS.sizes)
+    assert evaluate.flops(model, depth) == pytest.approx(layer(64) * 10 / 3 + head)
+    narrow = 2 * 64 * 16 + 2 * 16
+    gates = {"guided gates": narrow, "survival gates": narrow, "entropy late, trained": head}
+    for policy in TRAINED:
+        policy.attach(model, policy.tau)
+        gate = gates.get(policy.name, 2 * 64 * 256 + 2 * 256)
+        assert evaluate.flops(model, depth) == pytest.approx(layer(64) * 10 / 3 + head + gate * (1 + 3 + 5) / 3)
+    ones = torch.ones(2, 24, dtype=torch.int64)
+    assert evaluate.flops(Interpreter(PROGRAMS.sizes, Shape(1, layers=4)), ones) == 4 * layer(64) + head
+    assert evaluate.flops(Interpreter(PROGRAMS.sizes, Shape(1, dim=128)), ones) == layer(128) + 2 * head
+    assert wide(PROGRAMS) == 128  # 4 layers of 64 hold as many weights
 
 
-def test_nothing_is_saved_where_no_threshold_is_good_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "EQUAL", -1.0)
-    assert study.saved_at_equal_accuracy(uneven(), SURVIVAL, some(4), some(4)) == 0
+def test_cut_at_each_depth_is_every_token_at_that_depth() -> None:
+    model, sample = uneven(), some(6)
+    for depth, got in enumerate(evaluate.cut(model, sample), 1):
+        right, nats, used = slow(model, sample, torch.full_like(sample.ids, depth))
+        assert got.right.equal(right) and got.depth.equal(used)
+        torch.testing.assert_close(got.nats, nats)
 
 
-def test_the_mean_depth_is_fitted() -> None:
+def test_the_mean_depth_of_a_readout_is_fitted() -> None:
     model, others = uneven(), some(40)
     values = evaluate.thresholds(model, SURVIVAL, others)
+    assert values == sorted(values) and len(values) == 513
     tau = the(float, evaluate.highest(model, SURVIVAL, others, lambda exits: exits.mean_depth >= 3.5))
     means = []
     for model.looped.rule in map(ad.SurvivalThreshold, (tau, values[values.index(tau) + 1])):
@@ -468,31 +630,256 @@ def test_the_mean_depth_is_fitted() -> None:
     assert evaluate.highest(model, SURVIVAL, others, lambda exits: True) == values[-1]
 
 
-@pytest.mark.parametrize(("mean", "expected"), [(1.0, 0.1), (2.5, 0.35), (5.0, 0.8), (5.75, 0.95), (6.0, 1.0)])
-def test_fixed_depths_at_a_mean_are_mixed(mean: float, expected: float) -> None:
-    rights = [0.1, 0.3, 0.4, 0.5, 0.8, 1.0]
-    depths = [evaluate.Measured(torch.arange(10) < 10 * right, torch.full((10,), i)) for i, right in enumerate(rights)]
-    assert evaluate.at_mean(depths, mean) == pytest.approx(expected)
+@pytest.mark.parametrize(("depth", "expected"), [(1.0, 0.1), (2.5, 0.35), (5.0, 0.8), (5.75, 0.95), (6.0, 1.0)])
+def test_between_two_depths_is_a_straight_line(depth: float, expected: float) -> None:
+    assert evaluate.between([0.1, 0.3, 0.4, 0.5, 0.8, 1.0], depth) == pytest.approx(expected)
 
 
-def test_a_study_trains_each_policy_from_the_same_weights_and_fits_the_rest_to_survival() -> None:
-    said = list(study.study(0, TINY))
-    rows = [item for item in said if isinstance(item, Row)]
-    steps = [item for item in said if not isinstance(item, Row)]
-    assert [row.policy for row in rows] == NAMES
-    assert [now.done for now in steps] == list(range(1, TINY.total + 1))
-    assert [now.doing for now in steps[::3]] == ["full depth", *(policy.name for policy in TRAINED)]
+def test_times_are_the_best_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    clock = iter([0, 5, 10, 11, 20, 22, 30, 39])  # 5, 1; then 2, 9
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    runs = {name: partial(ran.append, name) for name in "ab"}
+    assert evaluate.seconds(runs, 2) == {"a": 2, "b": 1}
+    assert ran == ["a", "b", "a", "b"]
+
+
+# The study
+
+
+def test_every_row_appears_once_and_from_the_same_weights(small: Store) -> None:
+    assert study.row_names(SMALL) == ROWS
+    assert all(small.row(name) is not None for name in ROWS)
+    full, deepest = (the(dict, small.weights(name)) for name in (FULL, "trained at depth 3"))
+    assert not full["head.1.weight"].equal(deepest["head.1.weight"])
     torch.manual_seed(0)
-    model, programs = Interpreter(), task.draw(64, study.stream(0, 1))
-    assert len(list(train.stage_1(model, 3, study.stream(0, 0)))) == 3
-    at_first = train.cross_entropy(model(programs.ids), programs.values).item()
-    assert steps[9].loss == pytest.approx(at_first, rel=1e-5)  # after two others were trained from these weights
-    untrained = [row for row in rows if row.policy not in {policy.name for policy in TRAINED}]
-    assert all(row.by_depth == untrained[0].by_depth for row in untrained)
-    assert rows[-1].correlation == pytest.approx(1)
-    programs = task.draw(TINY.judged, study.stream(0, 2))
-    assert rows[-1].shown == programs.needed(6)[:3].tolist()
-    assert all(sum(map(sum, row.matrix)) == TINY.judged * 24 for row in rows)
+    model = Interpreter(SMALL.sizes, Shape(3))
+    for number in (1, 2):
+        samples = train.batches(SMALL, stream(0, number - 1))
+        assert len(list(train.stage(model, number, 2, samples, train.at_exits))) == 2
+        if number == 1:
+            assert all(full[name].equal(weight) for name, weight in model.state_dict().items())
+    assert all(deepest[name].equal(weight) for name, weight in model.state_dict().items())
+    timed = set(ROWS) - {SHUFFLED, RANDOM, ORACLE, "needed depth, trained in"}
+    assert set(the(dict, small.seconds())) == timed and min(the(dict, small.seconds()).values()) > 0
+
+
+def test_all_models_see_the_same_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: dict[str, list[Tensor]] = {}
+    model = ""
+    optimise = train.optimise
+
+    def watched(*args: Any) -> Iterator[train.Progress]:
+        interpreter = args[0]
+        handle = interpreter.register_forward_pre_hook(lambda module, given: seen[model].append(given[0]))
+        yield from optimise(*args)
+        handle.remove()
+
+    monkeypatch.setattr(train, "optimise", watched)
+    store = study.store_of(tmp_path, SMALL, 0, TINY)
+    for model, what in models(SMALL).items():
+        seen[model] = []
+        assert len(list(study._train(SMALL, 0, what, TINY, store))) == 2 * len(what.stages)
+        if model == GUIDED.name:  # half with and half without exits
+            halves = seen[model]
+            seen[model] = [torch.cat(halves[i : i + 2]) for i in (0, 2)]
+    first, second = seen[FULL], seen[SURVIVAL.name]
+    assert len(first) == len(second) == 2
+    for model, what in models(SMALL).items():
+        expected = {(1,): first, (2,): second, (1, 2): [*first, *second]}[what.stages]
+        assert all(a.equal(b) for a, b in zip(seen[model], expected, strict=True)), model
+
+
+def test_what_is_done_is_not_done_again_and_gives_the_same(small: Store, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in small.folder.iterdir()}
+    said = done(SMALL, TINY, small)
+    assert [row.name for row in said if isinstance(row, Row)] == ROWS
+    assert not [now for now in said if isinstance(now, Now)]
+    assert {path: path.stat().st_mtime_ns for path in small.folder.iterdir()} == before
+    assert [study.left(SMALL, unit, TINY, small) for unit in study.units(SMALL)] == [0] * 13
+    fresh = study.store_of(tmp_path, SMALL, 0, TINY)
+    assert [study.left(SMALL, unit, TINY, fresh) for unit in study.units(SMALL)] == [*[2] * 5, 4, 4, 2, 4, 4, 2, 2, 0]
+
+
+def test_an_interrupted_study_goes_on_with_the_same_rows(small: Store, tmp_path: Path) -> None:
+    store = study.store_of(tmp_path, SMALL, 0, TINY)
+    steps = study.work(SMALL, 0, FULL, TINY, store)
+    assert isinstance(next(steps), Now)  # and no more: it begins again
+    assert store.weights(FULL) is None
+    for unit in (FULL, GUIDED.name):
+        list(study.work(SMALL, 0, unit, TINY, store))
+    for name in (SHUFFLED, GUIDED.name):
+        next(store.folder.glob(re.sub(r"\W+", "-", name) + ".json")).unlink()
+    said = list(study.work(SMALL, 0, GUIDED.name, TINY, store))
+    assert [row.name for row in said if isinstance(row, Row)] == ROWS[:4] and len(said) == 4
+    assert [store.row(name) for name in ROWS[:4]] == [small.row(name) for name in ROWS[:4]]
+    assert not list(store.folder.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("task", "plan", "what"),
+    [
+        (SMALL, TINY._replace(steps_2=3), "steps_2 2, this run has 3"),
+        (SMALL, TINY._replace(judged=25), "judged 24, this run has 25"),
+        (Programs("small", 8, 3, 3, (1, 3), 2), TINY, "task fixed [1, 2, 3], this run has [1, 3]"),
+    ],
+)
+def test_rows_of_other_settings_are_refused(small: Store, task: Task, plan: Plan, what: str) -> None:
+    other = study.store_of(small.folder.parent.parent, task, 0, plan)
+    for read, path in (
+        (lambda: other.row(GUIDED.name), "guided-gates.json"),
+        (lambda: other.weights(FULL), "full-depth.pt"),
+        (other.seconds, "seconds.json"),
+    ):
+        with pytest.raises(OtherSettings) as e:
+            read()
+        expected = f"{small.folder / path} was made with {what}. Give it another --out, or remove the file."
+        assert str(e.value) == expected
+
+
+def test_a_recipe_that_changes_is_noticed(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "K_MAX", 0.7)
+    with pytest.raises(OtherSettings, match=r"K_MAX 0\.5, this run has 0\.7"):
+        study.store_of(small.folder.parent.parent, SMALL, 0, TINY).row(GUIDED.name)
+
+
+def test_shuffled_depths_are_each_sequences_own_in_another_order() -> None:
+    model, sample = uneven(), some(40)
+    exits = evaluate.measure(model, sample)
+    depths = study._instead(sample, exits, STEPS, torch.Generator().manual_seed(3))
+    shuffled = depths[SHUFFLED]
+    assert shuffled.sort(1).values.equal(exits.depth.sort(1).values)
+    moved = (shuffled != exits.depth).any(1)
+    assert moved[(exits.depth.amax(1) > exits.depth.amin(1))].double().mean() > 0.9
+    assert len({tuple(row.argsort(stable=True).tolist()) for row in shuffled}) > 20  # not one order for all
+    assert depths[RANDOM].double().mean().item() == pytest.approx(exits.mean_depth, abs=0.2)
+    assert depths[ORACLE].equal(sample.needed)
+
+
+def test_the_rows_of_given_depths_are_those_weights_at_those_depths(small: Store) -> None:
+    by_name: dict[str, Model] = models(SMALL)
+    sample = judged(SMALL, 0, TINY)
+    needed = study.load(SMALL, 0, by_name["needed depth, trained in"], small)
+    right, nats, depth = slow(needed, sample, sample.needed)
+    row = the(Row, small.row("needed depth, trained in"))
+    assert row.accuracy == pytest.approx(right.double().mean().item())
+    assert row.loss == pytest.approx(nats.mean().item(), rel=1e-5)
+    assert row.rank == pytest.approx(1) and row.shown == depth[:3].tolist() == sample.needed[:3].tolist()
+    for fixed in (1, 2, 3):
+        row = the(Row, small.row(f"trained at depth {fixed}"))
+        assert row.depth == fixed and row.rank is None
+    assert the(Row, small.row(ORACLE)).depth == row_mean(sample.needed)
+
+
+def test_the_model_of_needed_depths_is_trained_at_them(small: Store) -> None:
+    model = Interpreter(SMALL.sizes, Shape(3))
+    model.load_state_dict(the(dict, small.weights(FULL)))
+    samples = train.batches(SMALL, stream(0, 1))
+
+    def step(_: int) -> train.Losses:
+        sample = next(samples)
+        out = model(sample.ids, depth=sample.needed)
+        loss = train.cross_entropy(out, sample.values)
+        return train.Losses(loss, loss, out.trace)
+
+    assert len(list(train.optimise(model, 2, train.RATES[2], step))) == 2
+    weights = the(dict, small.weights("needed depth, trained in"))
+    assert all(weights[name].equal(weight) for name, weight in model.state_dict().items())
+
+
+def row_mean(depth: Tensor) -> float:
+    return depth.double().mean().item()
+
+
+def test_readouts_are_not_fitted_on_what_they_are_judged_on(small: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def read(*args: Any) -> Iterator[Row]:
+        given.extend(args)
+        return iter(())
+
+    monkeypatch.setattr(study, "_read", read)
+    model, sample = models(SMALL)["prior over depths"], judged(SMALL, 0, TINY)
+    assert not list(study.judge(SMALL, 0, model, study.load(SMALL, 0, model, small), sample, TINY, small))
+    assert given[1] is sample and given[2].ids.equal(SMALL.draw(16, stream(0, 3)).ids)
+    assert not given[2].ids.equal(sample.ids[:16])
+
+
+def test_readouts_are_fitted_on_other_sequences_to_the_depth_of_the_gates(small: Store, tmp_path: Path) -> None:
+    store = study.store_of(tmp_path, SMALL, 0, TINY)
+    store.keep_row(the(Row, small.row(GUIDED.name))._replace(depth=1.7))
+    torch.manual_seed(1)
+    model, others = Interpreter(SMALL.sizes, Shape(3)).eval(), some(100, seed=1, task=SMALL)
+    sample = some(100, seed=2, task=SMALL)
+    rows = list(study._read(model, sample, others, store))
+    assert [row.name for row in rows] == ROWS[12:16]
+    for row, policy in zip(rows, READOUTS, strict=True):
+        policy.attach(model, the(float, row.tau))
+        assert evaluate.measure(model, others).mean_depth >= 1.7
+        if policy.name != "entropy late":  # which goes at least 2 deep
+            assert row.depth == pytest.approx(1.7, abs=0.15)
+
+
+# Verdicts
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=5), st.integers(0, 20))
+def test_the_mixture_is_the_best_of_all_shares(places: list[tuple[int, int]], twice: int) -> None:
+    cost, rows = twice / 2, [some_row(0, "a")._replace(flops=f, accuracy=a, loss=-a) for f, a in places]
+    got = verdicts.mixture(rows, cost)
+    shares = [i / 360 for i in range(361)]
+    tried = [
+        (1 - share) * a + share * b
+        for f, a in places
+        for g, b in places
+        for share in shares
+        if (1 - share) * f + share * g <= cost + 1e-9
+    ]
+    best = max(tried) if tried else max(a for f, a in places if f == min(places)[0])
+    if tried:
+        assert best - 1e-9 <= got.accuracy <= best + 9 / 360
+        assert got.loss == pytest.approx(-got.accuracy)
+    else:
+        assert got.accuracy in [a for f, a in places if f == min(places)[0]]
+
+
+def test_the_mixture_is_not_of_neighbours_alone() -> None:
+    rows = [some_row(0, "a")._replace(flops=f, accuracy=a, loss=1 - a) for f, a in ((1, 0.2), (2, 0.3), (3, 0.8))]
+    assert verdicts.mixture(rows, 2) == pytest.approx((0.5, 0.5))
+    assert verdicts.mixture(rows, 9) == pytest.approx((0.8, 0.2))
+    assert verdicts.mixture(rows, 0.5) == pytest.approx((0.2, 0.8))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        ([(2.0, 1.0), (3.0, 1.9), (4.0, 3.1)], "+1.00 ± 0.06, above by 17.3 standard errors"),
+        ([(1.0, 2.0), (1.9, 3.0), (3.1, 4.0)], "-1.00 ± 0.06, below by 17.3 standard errors"),
+        ([(1.0, 2.0), (3.0, 1.0), (1.0, 1.5)], "+0.17 ± 0.93, no difference seen"),
+        ([(1.0, 1.0), (2.0, 2.0)], "+0.00 ± 0.00, no difference seen"),
+        ([(2.0, 1.0), (3.0, 2.0)], "+1.00 ± 0.00, above by inf standard errors"),
+        ([(2.0, 1.0)], "+1.00 (one seed)"),
+    ],
+)
+def test_a_difference_is_said_in_words(pairs: list[tuple[float, float]], words: str) -> None:
+    assert verdicts.said(verdicts.difference(pairs), ".2f") == words
+
+
+def test_verdicts_are_of_pairs_at_equal_flops() -> None:
+    def rows(seed: int) -> dict[str, Row]:
+        fixed = [(1, 0.5), (2, 0.7), (3, 0.99 + seed / 100)]
+        made = [some_row(seed, f"trained at depth {d}")._replace(flops=d, accuracy=a, loss=1 - a) for d, a in fixed]
+        gates = some_row(seed, GUIDED.name)._replace(flops=2.0, accuracy=0.9 + seed / 100, loss=0.1)
+        return {row.name: row for row in [*made, gates]}
+
+    said = [each.sentence for each in verdicts.verdicts(SMALL, [rows(0), rows(1), rows(2)])]
+    assert said == [
+        "guided gates − best mixture of two trained depths (FLOPs × 1.00): accuracy, points +16.00 ± 0.29, above by "
+        "55.4 standard errors; loss -0.1500 ± 0.0029, below by 52.0 standard errors.",
+        "guided gates − trained at depth 3 (FLOPs × 0.67): accuracy, points -9.00 ± 0.00, below by inf standard errors"
+        "; loss +0.1000 ± 0.0058, above by 17.3 standard errors.",
+    ]
 
 
 # The command
@@ -515,84 +902,108 @@ def number(cell: str) -> float:
     return float(cell.removesuffix("%")) / (100 if cell.endswith("%") else 1)
 
 
-def some_row(seed: int, policy: str) -> Row:
-    generator = torch.Generator().manual_seed(100 * seed + len(policy))
-    shares = torch.rand(6, generator=generator).tolist()
-    matrix = torch.randint(1, 50, (6, 6), generator=generator)
+def some_row(seed: int, name: str, steps: int = 3) -> Row:
+    generator = torch.Generator().manual_seed(100 * seed + len(name))
+    matrix = torch.randint(1, 50, (steps, steps), generator=generator)
     needed, used = (matrix.nonzero() + 1).repeat_interleave(matrix.flatten(), 0).unbind(1)
+    shares = torch.rand(3 + steps, generator=generator).tolist()
     return Row(
-        policy=policy,
+        name=name,
         accuracy=shares[0],
-        full=shares[1],
-        mean_depth=used.double().mean().item(),
-        correlation=ranks.rank_correlation(needed, used),
-        saved=shares[2],
-        fixed=shares[3],
-        random=shares[4],
-        by_depth=torch.rand(6, generator=generator).tolist(),
+        loss=shares[1],
+        depth=used.double().mean().item(),
+        flops=1000 * (100 + 300 * shares[2]),
+        rank=ranks.rank_correlation(needed, used),
+        tau=None,
+        right=[*shares[4:], None],
         matrix=matrix.tolist(),
-        shown=[[1 + seed] * 24] * 3,
+        shown=[[1 + seed % 3] * 8] * 3,
     )
 
 
+def some_seed(seed: int) -> Seed:
+    rows = {name: some_row(seed, name) for name in ROWS}
+    return Seed(rows, {name: (1 + seed) / (1 + len(name)) for name in ROWS[:-1]})
+
+
 def test_every_printed_figure_is_that_of_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    results = {seed: [some_row(seed, name) for name in NAMES] for seed in (0, 3, 4)}
-    report.show(Console(width=80), results)
+    results = {seed: some_seed(seed) for seed in (0, 3, 4)}
+    report.show(Console(width=80), SMALL, results, "a note")
     output = capsys.readouterr().out
-    assert max(map(len, output.splitlines())) <= 80
+    assert max(map(len, output.splitlines())) <= 80 and output.startswith("a note\n")
     rows = cells(output)
-    for seed, of_seed in results.items():
-        for row in of_seed:
-            name, *printed = rows.pop(0)
-            pairs = [(n + 1, u + 1) for n in range(6) for u in range(6) for _ in range(row.matrix[n][u])]
-            depth = statistics.mean(used for _, used in pairs)
-            correlation = slow_correlation(*zip(*pairs, strict=True))
-            figures = [row.accuracy, row.full, depth, correlation, row.saved, row.fixed, row.random]
-            assert name == row.policy, seed
-            assert list(map(number, printed)) == pytest.approx(figures, abs=6e-3), name
-    for i, policy in enumerate(NAMES):
-        name, *printed = rows.pop(0)
-        group = [of_seed[i] for of_seed in results.values()]
-        assert name == policy
-        keys = ("accuracy", "full", "mean_depth", "correlation", "saved", "fixed", "random")
-        for cell, key in zip(printed, keys, strict=True):
+    for name in ROWS:
+        said, *printed = rows.pop(0)
+        assert said == name
+        figures = [
+            [getattr(seed.rows[name], key) for seed in results.values()] for key in ("accuracy", "loss", "depth")
+        ]
+        figures.append([seed.rows[name].flops / 1000 for seed in results.values()])
+        mixed = [verdicts.mixture_of(SMALL, seed.rows, name) for seed in results.values()]
+        figures.append(
+            [] if name.startswith("trained at") else [the(verdicts.Mixture, each).accuracy for each in mixed]
+        )
+        figures.append([the(float, seed.rows[name].rank) for seed in results.values()])
+        figures.append([seed.seconds[name] for seed in results.values() if name in seed.seconds])
+        for cell, values, near in zip(printed, figures, (1e-4, 1e-4, 6e-3, 0.6, 1e-4, 6e-4, 6e-3), strict=True):
+            if not values:
+                assert cell == "–"
+                continue
             mean, spread = cell.split(" ±")
-            values = [getattr(row, key) for row in group]
-            middle = sum(values) / 3
-            assert number(mean) == pytest.approx(middle, abs=6e-3)
-            assert number(spread) == pytest.approx((sum((v - middle) ** 2 for v in values) / 2) ** 0.5, abs=6e-3)
-    for i, policy in enumerate([*NAMES[:4], "no exits"]):
-        name, *printed = rows.pop(0)
-        assert name == policy
-        means = [sum(of_seed[i].by_depth[d] for of_seed in results.values()) / 3 for d in range(6)]
-        assert list(map(number, printed)) == pytest.approx(means, abs=6e-5)
-    for i, needed in itertools.product(range(4), range(6)):
-        counts = [sum(of_seed[i].matrix[needed][u] for of_seed in results.values()) for u in range(6)]
-        assert rows.pop(0) == [str(needed + 1), *(f"{count / sum(counts):.0%}" for count in counts)]
-    assert not rows
+            assert number(mean) == pytest.approx(statistics.mean(values), abs=near), name
+            assert number(spread) == pytest.approx(statistics.stdev(values), abs=near), name
+    for name in ROWS:
+        means = [statistics.mean(the(float, seed.rows[name].right[i]) for seed in results.values()) for i in range(2)]
+        assert rows.pop(0) == [name, *(f"{mean:.0%}" for mean in means), "–"]
+    expected = []
+    for name, needed in itertools.product([name for name in ROWS if name in OURS], range(3)):
+        counts = [sum(seed.rows[name].matrix[needed][u] for seed in results.values()) for u in range(3)]
+        expected.append([str(needed + 1), *(f"{count / sum(counts):.0%}" for count in counts)])
+    assert sorted(rows) == sorted(expected)  # side by side
 
 
 def test_figures_of_one_seed_and_figures_that_are_none() -> None:
     assert report.figure([0.12345], ".2%") == "12.35%"
-    assert report.figure([0.5, float("nan")], ".3f") == "–"
+    assert report.figure([0.5, None], ".3f") == "–"
     assert report.figure([1.0, 3.0], ".2f") == "2.00\n±1.41"
 
 
-@pytest.mark.every
-def test_quick_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    command.main(["--quick", "--seeds", "1", "--processes", "1", "--out", str(tmp_path / "new")])
+def run_here(job: workers.Job, seeds: Sequence[int], processes: int) -> Said:
+    """All units, without processes."""
+    task = TASKS[job.task]
+    for seed in seeds:
+        for unit in study.units(task):
+            for said in study.work(task, seed, unit, job.plan, study.store_of(job.out, task, seed, job.plan)):
+                yield seed, said
+
+
+@pytest.fixture
+def small_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command knows the small task, and does its work here."""
+    monkeypatch.setitem(TASKS, "small", SMALL)
+    monkeypatch.setattr(command, "QUICK", TINY)
+    monkeypatch.setattr(command, "run", run_here)
+
+
+@pytest.mark.usefixtures("small_command")
+def test_a_quick_run_has_a_page_and_says_that_it_means_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, small: Store
+) -> None:
+    shutil.copytree(small.folder, tmp_path / "small" / "seed-0")  # nothing is left to do
+    command.main(["--task", "small", "--quick", "--seeds", "0", "--out", str(tmp_path)])
     output = capsys.readouterr().out
-    rows = cells(output)
-    assert [row[0] for row in rows[: len(NAMES)]] == NAMES
-    assert rows[0][3] == rows[1][3] == "6.00"  # four steps close no gate
-    path = tmp_path / "new" / "programs.html"
+    assert f"{command.CAVEAT}\n" in output
+    assert [row[0] for row in cells(output)[: len(ROWS)]] == ROWS
+    path = tmp_path / "small.html"
     assert output.splitlines()[-1] == str(path)
     page = path.read_text()
-    assert "http" not in page.replace("http://www.w3.org", "")
-    programs = task.draw(command.QUICK.judged, study.stream(1, 2))
-    lines = [line.replace(" ", "\u00a0") for line in task.text(programs.ids[0].tolist())]
-    assert all(f"{line} " in page for line in lines)
-    assert multiprocessing.active_children() == []
+    assert "http" not in page.replace("http://www.w3.org", "") and command.CAVEAT in page
+    lines = [line.replace(" ", "\u00a0") for line in SMALL.text(judged(SMALL, 0, TINY).ids[0].tolist())]
+    assert all(f"{line} " in page for line in lines) and page.count("<svg") == 5
+    with pytest.raises(SystemExit) as e:
+        command.main(["--task", "small", "--quick", "--steps1", "9", "--seeds", "0", "--out", str(tmp_path)])
+    assert str(e.value).startswith(f"error: {tmp_path / 'small' / 'seed-0'}")
+    assert str(e.value).endswith("steps_1 2, this run has 9. Give it another --out, or remove the file.")
 
 
 ERRORS = {
@@ -616,61 +1027,78 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as e:
         command.main(["--out", str(tmp_path / "file")])
-    assert str(e.value) == f"error: cannot write to {tmp_path / 'file'}: File exists"
+    assert str(e.value) == f"error: cannot write to {tmp_path / 'file'}: Not a directory"
 
 
-def interrupted(*rows: tuple[int, Row]) -> Callable[..., Said]:
-    def run(seeds: Sequence[int], plan: Plan, processes: int) -> Said:
-        yield 0, Now("full depth", 1, 1.0, 6.0)
-        yield from rows
+def interrupted(*units: str, fails: bool = False) -> Callable[..., Said]:
+    def run(job: workers.Job, seeds: Sequence[int], processes: int) -> Said:
+        store = study.store_of(job.out, SMALL, seeds[-1], job.plan)
+        for unit in units:
+            for said in study.work(SMALL, seeds[-1], unit, job.plan, store):
+                yield seeds[-1], said
+        if fails:
+            raise workers.Failed("seed 1, KL ended with exit code 1")
         raise KeyboardInterrupt
 
     return run
 
 
+STOPPED = "this is what is complete. The same command goes on from here."
+
+
+@pytest.mark.usefixtures("small_command")
 def test_an_interrupt_shows_what_is_complete(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(command, "run", interrupted((2, some_row(2, NAMES[0])), (2, some_row(2, NAMES[1]))))
-    command.main(["--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(command, "run", interrupted(FULL, "trained at depth 1"))
+    command.main(["--task", "small", "--quick", "--seeds", "0", "2", "--out", str(tmp_path)])
     output = capsys.readouterr().out
-    assert "Stopped; this is what is complete.\n" in output
-    assert "│ no exits" not in output  # these come last
-    assert [row[0] for row in cells(output)[:2]] == NAMES[:2]
-    assert output.splitlines()[-1] == str(tmp_path / "programs.html")
+    assert f"Stopped; {STOPPED}" in " ".join(output.split()) and "seed 2, trained at depth 1: " in output
+    assert cells(output)[0][0] == "trained at depth 1"
+    assert output.splitlines()[-1] == str(tmp_path / "small.html")
+    monkeypatch.setattr(command, "run", interrupted("trained at depth 2", fails=True))
+    with pytest.raises(SystemExit) as e:
+        command.main(["--task", "small", "--quick", "--seeds", "0", "2", "--out", str(tmp_path)])
+    assert e.value.code == 1
+    output = capsys.readouterr().out
+    assert f"error: seed 1, KL ended with exit code 1; {STOPPED}" in " ".join(output.split())
+    assert [row[0] for row in cells(output)[:2]] == ["trained at depth 1", "trained at depth 2"]
 
 
+@pytest.mark.usefixtures("small_command")
 def test_an_interrupt_before_anything_is_complete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(command, "run", interrupted())
     with pytest.raises(SystemExit) as e:
-        command.main(["--quick", "--out", str(tmp_path)])
-    assert str(e.value) == "Stopped before any policy was complete."
+        command.main(["--task", "small", "--quick", "--out", str(tmp_path)])
+    assert str(e.value) == "Stopped before any row was complete."
 
 
-def test_a_seed_that_fails_takes_no_others_with_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_command_runs_fresh_seeds_and_a_quick_run_one() -> None:
+    parsed = command.arguments([])
+    assert (parsed.task, parsed.seeds, parsed.out) == ("programs", [20, 21, 22, 23, 24], Path("out/programs"))
+    assert command.plan_of(parsed) == Plan(2500, 1500)
+    assert command.plan_of(command.arguments(["--task", "deep", "--steps2", "9"])) == Plan(2500, 9)
+    quick = command.arguments(["--quick"])
+    assert (quick.seeds, quick.out) == ([20], Path("out/programs-quick"))
+    assert command.plan_of(quick).steps_1 < 10
+
+
+def test_units_run_after_those_they_need_and_a_process_that_fails_is_named(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def run(seeds: Sequence[int], plan: Plan, processes: int) -> Said:
-        yield 1, some_row(1, NAMES[0])
-        raise workers.Failed("seed 0 ended with exit code 1")
-
-    monkeypatch.setattr(command, "run", run)
-    with pytest.raises(SystemExit) as e:
-        command.main(["--quick", "--out", str(tmp_path)])
-    assert e.value.code == 1
-    output = capsys.readouterr().out
-    assert "error: seed 0 ended with exit code 1; this is what is complete.\n" in output
-    assert cells(output)[0][0] == NAMES[0]
-
-
-def test_processes_end_with_the_run_and_one_that_fails_is_named(capfd: pytest.CaptureFixture[str]) -> None:
-    running = workers.run([0, 1], Plan(steps_1=10**6), processes=1)
+    after = study.units(PROGRAMS)
+    assert after["guided gates"] == {FULL} and after["prior over depths"] == {FULL, "guided gates"}
+    assert after["trained at depth 1"] == set() and after["trained at depth 6"] == {FULL}
+    assert after["times"] == set(after) - {"times"}
+    assert workers._ready((0, "guided gates"), after, {(0, FULL)})
+    assert not workers._ready((0, "guided gates"), after, {(1, FULL)})
+    running = workers.run(workers.Job("programs", Plan(10**6, 10**6), tmp_path), [0, 1], processes=1)
     seed, now = next(running)
-    assert isinstance(now, Now) and (seed, now.doing, now.done) == (0, "full depth", 1)
+    assert isinstance(now, Now) and (seed, now.doing) == (0, FULL)
     assert len(multiprocessing.active_children()) == 1
     running.close()
     assert multiprocessing.active_children() == []
     with pytest.raises(workers.Failed) as e:
-        list(workers.run([2**70], TINY, processes=1))
-    assert str(e.value) == f"seed {2**70} ended with exit code 1"
+        list(workers.run(workers.Job("programs", TINY, tmp_path), [2**70], processes=1))
+    assert str(e.value) == f"seed {2**70}, full depth ended with exit code 1"
     assert "Overflow" in capfd.readouterr().err

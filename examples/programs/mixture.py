@@ -18,14 +18,18 @@ from rich.table import Table
 from torch import Tensor
 
 from ..demo.text import BadInput, Text, even_windows, file_text, random_windows, stdlib_text
-from .evaluate import between, fixed, measure
-from .model import STEPS, Interpreter
+from .evaluate import between, cut, measure
+from .model import Interpreter
+from .plan import stream
 from .policies import GUIDED
+from .programs import PROGRAMS
 from .ranks import rank_correlation
 from .report import figure
-from .study import stream
-from .task import LINES, MODULUS, VOCABULARY, Programs, draw
+from .task import Sample, Sizes
 from .train import BATCH, RATES, Losses, Objective, Progress, at_exits, objective_of, optimise
+
+VOCABULARY, LINES, MODULUS = PROGRAMS.sizes
+STEPS = PROGRAMS.steps
 
 BYTES = 256
 WINDOW = 4 * LINES  # bytes of prose in a row
@@ -94,7 +98,7 @@ OF_PROSE: Columns = {
 
 def mixed() -> Interpreter:
     """A model of both: ids of programs come before bytes, and so do the answers."""
-    return Interpreter(VOCABULARY + BYTES, WINDOW, MODULUS + BYTES)
+    return Interpreter(Sizes(VOCABULARY + BYTES, WINDOW, MODULUS + BYTES))
 
 
 def prose_of(windows: Tensor) -> Prose:
@@ -105,7 +109,7 @@ def prose_of(windows: Tensor) -> Prose:
 def on_both(objective: Objective, model: Interpreter, data: Tensor, generator: torch.Generator, step: int) -> Losses:
     """The mean of the objective on programs and on windows of the text; what it says of exits is the programs'."""
     prose = prose_of(random_windows(data, WINDOWS, WINDOW, generator))
-    of_programs, of_prose = objective(model, draw(BATCH, generator), step), objective(model, prose, step)
+    of_programs, of_prose = objective(model, PROGRAMS.draw(BATCH, generator), step), objective(model, prose, step)
     return of_programs._replace(total=(of_programs.total + of_prose.total) / 2)
 
 
@@ -118,14 +122,14 @@ def train(model: Interpreter, data: Tensor, plan: Plan, seed: int) -> Iterator[P
     yield from optimise(model, plan.steps_2, RATES[2], lambda step: on_both(objective, model, data, second, step))
 
 
-def judge(model: Interpreter, programs: Programs, prose: Prose) -> dict[float, Row]:
+def judge(model: Interpreter, programs: Sample, prose: Prose) -> dict[float, Row]:
     """The model at each price; one model serves them all."""
-    full, rows = fixed(model, programs)[-1].accuracy, {}
+    full, rows = cut(model, programs)[-1].accuracy, {}
     at_depth = [nats(model, prose, depth)[0] for depth in range(1, STEPS + 1)]
     for price in PRICES:
         model.looped.rule = GUIDED.rule(price)
         exits, (loss, depth) = measure(model, programs), nats(model, prose)
-        rank, line = rank_correlation(programs.needed(STEPS), exits.depth), between(at_depth, depth)
+        rank, line = rank_correlation(programs.needed, exits.depth), between(at_depth, depth)
         rows[price] = Row(exits.accuracy, full, exits.mean_depth, rank, loss, at_depth[-1], line, depth)
     return rows
 
@@ -144,7 +148,7 @@ def study(seed: int, plan: Plan, text: Text, console: Console) -> dict[float, Ro
     model = mixed()
     for _ in track(train(model, text.train, plan, seed), f"seed {seed}", plan.total, console=console):
         pass
-    programs = draw(plan.programs, stream(seed, 2))
+    programs = PROGRAMS.draw(plan.programs, stream(seed, 2))
     return judge(model.eval(), programs, prose_of(even_windows(text.held_out, plan.windows, WINDOW)))
 
 

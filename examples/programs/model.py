@@ -1,6 +1,7 @@
-"""A small transformer that reads a program and says the value of every line: one block, looped.
+"""A small transformer that says the value of every token: one block, looped.
 
 The raw residual stream is fed back from iteration to iteration; the final norm belongs to the head, outside the loop.
+Models without a loop are of the same parts: several layers or a wider one, and one iteration.
 """
 
 import math
@@ -11,24 +12,30 @@ from torch import Tensor, nn
 
 import adadepth as ad
 
-from .task import LINES, MODULUS, VOCABULARY
+from .task import Sizes
 
-DIM = 64
 HEADS = 4
-STEPS = 6
+
+
+class Shape(NamedTuple):
+    """The most iterations of the loop, the width, and the distinct layers of its block."""
+
+    steps: int = 6
+    dim: int = 64
+    layers: int = 1
 
 
 @final
-class Block(nn.Module):
+class Layer(nn.Module):
     """A pre-norm transformer layer that attends through the view."""
 
     takes_view = True
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(DIM), nn.LayerNorm(DIM)
-        self.qkv, self.out = nn.Linear(DIM, 3 * DIM, bias=False), nn.Linear(DIM, DIM, bias=False)
-        self.up, self.down = nn.Linear(DIM, 4 * DIM), nn.Linear(4 * DIM, DIM)
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor, view: ad.TokenView) -> Tensor:
         """`(rows, length, dim)` to the same."""
@@ -37,8 +44,25 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+@final
+class Layers(nn.Module):
+    """Distinct layers, one after the other."""
+
+    takes_view = True
+
+    def __init__(self, dim: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(dim) for _ in range(layers))
+
+    def forward(self, x: Tensor, view: ad.TokenView) -> Tensor:
+        """`(rows, length, dim)` to the same."""
+        for layer in self.layers:
+            x = layer(x, view)
+        return x
+
+
 class Prediction(NamedTuple):
-    """`logits (programs, 24, 5)`, of every iteration `(programs, 24, steps, 5)` where asked for, and the trace."""
+    """`logits (rows, length, answers)`, of every iteration `(…, steps, answers)` where asked for, and the trace."""
 
     logits: Tensor
     trace: ad.Trace
@@ -46,22 +70,21 @@ class Prediction(NamedTuple):
 
 @final
 class Interpreter(nn.Module):
-    """Embedding, looped block, head. It starts without exits: `looped.gate` and `looped.rule` are None.
+    """Embedding, looped block, head. It starts without exits: `looped.gate` and `looped.rule` are None."""
 
-    Arguments: ids there are, the longest row, answers there are; those of the task.
-    """
-
-    def __init__(self, vocabulary: int = VOCABULARY, length: int = LINES, answers: int = MODULUS) -> None:
+    def __init__(self, sizes: Sizes, shape: Shape | None = None) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, DIM), nn.Embedding(length, DIM)
-        self.looped = ad.RecurrentWrapper(Block(), STEPS)
-        self.head = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, answers))
+        self.shape = shape = shape or Shape()
+        self.tokens, self.positions = nn.Embedding(sizes.vocabulary, shape.dim), nn.Embedding(sizes.length, shape.dim)
+        block = Layer(shape.dim) if shape.layers == 1 else Layers(shape.dim, shape.layers)
+        self.looped = ad.RecurrentWrapper(block, shape.steps)
+        self.head = nn.Sequential(nn.LayerNorm(shape.dim), nn.Linear(shape.dim, sizes.answers))
         self._start()
 
     def forward(self, ids: Tensor, *, depth: int | Tensor | None = None, every: bool = False) -> Prediction:
-        """Predict the value of each line of `ids (programs, 24)`.
+        """Predict the value of each token of `ids (rows, length)`.
 
-        Arguments: `depth`, at which all tokens, or each, must leave, whatever gate and rule say; `every` asks for the
+        Arguments: `depth`, at which all tokens, or each, must exit, whatever gate and rule say; `every` asks for the
         logits of every iteration.
         """
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
@@ -70,9 +93,10 @@ class Interpreter(nn.Module):
 
     def _start(self) -> None:
         """Small weights, smaller where all iterations write into one stream; embeddings that weigh in it."""
+        writers = 2 * self.shape.steps * self.shape.layers
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 writes = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * STEPS) if writes else 0.02)
+                nn.init.normal_(weight, std=0.02 / math.sqrt(writers) if writes else 0.02)
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.3)

@@ -1,7 +1,8 @@
-"""The study as one self-contained page: used against needed depth, and a few programs coloured by depth."""
+"""The study as one self-contained page: table, verdicts, used against needed depth, and sequences coloured by depth."""
 
 import statistics
 from collections.abc import Sequence
+from html import escape
 
 import matplotlib.figure
 import torch
@@ -9,61 +10,66 @@ from torch import Tensor
 
 from adadepth import viz
 
-from .model import STEPS
-from .report import COLUMNS, LEGEND, figure, trained
-from .study import SHOWN, Row
-from .task import Programs, text
-
-INTRODUCTION = f"""\
-A program is 24 lines, each a constant or a function of an earlier line, and every line is to predict its own value.
-One transformer block is applied to each up to {STEPS} times. A line that stands at the end of a chain of n references
-has its answer after n iterations, and needs one more to show it to the lines that refer to it."""
+from .models import fixed_name
+from .report import COLUMNS, Seed, legend, lines, shared, trained
+from .store import Row
+from .study import SHOWN
+from .task import Sample, Task
+from .verdicts import said, verdicts
 
 
-def page(policies: Sequence[Sequence[Row]], programs: Programs) -> str:
-    """HTML. `policies` are the rows of each policy, one for each seed; `programs` the first of those of the first."""
-    groups = trained(policies)
+def page(task: Task, seeds: Sequence[Seed], sample: Sample, note: str) -> str:
+    """HTML. `seeds` are the rows of each, `sample` what the first was judged on; `note` is said first."""
+    groups = trained(task, seeds)
     return viz.page(
-        "Iterations needed and used",
-        ("", f"<p>{INTRODUCTION}</p>"),
-        (f"Policies (seeds: {len(policies[0])})", _table(policies) + f"<p>{LEGEND}</p>"),
-        ("Wrong lines against mean depth", viz.svg(_frontier(policies))),
-        *((f"Needed and used: {group[0].policy}", viz.svg(_needed(group))) for group in groups),
-        ("Programs: iterations needed", _heat(programs, programs.needed(STEPS)[:SHOWN])),
-        *((f"Programs: {group[0].policy}", _heat(programs, torch.tensor(group[0].shown))) for group in groups),
+        f"Iterations needed and used: {task.name}",
+        ("", "".join(f"<p>{escape(part)}</p>" for part in (note, task.introduction) if part)),
+        (f"All models (seeds: {len(seeds)})", _table(task, seeds) + f"<p>{escape(legend(task))}</p>"),
+        ("Verdicts: each less the other", _verdicts(task, seeds)),
+        ("Wrong answers against FLOPs", viz.svg(_frontier(task, seeds))),
+        *((f"Needed and used: {group[0].name}", viz.svg(_needed(group))) for group in groups),
+        ("Sequences: iterations needed", _heat(task, sample, sample.needed[:SHOWN])),
+        *((f"Sequences: {group[0].name}", _heat(task, sample, torch.tensor(group[0].shown))) for group in groups),
     )
 
 
-def _table(policies: Sequence[Sequence[Row]]) -> str:
-    forms = [(read, form.replace(".2%", ".1%")) for read, form in COLUMNS.values()]  # all columns fit the page
-    rows = [[group[0].policy, *(figure(list(map(read, group)), form) for read, form in forms)] for group in policies]
-    return viz.table(["policy", *COLUMNS], rows)
+def _table(task: Task, seeds: Sequence[Seed]) -> str:
+    return viz.table(["", *COLUMNS], lines(task, seeds))
 
 
-def _frontier(policies: Sequence[Sequence[Row]]) -> matplotlib.figure.Figure:
-    points = {
-        group[0].policy: (
-            statistics.mean(row.mean_depth for row in group),
-            statistics.mean(100 * (1 - row.accuracy) for row in group),
-        )
-        for group in policies
-    }
-    *_, last = policies
-    wrong = [statistics.mean(100 * (1 - row.by_depth[i]) for row in last) for i in range(STEPS)]
-    lines = {"fixed depths, no exits trained": (range(1, STEPS + 1), wrong)}
-    return viz.plot_frontier(points, lines, x="mean iterations", y="lines wrong, %")
+def _verdicts(task: Task, seeds: Sequence[Seed]) -> str:
+    rows = [
+        [each.name, each.other, said(each.points, ".2f"), said(each.nats, ".4f"), f"{each.cost:.2f}×"]
+        for each in verdicts(task, [seed.rows for seed in seeds])
+    ]
+    return viz.table(["", "other", "accuracy, points", "loss, nats", "FLOPs"], rows)
+
+
+def _frontier(task: Task, seeds: Sequence[Seed]) -> matplotlib.figure.Figure:
+    fixed = [name for name in map(fixed_name, task.fixed) if name in shared(task, seeds)]
+    names = [name for name in shared(task, seeds) if name not in fixed]
+    line = tuple(zip(*(_place(seeds, name) for name in fixed), strict=True))
+    lines = {"each trained at a fixed depth": (line[0], line[1])} if line else {}
+    points = {name: _place(seeds, name) for name in names or fixed}
+    return viz.plot_frontier(points, lines, x="thousand FLOPs per token", y="wrong, %")
+
+
+def _place(seeds: Sequence[Seed], name: str) -> tuple[float, float]:
+    rows = [seed.rows[name] for seed in seeds]
+    wrong = statistics.mean(100 * (1 - row.accuracy) for row in rows)
+    return statistics.mean(row.flops / 1000 for row in rows), wrong
 
 
 def _needed(rows: Sequence[Row]) -> matplotlib.figure.Figure:
-    """All lines of all seeds, from their counts."""
+    """All tokens that count of all seeds, from their counts."""
     counts = torch.tensor([row.matrix for row in rows]).sum(0)
-    needed, used = torch.cartesian_prod(torch.arange(1, STEPS + 1), torch.arange(1, STEPS + 1)).unbind(1)
+    depths = torch.arange(1, len(counts) + 1)
+    needed, used = torch.cartesian_prod(depths, depths).unbind(1)
     each = counts.flatten()
-    return viz.plot_needed(needed.repeat_interleave(each), used.repeat_interleave(each), STEPS)
+    return viz.plot_needed(needed.repeat_interleave(each), used.repeat_interleave(each), len(counts))
 
 
-def _heat(programs: Programs, depth: Tensor) -> str:
-    """Lines run on, but none is broken in two."""
-    lines = [[line.replace(" ", "\u00a0") for line in text(ids)] for ids in programs.ids[: len(depth)].tolist()]
-    tokens = [[f"{line}   " for line in program] for program in lines]
-    return viz.heat_map(tokens, depth, STEPS)
+def _heat(task: Task, sample: Sample, depth: Tensor) -> str:
+    """Sequences run on, but no token is broken in two."""
+    texts = [[token.replace(" ", "\u00a0") for token in task.text(ids)] for ids in sample.ids[: len(depth)].tolist()]
+    return viz.heat_map([[f"{token}   " for token in tokens] for tokens in texts], depth, task.steps)

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 import adadepth as ad
 
-from .model import DIM, STEPS, Interpreter
-from .task import MODULUS
+from .model import Interpreter
+
+GUESS = math.log(5)  # all that a guess among five answers has to gain, in nats
 
 
 class Training(NamedTuple):
@@ -33,7 +34,7 @@ class Policy(NamedTuple):
     """A gate, an update and a rule.
 
     `reads` is the property of a trace that the rule compares with its threshold and that a penalty pushes down:
-    "gates" or "survival". `training` is None for what judges the weights of stage 1 as they are.
+    "gates" or "survival". `training` is None for what reads weights that were trained without exits.
     """
 
     name: str
@@ -56,9 +57,9 @@ class Policy(NamedTuple):
         model.looped.rule = self.rule(tau)
 
 
-def gates(hidden: int | None) -> ad.Gate:
+def gates(model: Interpreter, hidden: int | None) -> ad.Gate:
     """Gates that start open for every token alike: larger weights let them close before they know for whom."""
-    gate = ad.PerIterationMLPGate(DIM, STEPS, hidden=hidden, bias=4.0)
+    gate = ad.PerIterationMLPGate(model.shape.dim, model.shape.steps, hidden=hidden, bias=4.0)
     for weight in gate.parameters():
         if weight.dim() == 2:
             nn.init.normal_(weight, std=0.02)
@@ -69,13 +70,13 @@ def gates(hidden: int | None) -> ad.Gate:
 class Gains(ad.Gate):
     """What the rest of the loop is still worth to a token, in nats: it learns from the state, and does not shape it."""
 
-    def __init__(self, dim: int = DIM, steps: int = STEPS, hidden: int = 16) -> None:
+    def __init__(self, dim: int, steps: int, hidden: int = 16) -> None:
         super().__init__()
         self.mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1)) for _ in range(steps - 1)
         )
         for mlp in self.mlps:
-            nn.init.constant_(mlp.get_parameter("2.bias"), math.log(MODULUS))  # all that a guess has to gain
+            nn.init.constant_(mlp.get_parameter("2.bias"), GUESS)
 
     def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
         """What the MLP of iteration `step` expects."""
@@ -90,14 +91,14 @@ def late(tau: float) -> ad.Rule:
 
 PAPER = Policy(
     name="paper's gates",
-    gate=lambda model: gates(hidden=None),
+    gate=lambda model: gates(model, hidden=None),
     rule=ad.Threshold,
     update=ad.Interpolate,
     training=Training(tau=0.05, weight=0.1),
 )
 SURVIVAL = Policy(
     name="survival gates",
-    gate=lambda model: gates(hidden=16),
+    gate=lambda model: gates(model, hidden=16),
     rule=ad.SurvivalThreshold,
     update=lambda: ad.SurvivalScaled(ad.Interpolate()),
     reads="survival",
@@ -111,14 +112,15 @@ TRAINED_ENTROPY = Policy(
 )
 GUIDED = Policy(
     name="guided gates",
-    gate=lambda model: Gains(),
+    gate=lambda model: Gains(model.shape.dim, model.shape.steps),
     rule=late,
     training=Guided(tau=0.2),
 )
-TRAINED = (PAPER, SURVIVAL, TRAINED_ENTROPY, GUIDED)
-UNTRAINED = (
-    Policy("KL", lambda model: ad.KLGate(model.head), ad.Threshold),
-    Policy("relative change", lambda model: ad.ConvergenceGate(), ad.Threshold),
+TRAINED = (GUIDED, SURVIVAL, TRAINED_ENTROPY, PAPER)
+# What reads the answers of weights that know no exits, and has no parameters.
+READOUTS = (
+    Policy("top probability", lambda model: ad.MaxProbGate(model.head), ad.Threshold),
     Policy("entropy", lambda model: ad.EntropyGate(model.head), ad.Threshold),
     Policy("entropy late", lambda model: ad.EntropyGate(model.head), late),
+    Policy("KL", lambda model: ad.KLGate(model.head), ad.Threshold),
 )

@@ -1,8 +1,8 @@
-"""What a reader sees: a bar for each seed while it trains, then the tables."""
+"""What a reader sees: a bar for each seed while it trains, then the table, the verdicts and the counts."""
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from rich.columns import Columns
 from rich.console import Console
@@ -10,35 +10,58 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from .model import STEPS
+from .models import fixed_name
 from .policies import TRAINED
-from .study import EQUAL, Row
+from .store import Row
+from .study import row_names
+from .task import Task
+from .verdicts import SEEN, Rows, mixture_of, verdicts
 
-LEGEND = " ".join(
-    f"""\
-right: lines predicted right. in full: by the same weights without exits. depth: mean iterations of {STEPS}. rank:
-Spearman's correlation between needed and used depth. saved: iterations saved at equal accuracy, which is at the highest
-threshold whose accuracy on other programs is within {100 * EQUAL:g} points of full depth; 0 where there is none. fixed,
-random: right by the same weights at fixed depths and with random exits, at the same mean depth. The first four were
-trained with exits at the threshold they are judged at. The others judge the weights of stage 1, which know no exits,
-at the mean depth of the survival gates, to which their thresholds are fitted on other programs; in the last line every
-token leaves at the depth it needs.
-""".split()
-)
 
-COLUMNS: dict[str, tuple[Callable[[Row], float], str]] = {
-    "right": (lambda row: row.accuracy, ".2%"),
-    "in full": (lambda row: row.full, ".2%"),
-    "depth": (lambda row: row.mean_depth, ".2f"),
-    "rank": (lambda row: row.correlation, ".3f"),
-    "saved": (lambda row: row.saved, ".1%"),
-    "fixed": (lambda row: row.fixed, ".2%"),
-    "random": (lambda row: row.random, ".2%"),
+class Seed(NamedTuple):
+    """The rows of one seed by name, and seconds per 1,000 sequences of those that were timed."""
+
+    rows: Rows
+    seconds: dict[str, float]
+
+
+Read = Callable[[Task, Seed, str], float | None]
+COLUMNS: dict[str, tuple[Read, str]] = {
+    "right": (lambda task, seed, name: seed.rows[name].accuracy, ".2%"),
+    "nats": (lambda task, seed, name: seed.rows[name].loss, ".4f"),
+    "depth": (lambda task, seed, name: seed.rows[name].depth, ".2f"),
+    "kFLOPs": (lambda task, seed, name: seed.rows[name].flops / 1000, ".0f"),
+    "mixed": (lambda task, seed, name: _mixed(task, seed, name), ".2%"),
+    "rank": (lambda task, seed, name: seed.rows[name].rank, ".3f"),
+    "s": (lambda task, seed, name: seed.seconds.get(name), ".2f"),
 }
 
 
+def _mixed(task: Task, seed: Seed, name: str) -> float | None:
+    """Nothing for the fixed depths themselves."""
+    if name in map(fixed_name, task.fixed):
+        return None
+    found = mixture_of(task, seed.rows, name)
+    return None if found is None else found.accuracy
+
+
+def legend(task: Task) -> str:
+    """What the columns are."""
+    return " ".join(
+        f"""\
+right, nats: accuracy and loss of the tokens that count. depth: mean iterations of {task.steps}. kFLOPs: thousand FLOPs
+per token, gates and head included. mixed: accuracy of the best mixture of two models trained at fixed depths, at the
+same FLOPs; which two is chosen on the judged sequences, in its favour. rank: Spearman's correlation of needed and used
+depth. s: seconds per 1,000 sequences, packed, the best of several rounds in turn. All models saw the same batches for
+the same number of steps. "prior": criteria on a model whose every iteration is trained to answer, with thresholds
+fitted on other sequences to the depth of the guided gates. A difference of less than {SEEN:g} standard errors over
+seeds counts as not seen.
+""".split()
+    )
+
+
 def progress_bar(console: Console) -> Progress:
-    """Bars over the training steps of each seed, with the smoothed loss and mean depth of what is trained on."""
+    """Bars over the training steps of each seed, with the last loss and mean depth of what is trained on."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=16),
@@ -49,58 +72,68 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def by_policy(results: dict[int, list[Row]]) -> list[list[Row]]:
-    """The rows of each policy, one for each seed; of policies that all seeds have."""
-    return [list(group) for group in zip(*results.values(), strict=False)]
+def shared(task: Task, results: Sequence[Seed]) -> list[str]:
+    """The rows that all seeds have, in the order of the table."""
+    return [name for name in row_names(task) if all(name in seed.rows for seed in results)]
 
 
-def trained(policies: Sequence[Sequence[Row]]) -> list[Sequence[Row]]:
-    """Those whose exits are trained in."""
-    return [group for group in policies if group[0].policy in {policy.name for policy in TRAINED}]
+def show(console: Console, task: Task, results: dict[int, Seed], note: str) -> None:
+    """The table, verdicts and counts of `results`, by seed, and first a note."""
+    console.print(note)
+    seeds = list(results.values())
+    spread = ": mean, standard deviation" if len(seeds) > 1 else ""
+    out = _table(f"{task.name}, seeds {', '.join(map(str, results))}{spread}", ["", *COLUMNS])
+    for line in lines(task, seeds):
+        out.add_row(*line)
+    console.print(out)
+    console.print(legend(task), "")
+    for verdict in verdicts(task, [seed.rows for seed in seeds]):
+        console.print(verdict.sentence)
+    console.print(right(task, seeds), "")
+    console.print(Columns([matrix(rows) for rows in trained(task, seeds)], padding=(0, 4)))
 
 
-def show(console: Console, results: dict[int, list[Row]]) -> None:
-    """All tables. `results` are the rows of each seed, in one order, some perhaps missing at the end."""
-    for seed, rows in results.items():
-        console.print(table(f"seed {seed}", [[row] for row in rows]))
-    policies = by_policy(results)
-    if len(results) > 1:
-        console.print(table(f"seeds {', '.join(map(str, results))}: mean, standard deviation", policies))
-    console.print(LEGEND, "")
-    console.print(by_depth(policies), "")
-    console.print(Columns([matrix(group) for group in trained(policies)], padding=(0, 4)))
+def lines(task: Task, seeds: Sequence[Seed]) -> list[list[str]]:
+    """The cells of the table."""
+    return [
+        [name, *(figure([read(task, seed, name) for seed in seeds], form) for read, form in COLUMNS.values())]
+        for name in shared(task, seeds)
+    ]
 
 
-def table(title: str, policies: Sequence[Sequence[Row]]) -> Table:
-    """One line for each policy, given its row in each seed."""
-    out = _table(title, ["policy", *COLUMNS])
-    for group in policies:
-        out.add_row(group[0].policy, *(figure([read(row) for row in group], form) for read, form in COLUMNS.values()))
-    return out
+def trained(task: Task, seeds: Sequence[Seed]) -> list[list[Row]]:
+    """The rows of the policies that were trained in, one for each seed."""
+    names = {policy.name for policy in TRAINED}
+    return [[seed.rows[name] for seed in seeds] for name in shared(task, seeds) if name in names]
 
 
-def figure(values: Sequence[float], form: str) -> str:
+def figure(values: Sequence[float | None], form: str) -> str:
     """The mean and, below it, the standard deviation if there is more than one; a dash where there is no number."""
-    if any(map(math.isnan, values)):
+    there = [value for value in values if value is not None]
+    if len(there) < len(values):
         return "–"
-    mean = format(statistics.mean(values), form)
-    return mean if len(values) == 1 else f"{mean}\n±{format(statistics.stdev(values), form)}"
+    mean = format(statistics.mean(there), form)
+    return mean if len(there) == 1 else f"{mean}\n±{format(statistics.stdev(there), form)}"
 
 
-def by_depth(policies: Sequence[Sequence[Row]]) -> Table:
-    """The weights at fixed depths, mean over seeds; all policies that are not trained share one line."""
-    out = _table("the same weights at fixed depths", ["trained with", *map(str, range(1, STEPS + 1))])
-    lines = [(group[0].policy, group) for group in trained(policies)]
-    lines += [("no exits", group) for group in policies if group not in trained(policies)][:1]  # all the same weights
-    for name, rows in lines:
-        out.add_row(name, *(f"{statistics.mean(row.by_depth[i] for row in rows):.2%}" for i in range(STEPS)))
+def right(task: Task, seeds: Sequence[Seed]) -> Table:
+    """Accuracy by needed depth, mean over seeds."""
+    out = _table("right, by iterations needed", ["", *map(str, range(1, task.steps + 1))])
+    for name in shared(task, seeds):
+        out.add_row(name, *(_mean([seed.rows[name].right[i] for seed in seeds]) for i in range(task.steps)))
     return out
+
+
+def _mean(shares: Sequence[float | None]) -> str:
+    there = [share for share in shares if share is not None]
+    return f"{statistics.mean(there):.0%}" if there else "–"
 
 
 def matrix(rows: Sequence[Row]) -> Table:
-    """Of the lines that need so many iterations, the share that used so many; over all seeds."""
-    out = _table(f"{rows[0].policy}: used", ["needed", *map(str, range(1, STEPS + 1))])
-    counts = [[sum(row.matrix[n][u] for row in rows) for u in range(STEPS)] for n in range(STEPS)]
+    """Of the tokens that need so many iterations, the share that used so many; over all seeds."""
+    steps = range(len(rows[0].matrix))
+    out = _table(f"{rows[0].name}: used", ["needed", *(str(used + 1) for used in steps)])
+    counts = [[sum(row.matrix[n][u] for row in rows) for u in steps] for n in steps]
     for needed, line in enumerate(counts, 1):
         out.add_row(str(needed), *(_share(count / max(1, sum(line))) for count in line))
     return out

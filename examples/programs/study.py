@@ -1,148 +1,193 @@
-"""One seed of the study: stage 1 once, then every policy from the same weights."""
+"""One model of one seed: trained or taken from the store, then judged, one row after the other."""
 
-from collections.abc import Iterator
-from copy import deepcopy
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import adadepth as ad
 
-from .evaluate import Measured, at_mean, fixed, highest, measure
-from .model import STEPS, Interpreter
-from .policies import SURVIVAL, TRAINED, UNTRAINED, Policy
+from .evaluate import BATCH, Measured, flops, highest, measure, seconds
+from .model import Interpreter
+from .models import FULL, NEEDED, ORACLE, PRIOR, RANDOM, SHUFFLED, Model, fixed_name, models, readout_name
+from .plan import Plan, judged, settings, stream
+from .policies import GUIDED, READOUTS, Policy
 from .ranks import rank_correlation
-from .task import Programs, draw
-from .train import Progress, stage_1, stage_2
+from .store import Row, Store
+from .task import Sample, Task
+from .train import batches, stage
 
-SHOWN = 3  # programs in the picture
-EQUAL = 0.002  # a difference in accuracy that counts as none
-GIVEN = "needed depth, given"
-
-
-class Plan(NamedTuple):
-    """Training steps of both stages, the programs a policy is judged on, and others that its threshold is fitted on."""
-
-    steps_1: int = 2500
-    steps_2: int = 1500
-    judged: int = 2048
-    fitted: int = 512
-
-    @property
-    def total(self) -> int:
-        """Training steps of one seed."""
-        return self.steps_1 + len(TRAINED) * self.steps_2
+SHOWN = 3  # sequences in the picture
+TIMES = "times"  # the unit of work that measures them, after all others
 
 
 class Now(NamedTuple):
-    """Where a seed is: what it does, training steps done of all, and the last step's loss and mean depth."""
+    """One step of training: of which model, and the step's loss and mean depth."""
 
     doing: str
-    done: int
     loss: float
     depth: float
 
 
-class Row(NamedTuple):
-    """A policy on the programs it is judged on.
-
-    `accuracy` is the share of lines that are right: `full` by the same weights without exits, `by_depth` at each fixed
-    depth, `fixed` and `random` at fixed depths and with random exits of the same mean. `saved`: see
-    `saved_at_equal_accuracy`; NaN where there is no threshold. `matrix[n - 1][u - 1]` counts the lines that needed n
-    iterations and used u; `shown` are the depths of the first programs.
-    """
-
-    policy: str
-    accuracy: float
-    full: float
-    mean_depth: float
-    correlation: float
-    saved: float
-    fixed: float
-    random: float
-    by_depth: list[float]
-    matrix: list[list[int]]
-    shown: list[list[int]]
+def units(task: Task) -> dict[str, set[str]]:
+    """The units of one seed's work, by name, each with those that must come before it."""
+    needed = {model.name: {model.begins, model.after} - {""} for model in models(task).values()}
+    return needed | {TIMES: set(needed)}
 
 
-def stream(seed: int, use: int) -> torch.Generator:
-    """Random numbers of their own for each seed and use: 0, 1 to train, 2 to be judged on, 3 to fit on, 4 exits."""
-    return torch.Generator().manual_seed(5 * seed + use)
+def row_names(task: Task) -> list[str]:
+    """All rows of the table, in its order."""
+    return [name for model in models(task).values() for name in model.rows]
 
 
-def judged(seed: int, plan: Plan) -> Programs:
-    """The programs on which a seed's policies are judged."""
-    return draw(plan.judged, stream(seed, 2))
+def store_of(out: Path, task: Task, seed: int, plan: Plan) -> Store:
+    """Where a seed's results are."""
+    return Store(out / task.name / f"seed-{seed}", settings(task, seed, plan))
 
 
-def study(seed: int, plan: Plan) -> Iterator[Now | Row]:
-    """Train and judge every policy; says where it is at every step of training."""
-    torch.manual_seed(seed)
-    model = Interpreter()
-    yield from _progress("full depth", 0, stage_1(model, plan.steps_1, stream(seed, 0)))
-    programs, others = judged(seed, plan), draw(plan.fitted, stream(seed, 3))
-    mean, done = float(STEPS), plan.steps_1
-    for policy in TRAINED:
-        trained = deepcopy(model)
-        yield from _progress(policy.name, done, stage_2(trained, policy, plan.steps_2, stream(seed, 1)))
-        done += plan.steps_2
-        row = judge(trained.eval(), policy, policy.tau, programs, others, stream(seed, 4))
-        mean = row.mean_depth if policy is SURVIVAL else mean
-        yield row
-    model.eval()
-    for policy in UNTRAINED:
-        policy.attach(model, 0.0)
-        tau = highest(model, policy, others, lambda exits: exits.mean_depth >= mean) or 0.0
-        yield judge(model, policy, tau, programs, others, stream(seed, 4))
-    given = measure(model, programs, programs.needed(STEPS))
-    yield row_of(GIVEN, model, programs, given, float("nan"), stream(seed, 4))
+def left(task: Task, unit: str, plan: Plan, store: Store) -> int:
+    """Steps of training that a unit has yet to do."""
+    if unit == TIMES or store.weights(unit) is not None:
+        return 0
+    return sum({1: plan.steps_1, 2: plan.steps_2}[number] for number in models(task)[unit].stages)
 
 
-def _progress(doing: str, before: int, steps: Iterator[Progress]) -> Iterator[Now]:
-    for done, (loss, depth) in enumerate(steps, before + 1):
-        yield Now(doing, done, loss, depth)
+def work(task: Task, seed: int, unit: str, plan: Plan, store: Store) -> Iterator[Now | Row]:
+    """Do one unit, as far as it is not done; says every step of training and every row."""
+    if unit == TIMES:
+        if store.seconds() is None:
+            store.keep_seconds(timed(task, seed, plan, store))
+        return
+    model = models(task)[unit]
+    if store.weights(unit) is None:
+        yield from _train(task, seed, model, plan, store)
+    rows = {name: store.row(name) for name in model.rows}
+    if None in rows.values():
+        trained, sample = load(task, seed, model, store), judged(task, seed, plan)
+        for row in judge(task, seed, model, trained, sample, plan, store):
+            store.keep_row(row)
+            rows[row.name] = row
+    yield from (row for row in rows.values() if row is not None)
+
+
+def _train(task: Task, seed: int, model: Model, plan: Plan, store: Store) -> Iterator[Now]:
+    trained = model.build(task, seed)
+    if model.begins:
+        trained.load_state_dict(_there(store, model.begins))
+    if model.policy is not None:
+        model.policy.attach(trained, model.policy.tau)
+    for number in model.stages:
+        steps = {1: plan.steps_1, 2: plan.steps_2}[number]
+        samples = batches(task, stream(seed, number - 1))
+        for done in stage(trained, number, steps, samples, model.objective(steps)):
+            yield Now(model.name, *done)
+    store.keep_weights(model.name, trained.state_dict())
+
+
+def _there(store: Store, name: str) -> dict[str, Tensor]:
+    weights = store.weights(name)
+    assert weights is not None, f"{name} comes first"
+    return weights
+
+
+def load(task: Task, seed: int, model: Model, store: Store) -> Interpreter:
+    """A model of the store, with its exits."""
+    trained = model.build(task, seed)
+    if model.policy is not None:
+        model.policy.attach(trained, model.policy.tau)
+    trained.load_state_dict(_there(store, model.name))
+    return trained.eval()
 
 
 def judge(
-    model: Interpreter, policy: Policy, tau: float, programs: Programs, others: Programs, generator: torch.Generator
-) -> Row:
-    """The row of a policy that is attached to the model, with threshold `tau`."""
-    saved = saved_at_equal_accuracy(model, policy, programs, others)
-    model.looped.rule = policy.rule(tau)
-    return row_of(policy.name, model, programs, measure(model, programs), saved, generator)
+    task: Task, seed: int, model: Model, trained: Interpreter, sample: Sample, plan: Plan, store: Store
+) -> Iterator[Row]:
+    """The rows of a model."""
+    if model.name == PRIOR:
+        yield from _read(trained, sample, task.draw(plan.fitted, stream(seed, 3)), store)
+        return
+    if not model.rows:
+        return
+    exits = measure(trained, sample, given_depth(task, model, sample))
+    yield row_of(model.rows[0], trained, sample, exits, task.steps)
+    if model.policy is GUIDED:
+        trained.looped.gate = trained.looped.rule = None  # depths are given
+        for name, depth in _instead(sample, exits, task.steps, stream(seed, 4)).items():
+            yield row_of(name, trained, sample, measure(trained, sample, depth), task.steps)
 
 
-def saved_at_equal_accuracy(model: Interpreter, policy: Policy, programs: Programs, others: Programs) -> float:
-    """The share of the iterations that the policy saves while it gets as much right as the same weights in full.
-
-    Its threshold is the highest whose accuracy on `others` is within 0.2 points of full depth; what that saves is
-    counted on `programs`. 0 where no threshold saves anything.
-    """
-    enough = fixed(model, others)[-1].accuracy - EQUAL
-    tau = highest(model, policy, others, lambda exits: exits.accuracy >= enough)
-    if tau is None:
-        return 0.0
-    model.looped.rule = policy.rule(tau)
-    return 1 - measure(model, programs).mean_depth / STEPS
+def given_depth(task: Task, model: Model, sample: Sample) -> Tensor | int | None:
+    """The depth at which tokens of this model must exit; None if its exits are its own, or it has none."""
+    fixed = {fixed_name(depth): depth for depth in task.fixed}
+    return sample.needed if model.name == NEEDED else fixed.get(model.name)
 
 
-def row_of(
-    name: str, model: Interpreter, programs: Programs, exits: Measured, saved: float, generator: torch.Generator
-) -> Row:
-    """All that is said of exits on these weights."""
-    needed, depths = programs.needed(STEPS), fixed(model, programs)
-    drawn = ad.uniform_depths(exits.depth.shape, STEPS, exits.mean_depth, generator)
-    pairs = (needed - 1) * STEPS + exits.depth - 1
+def _instead(sample: Sample, exits: Measured, steps: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Other depths for the weights of the gates: their own, in another order in each sequence; random; needed."""
+    order = torch.rand(exits.depth.shape, generator=generator).argsort(1)
+    drawn = ad.uniform_depths(tuple(exits.depth.shape), steps, exits.mean_depth, generator)
+    return {SHUFFLED: exits.depth.gather(1, order), RANDOM: drawn, ORACLE: sample.needed}
+
+
+def _read(trained: Interpreter, sample: Sample, others: Sample, store: Store) -> Iterator[Row]:
+    """Exits by criteria that were not trained in, each at the lowest mean depth that is at least that of the gates."""
+    gates = store.row(GUIDED.name)
+    assert gates is not None, "the gates come first"
+    for policy in READOUTS:
+        policy.attach(trained, 0.0)
+        tau = highest(trained, policy, others, lambda exits: exits.mean_depth >= gates.depth) or 0.0
+        trained.looped.rule = policy.rule(tau)
+        row = row_of(readout_name(policy), trained, sample, measure(trained, sample), trained.shape.steps)
+        yield row._replace(tau=tau)
+
+
+def row_of(name: str, model: Interpreter, sample: Sample, exits: Measured, steps: int) -> Row:
+    """All that is said of exits on these weights; `steps` are those of the task."""
+    needed, used, right = (part[sample.counted] for part in (sample.needed, exits.depth, exits.right))
+    counts = ((needed - 1) * steps + used - 1).bincount(minlength=steps**2).view(steps, steps)
+    shares = [right[needed == n].double().mean().item() if counts[n - 1].any() else None for n in range(1, steps + 1)]
+    rank = rank_correlation(needed, used)
     return Row(
-        policy=name,
+        name=name,
         accuracy=exits.accuracy,
-        full=depths[-1].accuracy,
-        mean_depth=exits.mean_depth,
-        correlation=rank_correlation(needed, exits.depth),
-        saved=saved,
-        fixed=at_mean(depths, exits.mean_depth),
-        random=measure(model, programs, drawn).accuracy,
-        by_depth=[measured.accuracy for measured in depths],
-        matrix=pairs.flatten().bincount(minlength=STEPS**2).view(STEPS, STEPS).tolist(),
+        loss=exits.loss,
+        depth=exits.mean_depth,
+        flops=flops(model, exits.depth),
+        rank=None if rank != rank else rank,
+        tau=None,
+        right=shares,
+        matrix=counts.tolist(),
         shown=exits.depth[:SHOWN].tolist(),
     )
+
+
+@torch.inference_mode()
+def timed(task: Task, seed: int, plan: Plan, store: Store) -> dict[str, float]:
+    """Seconds per 1,000 sequences of all rows whose exits do not look at answers: a batch at a time, packed."""
+    sample = Sample(*(part[:BATCH] for part in judged(task, seed, plan)))
+    runs = {}
+    for model in models(task).values():
+        if model.name in (FULL, NEEDED):
+            continue
+        for name, policy in _timed_rows(model).items():
+            trained = load(task, seed, model, store)
+            if policy is not None:
+                policy.attach(trained, _threshold(store, name))
+            runs[name] = partial(trained, sample.ids, depth=given_depth(task, model, sample))
+    return {name: 1000 * best / len(sample.ids) for name, best in seconds(runs, plan.rounds).items()}
+
+
+def _threshold(store: Store, name: str) -> float:
+    row = store.row(name)
+    assert row is not None, f"{name} comes first"
+    assert row.tau is not None
+    return row.tau
+
+
+def _timed_rows(model: Model) -> Mapping[str, Policy | None]:
+    if model.name == PRIOR:
+        return {readout_name(policy): policy for policy in READOUTS}
+    return {model.rows[0]: None}

@@ -1,79 +1,58 @@
-"""Straight-line programs over the numbers modulo 5.
-
-A program has 24 lines. A line is a constant, as the first four are, or a function of an earlier line, named by its
-number: `7: 2x(3)`. A line is one token, and every token is to predict the value of its own line. A line's level is
-the length of its chain of references: a constant has level 0, what refers to level n has level n + 1.
-"""
+"""What the study needs to know of a task: sizes, samples, and how a sequence is written."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-LINES = 24
-CONSTANTS = 4  # at the least: the first lines
-DEEPEST = 6  # level
-MODULUS = 5
-# Each a permutation of the numbers, so that all values stay equally likely; together they make every permutation.
-FUNCTIONS = {
-    "x+1": [1, 2, 3, 4, 0],
-    "2x": [0, 2, 4, 1, 3],
-    "-x": [0, 4, 3, 2, 1],
-    "swap01": [1, 0, 2, 3, 4],
-}
-VOCABULARY = MODULUS + len(FUNCTIONS) * LINES
-TABLE = torch.tensor(list(FUNCTIONS.values()))
+
+class Sizes(NamedTuple):
+    """How many ids there are, how long a sequence is, and how many answers there are."""
+
+    vocabulary: int
+    length: int
+    answers: int
 
 
-class Programs(NamedTuple):
-    """Programs as token ids, and what is true of their lines; each `(programs, 24)` int64.
+class Sample(NamedTuple):
+    """Sequences, and what is true of their tokens; each `(sequences, length)`, int64 but for `counted`, bool.
 
-    An id below 5 is a constant; 5 + 24·f + a is function f of line a.
+    Every token has an answer, `values`. `needed` are the iterations a token needs. Accuracy and loss are those of the
+    tokens that are `counted`; the others have answers that need no reasoning.
     """
 
     ids: Tensor
     values: Tensor
-    levels: Tensor
-
-    def needed(self, steps: int) -> Tensor:
-        """The iterations each line needs in a loop of `steps`: level + 1 at most.
-
-        A line's answer is there after `level` iterations, but an iteration shows others what it began with. To be
-        seen by those who refer to it, a line stays for one more.
-        """
-        return (self.levels + 1).clamp_max(steps)
+    needed: Tensor
+    counted: Tensor
 
 
-def draw(count: int, generator: torch.Generator) -> Programs:
-    """`count` random programs.
+class Task(Protocol):
+    """A task whose needed depth is known for every token.
 
-    After the constants each line draws a level from 1 to 6, takes the deepest there can be where that is not yet
-    possible, and refers to any line one level below.
+    `steps` are the iterations of the loop, `fixed` the depths at which models are trained as such, the last of them
+    `steps`. `dense` is the number of distinct layers that cost what gates cost: the rounded mean depth. `training` are
+    the steps of both stages that it takes to learn the task.
     """
-    functions = torch.randint(len(FUNCTIONS), (count, LINES), generator=generator)
-    wanted = torch.randint(1, DEEPEST + 1, (count, LINES), generator=generator)
-    ranked = torch.rand(count, LINES, LINES, generator=generator)
-    ids = torch.randint(MODULUS, (count, LINES), generator=generator)
-    values, levels = ids.clone(), torch.zeros_like(ids)
-    for line in range(CONSTANTS, LINES):
-        earlier = levels[:, :line]
-        levels[:, line] = torch.minimum(wanted[:, line], earlier.amax(1) + 1)
-        below = earlier == levels[:, line, None] - 1
-        source = (ranked[:, line, :line] * below).argmax(1)
-        function = functions[:, line]
-        ids[:, line] = MODULUS + LINES * function + source
-        values[:, line] = TABLE[function, values.gather(1, source[:, None]).squeeze(1)]
-    return Programs(ids, values, levels)
 
+    @property
+    def name(self) -> str: ...
+    @property
+    def sizes(self) -> Sizes: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def fixed(self) -> tuple[int, ...]: ...
+    @property
+    def dense(self) -> int: ...
+    @property
+    def training(self) -> tuple[int, int]: ...
+    @property
+    def introduction(self) -> str: ...
 
-def text(ids: Sequence[int]) -> list[str]:
-    """The lines of one program as one writes them."""
-    return [f"{line}: {_expression(token)}" for line, token in enumerate(ids)]
+    def draw(self, count: int, generator: torch.Generator) -> Sample:
+        """`count` random sequences."""
 
-
-def _expression(token: int) -> str:
-    if token < MODULUS:
-        return str(token)
-    function, source = divmod(token - MODULUS, LINES)
-    return f"{list(FUNCTIONS)[function]}({source})"
+    def text(self, ids: Sequence[int]) -> list[str]:
+        """The tokens of one sequence as one writes them."""

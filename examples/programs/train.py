@@ -1,7 +1,8 @@
 """Training in two stages: full depth for all tokens, then exits.
 
-Stage 1 is told nothing of levels and depths: cross-entropy at the last iteration alone. Stage 2 goes on from its
-weights, with the cross-entropy of the state at which each token leaves, and what the policy's gates learn from.
+Stage 1 is told nothing of needed depths: cross-entropy at the last iteration alone. Stage 2 goes on from its weights,
+with the cross-entropy of the state at which each token exits, and what the policy's gates learn from. What is trained
+without exits goes through the same stages, with the same batches and learning rates.
 """
 
 import math
@@ -14,19 +15,21 @@ from torch import Tensor
 
 import adadepth as ad
 
-from .model import STEPS, Interpreter, Prediction
+from .model import Interpreter, Prediction
 from .policies import Guided, Policy
-from .task import draw
+from .task import Sample, Task
 
 BATCH = 64
+CHUNK = 16  # batches drawn at once, to save time
 RATES = {1: 2e-3, 2: 1e-3}  # by stage; gates that move faster close too early
 WARM = 100  # steps
+PRIOR = 0.5  # weight of the mean over all iterations
 K_MAX = 0.5
 K_WARM = (0.1, 0.6)  # shares of stage 2 between which k grows
 
 
 class Progress(NamedTuple):
-    """One step of training: the loss in nats per line and the mean depth of its batch."""
+    """One step of training: the loss in nats per token and the mean depth of its batch."""
 
     loss: float
     depth: float
@@ -51,24 +54,27 @@ class Lines(Protocol):
 
 
 Objective = Callable[[Interpreter, Lines, int], Losses]
+Sampled = Callable[[Interpreter, Sample, int], Losses]  # an objective that may look at all of a sample
+Depth = Callable[[Sample], int | Tensor]
 
 
-def stage_1(model: Interpreter, steps: int, generator: torch.Generator) -> Iterator[Progress]:
-    """Train all tokens at full depth, one step for each item that is asked for."""
-    return optimise(model, steps, RATES[1], lambda step: at_exits(model, draw(BATCH, generator), step))
+def batches(task: Task, generator: torch.Generator) -> Iterator[Sample]:
+    """Batches without end."""
+    while True:
+        yield from map(Sample, *(part.split(BATCH) for part in task.draw(CHUNK * BATCH, generator)))
 
 
-def stage_2(model: Interpreter, policy: Policy, steps: int, generator: torch.Generator) -> Iterator[Progress]:
-    """Attach a policy and train with its exits, one step for each item that is asked for."""
-    policy.attach(model, policy.tau)
-    objective = objective_of(policy, steps)
-    return optimise(model, steps, RATES[2], lambda step: objective(model, draw(BATCH, generator), step))
+def stage(
+    model: Interpreter, number: int, steps: int, samples: Iterator[Sample], objective: Sampled
+) -> Iterator[Progress]:
+    """Stage 1 or 2: `steps` of training at its learning rate, one for each item that is asked for."""
+    return optimise(model, steps, RATES[number], lambda step: objective(model, next(samples), step))
 
 
 def optimise(model: Interpreter, steps: int, rate: float, losses: Callable[[int], Losses]) -> Iterator[Progress]:
     """AdamW on what `losses` gives at each step."""
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     for step in range(steps):
         total, at_exit, trace = losses(step)
         optimiser.param_groups[0]["lr"] = rate * schedule(step, steps)
@@ -87,12 +93,36 @@ def objective_of(policy: Policy, steps: int) -> Objective:
     return penalised(policy, weight, steps) if weight else at_exits
 
 
-def at_exits(model: Interpreter, programs: Lines, step: int) -> Losses:
-    """The cross-entropy of the state at which each token leaves."""
+def at_exits(model: Interpreter, lines: Lines, step: int) -> Losses:
+    """The cross-entropy of the state at which each token exits."""
     del step
-    out = model(programs.ids)
-    loss = cross_entropy(out, programs.values)
+    return _at(model, lines, None)
+
+
+def at_depth(depth: Depth) -> Sampled:
+    """The cross-entropy of all tokens at a given depth, or at depths that are a function of the sample."""
+    return lambda model, sample, step: _at(model, sample, depth(sample))
+
+
+def _at(model: Interpreter, lines: Lines, depth: int | Tensor | None) -> Losses:
+    out = model(lines.ids, depth=depth)
+    loss = cross_entropy(out, lines.values)
     return Losses(loss, loss, out.trace)
+
+
+def prior(model: Interpreter, lines: Lines, step: int) -> Losses:
+    """Every iteration answers: the last one's cross-entropy, and the mean of all of them."""
+    del step
+    out = model(lines.ids, depth=model.shape.steps, every=True)
+    each = each_iteration(out, lines.values)
+    return Losses(each[..., -1].mean() + PRIOR * each.mean(), each[..., -1].mean(), out.trace)
+
+
+def each_iteration(out: Prediction, values: Tensor) -> Tensor:
+    """Nats `(rows, length, steps)` of a prediction at every iteration."""
+    steps = out.logits.shape[-2]
+    each = F.cross_entropy(out.logits.flatten(0, -2), values.repeat_interleave(steps), reduction="none")
+    return each.view(*values.shape, steps)
 
 
 def penalised(policy: Policy, weight: float, steps: int) -> Objective:
@@ -100,8 +130,8 @@ def penalised(policy: Policy, weight: float, steps: int) -> Objective:
     first, last = (int(share * steps) for share in K_WARM)
     bottom_k = ad.BottomKPenalty(K_MAX, warmup=(first, last))
 
-    def objective(model: Interpreter, programs: Lines, step: int) -> Losses:
-        loss, _, trace = at_exits(model, programs, step)
+    def objective(model: Interpreter, lines: Lines, step: int) -> Losses:
+        loss, _, trace = at_exits(model, lines, step)
         penalty = bottom_k(getattr(trace, policy.reads), trace.live, step)
         return Losses(loss + weight * penalty, loss, trace)
 
@@ -111,22 +141,21 @@ def penalised(policy: Policy, weight: float, steps: int) -> Objective:
 def guided(training: Guided) -> Objective:
     """Half of the batch leaves; in the other nobody does, every iteration answers, and gates learn what is to come."""
 
-    def objective(model: Interpreter, programs: Lines, step: int) -> Losses:
-        (stay, leave), (answers, others) = programs.ids.chunk(2), programs.values.chunk(2)
-        out = model(stay, depth=STEPS, every=True)
-        each = F.cross_entropy(out.logits.flatten(0, -2), answers.repeat_interleave(STEPS), reduction="none")
-        each = each.view(*answers.shape, STEPS)
+    def objective(model: Interpreter, lines: Lines, step: int) -> Losses:
+        (stay, leave), (answers, others) = lines.ids.chunk(2), lines.values.chunk(2)
+        out = model(stay, depth=model.shape.steps, every=True)
+        each = each_iteration(out, answers)
         # Not to the best of the later ones: where losses are noisy, noise alone makes one of them better.
         gain = (each[..., :-1] - each[..., -1:]).detach()
         taught = each[..., -1].mean() + training.earlier * each[..., :-1].mean() + F.mse_loss(out.trace.scores, gain)
-        exits = at_exits(model, programs._replace(ids=leave, values=others), step)
+        exits = at_exits(model, lines._replace(ids=leave, values=others), step)
         return Losses((taught + exits.total) / 2, *exits[1:])
 
     return objective
 
 
 def cross_entropy(out: Prediction, values: Tensor) -> Tensor:
-    """Nats per line."""
+    """Nats per token."""
     return F.cross_entropy(out.logits.flatten(0, 1), values.flatten())
 
 

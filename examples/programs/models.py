@@ -1,0 +1,96 @@
+"""The models of the study: how each is built and trained, and which rows of the table are its own.
+
+All see the same batches for the same number of steps at the same learning rates. Those with exits go on from one
+model, trained at full depth in stage 1; the others are trained from the start, for one depth or without a loop.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .model import Interpreter, Shape
+from .policies import GUIDED, READOUTS, TRAINED, Policy
+from .task import Task
+from .train import Sampled, at_depth, at_exits, objective_of, prior
+
+FULL = "full depth"
+PRIOR = "prior over depths"
+NEEDED = "needed depth, trained in"
+SHUFFLED = f"{GUIDED.name}, depths shuffled"
+RANDOM = f"{GUIDED.name}, random depths"
+ORACLE = f"{GUIDED.name}, needed depth"
+
+
+class Model(NamedTuple):
+    """A model: its shape, what a stage of so many steps minimises, its exits, and whose weights it goes on from.
+
+    `rows` are the rows of the table that are measured on it. A model with `begins` has stage 2 alone to train. What
+    is `after` another needs rows of it.
+    """
+
+    name: str
+    objective: Callable[[int], Sampled]
+    shape: Shape
+    rows: tuple[str, ...]
+    policy: Policy | None = None
+    begins: str = ""
+    after: str = ""
+
+    def build(self, task: Task, seed: int) -> Interpreter:
+        """With initial weights that are the same for all models of one shape."""
+        torch.manual_seed(seed)
+        return Interpreter(task.sizes, self.shape)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Those that it is trained in."""
+        return (1,) if self.name == FULL else (2,) if self.begins else (1, 2)
+
+
+def fixed_name(depth: int) -> str:
+    """The model that is trained at this depth, and its row."""
+    return f"trained at depth {depth}"
+
+
+def readout_name(policy: Policy) -> str:
+    """The row of a criterion on the model with a prior over depths."""
+    return f"prior, {policy.name}"
+
+
+def dense_names(task: Task) -> tuple[str, str]:
+    """The models without a loop: distinct layers, and a wide one."""
+    return f"{task.dense} distinct layers", f"one layer, {wide(task)} wide"
+
+
+def wide(task: Task) -> int:
+    """The width at which one layer costs what `task.dense` layers of the usual width cost; heads divide it."""
+    return 8 * round(Shape().dim * task.dense**0.5 / 8)
+
+
+def models(task: Task) -> dict[str, Model]:
+    """All of them, each after those that it needs."""
+    looped = Shape(task.steps)
+    layers, width = dense_names(task)
+    all_of_them = [
+        Model(FULL, lambda steps: at_exits, looped, ()),
+        *(_exits(policy, looped) for policy in TRAINED),
+        *(_fixed(depth, looped) for depth in task.fixed),
+        Model(layers, lambda steps: at_exits, Shape(1, layers=task.dense), (layers,)),
+        Model(width, lambda steps: at_exits, Shape(1, dim=wide(task)), (width,)),
+        Model(PRIOR, lambda steps: prior, looped, tuple(map(readout_name, READOUTS)), begins=FULL, after=GUIDED.name),
+        Model(NEEDED, lambda steps: at_depth(lambda sample: sample.needed), looped, (NEEDED,), begins=FULL),
+    ]
+    return {model.name: model for model in all_of_them}
+
+
+def _exits(policy: Policy, shape: Shape) -> Model:
+    rows = (policy.name, SHUFFLED, RANDOM, ORACLE) if policy is GUIDED else (policy.name,)
+    return Model(policy.name, lambda steps: objective_of(policy, steps), shape, rows, policy, begins=FULL)
+
+
+def _fixed(depth: int, shape: Shape) -> Model:
+    """The deepest goes on from the full depth, which is its own stage 1."""
+    begins = FULL if depth == shape.steps else ""
+    name = fixed_name(depth)
+    return Model(name, lambda steps: at_depth(lambda sample: depth), shape, (name,), begins=begins)
