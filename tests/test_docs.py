@@ -209,6 +209,21 @@ def test_the_picture_on_the_home_page_is_what_its_snippet_prints() -> None:
     assert [count for _, count in sorted(Counter(map(int, cells)).items())] == depths
 
 
+def test_the_picture_of_the_readme_is_of_its_quick_start() -> None:
+    """The rows are of its task: what is shaded is two hops away, and ran two iterations."""
+    picture = (DOCS / "images" / "hops.svg").read_text()
+    numbers = torch.tensor([int(n) for n in re.findall(r'font-size="14" fill="#7d8291">(\d)<', picture)]).view(-1, 12)
+    first = torch.minimum(numbers, torch.arange(12))
+    far = first != torch.minimum(numbers.gather(1, first), first)
+    cells = re.findall(r'class="(on|off|far)" x="(\d+)" y="(\d+)"', picture)
+    ran, shaded = torch.zeros_like(numbers), torch.zeros_like(numbers)
+    for kind, x, y in cells:
+        row, column = int(y) // 76, (int(x) - 8) // 40
+        (shaded if kind == "far" else ran)[row, column] += kind != "off"
+    assert len(numbers) == 3
+    assert torch.equal(shaded.bool(), far) and torch.equal(ran, far + 1)
+
+
 def test_the_heat_map_is_what_its_snippet_makes() -> None:
     text, deep = re.findall(r'"(depth that .*?)"|int\(n\) for n in "(\d+)"', PAGES["losses-and-diagnostics.md"])
     heat = importlib.import_module("adadepth.viz").heat_map(

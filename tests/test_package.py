@@ -45,7 +45,8 @@ def test_a_missing_extra_is_named() -> None:
 
 
 README = (ROOT / "README.md").read_text()
-SHOWN = re.findall(r"## ([^\n]*)\n\n```python\n(.*?)```\n\n```text\n(.*?)```", README, re.DOTALL)
+BLOCK = r"^## ([^\n]*)\n(?:(?!## |```)[^\n]*\n)*```python\n(.*?)```\n\n```text\n(.*?)```"
+SHOWN = re.findall(BLOCK, README, re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.plain
