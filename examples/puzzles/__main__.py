@@ -30,7 +30,7 @@ def main(args: Sequence[str] | None = None) -> None:
     results: dict[int, dict[int, dict[int, Result]]] = {size: {seed: {} for seed in parsed.seeds} for size in plans}
     for job, result in run_all(jobs, parsed.out / "results.jsonl", parsed.processes):
         results[job.size][job.seed][job.fixed] = result
-        name = f"{job.fixed} segments" if job.fixed else "halting"
+        name = f"{job.fixed} segment{'s' * (job.fixed > 1)}" if job.fixed else "halting"
         print(f"[{time.perf_counter() - start:4.0f} s] {job.size} × {job.size}, seed {job.seed}, {name}", flush=True)
     for size in parsed.sizes:
         found = Size(size, BLANKS[size], results[size])

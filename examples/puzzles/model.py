@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import adadepth as ad
 
-from .task import BOXES, units
+from .task import units
 
 DIM, HEADS = 64, 4
 RECURSIONS, UPDATES = 2, 1  # of a segment, and of the latent state in each recursion

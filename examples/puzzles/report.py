@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from statistics import mean, stdev
 
 from .study import FIXED, Judged, Result
@@ -12,7 +13,7 @@ COLUMNS: dict[str, Callable[[Judged], float]] = {
     "ms a puzzle": lambda judged: judged.milliseconds,
 }
 HALTING = "halting"
-TRAINED = "{} segments, trained so"
+TRAINED = "fixed at {}, trained so"
 HELD = "halting, held at {}"
 
 
@@ -48,9 +49,7 @@ class Size:
             pairs = list(zip(halting, self.rows[TRAINED.format(fixed)], strict=True))
             solved = [100 * (ours.solved - theirs.solved) for ours, theirs in pairs]
             fewer = [100 * (1 - ours.segments / theirs.segments) for ours, theirs in pairs]
-            lines.append(
-                f"against {fixed} segments, trained so: {spread(solved)} points solved, {spread(fewer)} % fewer segments"
-            )
+            lines.append(f"against {fixed}, trained so: {spread(solved)} points solved, {spread(fewer)} % fewer segments")
         saved = [self.saved(seed) for seed in range(len(self.seeds))]
         equal = "" if any(map(math.isnan, saved)) else f"{spread([100 * share for share in saved])} % fewer segments"
         lines.append(f"at an equal share of solved puzzles: {equal or 'no fixed number solves as many'}")
@@ -70,7 +69,7 @@ def needed(solved: float, points: Sequence[tuple[float, float]]) -> float:
     """The fewest segments at which the line through `points`, of segments and share, reaches a share; NaN: nowhere."""
     if points[0][1] >= solved:
         return points[0][0]
-    for (near, low), (far, high) in zip(points, points[1:], strict=False):
+    for (near, low), (far, high) in pairwise(points):
         if high >= solved:
             return near + (far - near) * (solved - low) / (high - low)
     return math.nan

@@ -120,5 +120,5 @@ def read(kept: Path) -> dict[Job, Result]:
 
 
 def _parsed(job: list[Any], result: dict[str, Any]) -> tuple[Job, Result]:
-    *numbers, plan = job
-    return Job(*numbers, Plan(*plan)), {name: Judged(*judged) for name, judged in result.items()}
+    size, fixed, seed, plan = job
+    return Job(size, fixed, seed, Plan(*plan)), {name: Judged(*judged) for name, judged in result.items()}

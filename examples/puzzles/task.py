@@ -1,7 +1,7 @@
 """Sudoku: puzzles with one solution, made by rejection, and batches of them under random digits.
 
-Every puzzle is made with the first row of its solution in order. Batches relabel the digits at random. Different puzzles
-so stay different under all labels, and held-out puzzles never occur in training.
+Every puzzle is made with the first row of its solution in order, and batches relabel the digits at random. So different
+puzzles are different under all labels, and held-out puzzles never occur in training.
 """
 
 import random
