@@ -10,7 +10,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo reproduce-small ablations test test-every lint docs bench
+.PHONY: demo puzzles reproduce-small ablations test test-every lint docs bench
 INSTALLED = $(VENV)/.adadepth-installed
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
@@ -24,6 +24,10 @@ FLAGS = $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED)) $(if $(POLICY),--pol
 
 demo: $(INSTALLED)  ## train small adaptive models on real text and show what came of it
 	$(RUN) -m examples.demo $(FLAGS) $(ARGS)
+
+# make puzzles QUICK=1 SEEDS='0 1' OUT=somewhere ARGS='--sizes 4'
+puzzles: $(INSTALLED)  ## tiny recursive models that halt for each Sudoku, against fixed numbers of segments
+	$(RUN) -m examples.puzzles $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 # make reproduce-small QUICK=1 SEEDS='0 1' TEXT='a.txt b.txt' OUT=somewhere ARGS='train.steps=4800'
 SWEEP = $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT)) $(ARGS)
