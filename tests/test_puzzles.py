@@ -106,7 +106,7 @@ def test_exploration_asks_a_few_puzzles_for_more_segments() -> None:
 def test_what_is_judged() -> None:
     puzzles, model = task.make(4, (6, 10), 8, seed=0), Solver(4, 3)
     perfect = torch.nn.functional.one_hot(puzzles.answers - 1, 4).double()
-    perfect[:2] = perfect[:2].flip(-1)  # one with 6 blanks and one with 10
+    perfect[:2, 0] = perfect[:2, 0].flip(-1)  # one with 6 blanks and one with 10
     model.logits = lambda out: perfect  # type: ignore[method-assign]
     judged = study.judge(model, puzzles, 2, 2, timed=1)
     assert judged.solved == 0.75 and judged.solved_by_blanks == [0.75, 0.75]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import adadepth as ad
 
-from .model import Solver
+from .model import GO_ON, Solver
 from .task import Puzzles, relabelled
 
 BATCH, RATE, WARM = 64, 2e-3, 100
@@ -79,7 +79,7 @@ def one_segment(model: Solver, carry: Carry, most: int) -> tuple[Tensor, Carry, 
     one = torch.ones(BATCH, 1, dtype=torch.long)
     out = model(carry.puzzles.clues, carry.state, one, one)
     ran = carry.ran + 1
-    halts = (out.trace.scores[:, 0, 0] < 0.5) & (ran >= carry.least)
+    halts = (out.trace.scores[:, 0, 0] < GO_ON) & (ran >= carry.least)
     after = carry._replace(state=out.hidden.detach(), ran=ran)
     return losses(model, out, carry.puzzles.answers), after, halts | (ran >= most)
 
