@@ -9,8 +9,8 @@ from .task import units
 
 DIM, HEADS = 64, 4
 RECURSIONS, UPDATES = 2, 1  # of a segment, and of the latent state in each recursion
-# A puzzle goes on while the chance that a cell is wrong is at least this. TRM halts at 1/2, which is too early: a puzzle
-# that is likely to be right after one segment is nearly sure to be after two.
+# A puzzle goes on while the chance that a cell is wrong is at least this. TRM's 1/2 halts too early: a puzzle that is
+# likely to be right after one segment is nearly sure to be right after two.
 GO_ON = 0.1
 
 
@@ -40,6 +40,8 @@ def first_token_decides(scores: Tensor, remaining: Tensor, positions: Tensor) ->
 class Embed(nn.Module):
     """Clues `(batch, cells)` to `(batch, 1 + cells, DIM)`: a token that halts, then digit, row, column and box."""
 
+    where: Tensor
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.halts, self.digits = nn.Parameter(torch.randn(DIM)), nn.Embedding(size + 1, DIM)
@@ -53,6 +55,8 @@ class Embed(nn.Module):
 
 class Solver(nn.Module):
     """Runs up to `segments` segments for each puzzle of `size` × `size` cells."""
+
+    initial: Tensor
 
     def __init__(self, size: int, segments: int) -> None:
         super().__init__()

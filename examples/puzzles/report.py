@@ -48,21 +48,23 @@ class Size:
         for fixed in FIXED:
             pairs = list(zip(halting, self.rows[TRAINED.format(fixed)], strict=True))
             solved = [100 * (ours.solved - theirs.solved) for ours, theirs in pairs]
-            fewer = [100 * (1 - ours.segments / theirs.segments) for ours, theirs in pairs]
-            lines.append(f"against {fixed}, trained so: {spread(solved)} points solved, {spread(fewer)} % fewer segments")
-        saved = [self.saved(seed) for seed in range(len(self.seeds))]
-        equal = "" if any(map(math.isnan, saved)) else f"{spread([100 * share for share in saved])} % fewer segments"
-        lines.append(f"at an equal share of solved puzzles: {equal or 'no fixed number solves as many'}")
+            more = [100 * (ours.segments / theirs.segments - 1) for ours, theirs in pairs]
+            lines.append(f"against {fixed}, trained so: solved {spread(solved)} points, segments {spread(more)} %")
+        equally = [self.more(seed) for seed in range(len(self.seeds))]
+        if reached := [share for share in equally if not math.isnan(share)]:
+            lines.append(f"at an equal share of solved puzzles: segments {spread(reached)} %")
+        if beyond := len(equally) - len(reached):
+            lines.append(f"in {beyond} of {len(equally)} seeds no fixed number solves as many")
         return "\n".join(lines)
 
-    def saved(self, seed: int) -> float:
-        """The share of segments that halting saves, against what fixed numbers need for the same share solved.
+    def more(self, seed: int) -> float:
+        """How many segments halting takes more, in percent, than fixed numbers need for the same share solved.
 
         Between two fixed numbers it is interpolated. NaN where no fixed number reaches that share.
         """
         ours = self.rows[HALTING][seed]
         fixed = [self.rows[TRAINED.format(number)][seed] for number in FIXED]
-        return 1 - ours.segments / needed(ours.solved, [(each.segments, each.solved) for each in fixed])
+        return 100 * (ours.segments / needed(ours.solved, [(each.segments, each.solved) for each in fixed]) - 1)
 
 
 def needed(solved: float, points: Sequence[tuple[float, float]]) -> float:
