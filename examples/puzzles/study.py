@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     timed: int = 5
 
 
-FULL = {4: Plan(1000, 6000, 600), 6: Plan(1800, 12000, 600)}
+FULL = {4: Plan(1000, 6000, 600), 6: Plan(2400, 12000, 600)}
 QUICK = {4: Plan(3, 20, 12, 1), 6: Plan(3, 20, 12, 1)}
 
 
