@@ -50,21 +50,23 @@ class Size:
             solved = [100 * (ours.solved - theirs.solved) for ours, theirs in pairs]
             more = [100 * (ours.segments / theirs.segments - 1) for ours, theirs in pairs]
             lines.append(f"against {fixed}, trained so: solved {spread(solved)} points, segments {spread(more)} %")
-        equally = [self.more(seed) for seed in range(len(self.seeds))]
-        if reached := [share for share in equally if not math.isnan(share)]:
-            lines.append(f"at an equal share of solved puzzles: segments {spread(reached)} %")
-        if beyond := len(equally) - len(reached):
-            lines.append(f"in {beyond} of {len(equally)} seeds no fixed number solves as many")
+        lines.append(f"at an equal share solved, against fixed, trained so: {self.equally(TRAINED)}")
+        lines.append(f"at an equal share solved, against the same weights held: {self.equally(HELD)}")
         return "\n".join(lines)
 
-    def more(self, seed: int) -> float:
-        """How many segments halting takes more, in percent, than fixed numbers need for the same share solved.
+    def equally(self, fixed: str) -> str:
+        """How many segments halting takes more than fixed numbers need for the same share of solved puzzles."""
+        more = [self.more(seed, fixed) for seed in range(len(self.seeds))]
+        reached = [percent for percent in more if not math.isnan(percent)]
+        said = [f"segments {spread(reached)} %"] if reached else []
+        if beyond := len(more) - len(reached):
+            said.append(f"in {beyond} of {len(more)} seeds no fixed number solves as many")
+        return "; ".join(said)
 
-        Between two fixed numbers it is interpolated. NaN where no fixed number reaches that share.
-        """
-        ours = self.rows[HALTING][seed]
-        fixed = [self.rows[TRAINED.format(number)][seed] for number in FIXED]
-        return 100 * (ours.segments / needed(ours.solved, [(each.segments, each.solved) for each in fixed]) - 1)
+    def more(self, seed: int, fixed: str) -> float:
+        """The same of one seed, in percent; between two numbers interpolated, NaN where none solves as many."""
+        ours, points = self.rows[HALTING][seed], (self.rows[fixed.format(number)][seed] for number in FIXED)
+        return 100 * (ours.segments / needed(ours.solved, [(each.segments, each.solved) for each in points]) - 1)
 
 
 def needed(solved: float, points: Sequence[tuple[float, float]]) -> float:
