@@ -132,7 +132,7 @@ def judged(solved: float, segments: float) -> Judged:
 
 def test_seeds_are_compared_in_pairs() -> None:
     fixed = dict(zip(study.FIXED, (0.5, 0.7, 0.9, 0.9), strict=True))
-    results = {}
+    results: dict[int, dict[int, study.Result]] = {}
     for seed in (1, 2):
         results[seed] = {k: {str(k): judged(share + seed / 100, k)} for k, share in fixed.items()}
         held = {str(k): judged(0.815, k + 1.5) for k in fixed}
@@ -140,9 +140,9 @@ def test_seeds_are_compared_in_pairs() -> None:
     size = report.Size(4, (6, 8, 10), results)
     lines = size.verdict().splitlines()
     assert lines[1] == "against 2, trained so: solved +10.0 ± 0.0 points, segments +12.5 ± 37.5 %"
-    equal, held = "at an equal share solved, against fixed, trained so: ", "against the same weights held: "
+    equal, other = "at an equal share solved, against fixed, trained so: ", "against the same weights held: "
     assert lines[-2] == equal + "segments -25.0 ± 25.0 %"
-    assert lines[-1].endswith(held + "segments -40.0 %; in 1 of 2 seeds no fixed number solves as many")
+    assert lines[-1].endswith(other + "segments -40.0 %; in 1 of 2 seeds no fixed number solves as many")
     head, first, *_ = size.table().splitlines()
     assert head.split("  ")[0] == "4 × 4"
     assert first.split() == ["halting", "81.5", "2.25", "1.00", "81.5", "81.5", "81.5"]
