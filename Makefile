@@ -10,7 +10,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo programs reproduce-small ablations test test-fast test-shapes test-every lint style types docs \
+.PHONY: demo programs puzzles reproduce-small ablations test test-fast test-shapes test-every lint style types docs \
 	dist wheel-test lowest changelog release-check notes bench
 INSTALLED = $(VENV)/.adadepth-installed
 
@@ -31,6 +31,10 @@ STUDY = $(if $(QUICK),--quick) $(if $(TASK),--task $(TASK)) $(if $(SEEDS),--seed
 
 programs: $(INSTALLED)  ## gates beside models trained at fixed depths, on tasks whose needed depth is known, five seeds
 	$(RUN) -m examples.programs $(STUDY)
+
+# make puzzles QUICK=1 SEEDS='0 1' OUT=somewhere ARGS='--sizes 4'
+puzzles: $(INSTALLED)  ## tiny recursive models that halt for each Sudoku, against fixed numbers of segments
+	$(RUN) -m examples.puzzles $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 # make reproduce-small QUICK=1 SEEDS='0 1' TEXT='a.txt b.txt' OUT=somewhere ARGS='train.steps=4800'
 SWEEP = $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT)) $(ARGS)

@@ -1,7 +1,7 @@
 """Draws the figures of the methods' pages, from training runs of the compositions that the tests hold.
 
 From the root of a clone: `python docs/methods/draw.py`, for all of them, or with the names of some. It takes
-about three minutes on one thread; `--quick` trains hardly at all, to see that every figure can be drawn.
+about four minutes on one thread; `--quick` trains hardly at all, to see that every figure can be drawn.
 """
 
 import argparse
@@ -28,7 +28,8 @@ import adadepth as ad
 # Some gates learn from a loss on their scores alone.
 warnings.filterwarnings("ignore", "RecurrentWrapper has a gate, but no rule")
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parents[1] / "tests" / "compositions"), str(HERE.parents[1] / "tests")]
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT / "tests" / "compositions"), str(ROOT / "tests"), str(ROOT)]
 toy: Any = import_module("toy")
 
 SEEDS = range(3)
@@ -181,6 +182,35 @@ def think_at_hard(m: ModuleType, steps: int) -> Figure:
     return fig
 
 
+def tiny_recursive_models(m: ModuleType, steps: int) -> Figure:
+    """Solved Sudoku by segments: all puzzles at one number, or each until its score falls below a threshold."""
+    task, solver, sudoku = (import_module(f"examples.puzzles.{name}") for name in ("task", "model", "train"))
+    puzzles = task.make(4, (6, 8, 10), 20 * steps + 1000, seed=0)
+    held_out, others = puzzles.at(slice(1000)), puzzles.at(slice(1000, None))
+    torch.manual_seed(0)
+    model = solver.Solver(4, segments=6)
+    stream = sudoku.Stream(model, others, partial(sudoku.explore, 6), seed=0)
+    sudoku.train(model, stream, most=6, steps=3 * steps)
+    model.eval().requires_grad_(False)
+
+    def point(least: int, most: int) -> tuple[float, float]:
+        out = model(held_out.clues, model.start(1000), least, most)
+        solved = (model.logits(out).argmax(-1) + 1 == held_out.answers).all(1)
+        return mean_depth(out), solved.double().mean().item()
+
+    lines = {"every puzzle as often": [point(depth, depth) for depth in range(1, 7)], "each until it halts": []}
+    for tau in (0.5, 0.3, 0.2, 0.1, 0.05, 0.03):
+        model.looped.rule = lambda scores, *rest, tau=tau: m.first_token_decides(scores + 0.5 - tau, *rest)
+        lines["each until it halts"].append(point(1, 6))
+    fig, ax = axes()
+    for (name, points), color in zip(lines.items(), (GREY, ORANGE), strict=True):
+        ax.plot(*zip(*points, strict=True), color=color, label=name)
+    answers(ax)
+    ax.set(xlabel="mean segments", ylabel="solved puzzles")
+    legend(ax)
+    return fig
+
+
 def fixed_prior(m: ModuleType, steps: int) -> Figure:
     """Loss by mean depth of one frozen trajectory, for exits of five kinds."""
     model = trained(lambda: m.Looped(4), partial(m.prior_loss, rate=0.2), steps)
@@ -236,7 +266,10 @@ def nats(model: Any, out: ad.Output) -> float:
     return toy.losses(model.head(out.hidden), LABELS).mean().item()
 
 
-METHODS = (act, pondernet, loop_transformer, ponder_lm, huginn, ouro, mixture_of_recursions, think_at_hard, fixed_prior)
+METHODS = (
+    *(act, pondernet, loop_transformer, ponder_lm, huginn, ouro, mixture_of_recursions, think_at_hard, fixed_prior),
+    tiny_recursive_models,
+)
 FIGURES = {method.__name__.replace("_", "-"): method for method in METHODS}
 
 

@@ -1,7 +1,7 @@
 """Mixture-of-Recursions (Bae et al. 2025, arXiv 2507.10524), token choice: a token's depth is chosen before the loop.
 
 Causal, as top-k routing over a sequence is not. One difference: a token that left shows later tokens the keys and
-values of its last iteration; the paper hides it, or shows those of its first, as `Sharing` does.
+values of its last iteration; the paper hides it, or shows those of its first, as tests/test_single.py does.
 """
 
 from typing import Any
@@ -56,57 +56,6 @@ def mor_loss(model: MixtureOfRecursions, ids: Tensor, out: ad.Output, labels: Te
     p = model.looped.gate.probabilities(model.embed(ids))[labels >= 0]  # type: ignore[union-attr, operator]
     share = nn.functional.one_hot(out.trace.depth[labels >= 0] - 1, p.shape[-1]).to(p).mean(0)
     return toy.losses(model.logits(ids, out), labels).mean() + balance * p.shape[-1] * (share * p.mean(0)).sum()
-
-
-class SharedKeys(nn.Module):
-    """The block, with the keys and values of the first iteration in all of them: they are a part of the state."""
-
-    takes_view = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.block = toy.Block()
-
-    def forward(self, x: Tensor, view: ad.TokenView) -> Tensor:
-        h, carried = x.split([toy.DIM, 2 * toy.DIM], -1)
-        q, k, v = self.block.qkv(self.block.norms[0](h)).chunk(3, -1)
-        first = (view.iteration == 0).unsqueeze(-1)
-        carried = torch.where(first, torch.cat([k, v], -1), carried)
-        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (q, *carried.chunk(2, -1)))
-        attended = view.attend(q, k, v).transpose(1, 2).flatten(2)
-        h = h + self.block.out(attended)
-        h = h + self.block.mlp(self.block.norms[1](h))
-        return torch.cat([h, carried], -1)
-
-
-class Sharing(nn.Module):
-    """A token has as many iterations as it is given; its cache has one entry, which is exact."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.embed, self.head = toy.Embed(), toy.make_head()
-        self.looped = ad.RecurrentWrapper(SharedKeys(), steps)
-
-    def forward(self, ids: Tensor, depth: Tensor) -> Tensor:
-        x = nn.functional.pad(self.embed(ids), (0, 2 * toy.DIM))
-        out = self.looped(x, min_depth=depth, max_depth=depth)
-        return self.head(out.hidden[..., : toy.DIM])
-
-
-def sharing_by_hand(model: Sharing, ids: Tensor, depth: Tensor) -> Tensor:
-    """Row by row, token by token: each sees the keys and values of its row's first iteration, up to its own."""
-    block, h = the(SharedKeys, model.looped.block).block, model.embed(ids)
-    _, k, v = (t.unflatten(-1, (2, -1)) for t in block.qkv(block.norms[0](h)).chunk(3, -1))
-    for row, depths in enumerate(depth.tolist()):
-        for t, times in enumerate(depths):
-            x = h[row, t]
-            for _ in range(times):
-                q = block.qkv(block.norms[0](x))[: toy.DIM].unflatten(-1, (2, -1))
-                scores = torch.einsum("hd,shd->hs", q, k[row, : t + 1]) / q.shape[-1] ** 0.5
-                x = x + block.out(torch.einsum("hs,shd->hd", scores.softmax(-1), v[row, : t + 1]).flatten())
-                x = x + block.mlp(block.norms[1](x))
-            h = h.index_put((torch.tensor(row), torch.tensor(t)), x)
-    return model.head(h)
 
 
 def test_gate_and_rule_keep_their_contracts() -> None:
@@ -172,35 +121,3 @@ def test_packed_equals_dense() -> None:
         return out, mor_loss(model, ids, out, labels, 0.1)
 
     toy.assert_packed_equals_dense(model, run)
-
-
-def depths_of(ids: Tensor) -> Tensor:
-    return ids % 3 + 1
-
-
-def test_sharing_is_a_loop_whose_keys_stay_those_of_the_first_iteration() -> None:
-    torch.manual_seed(0)
-    model, (ids, labels) = Sharing(steps=3).double(), toy.batch(0, rows=3)
-    depth = depths_of(ids)
-    got, want = model(ids, depth), sharing_by_hand(model, ids, depth)
-    toy.assert_close("logits", got, want)
-    toy.assert_same_gradients(model, toy.losses(got, labels).mean(), toy.losses(want, labels).mean())
-    model.looped.skip = False
-    toy.assert_close("dense", model(ids, depth), want)
-
-
-@torch.no_grad()
-def test_sharing_is_exact_with_one_entry_for_each_token() -> None:
-    torch.manual_seed(0)
-    model, ids = Sharing(steps=3).double(), toy.batch(0, rows=3)[0]
-    depth, bytes_held = depths_of(ids), dict[str, int]()
-    want = sharing_by_hand(model, ids, depth)
-    x = nn.functional.pad(model.embed(ids), (0, 2 * toy.DIM))
-    for layout in ("filled", "single"):
-        cache = ad.KVReuseCache(layout, capacity=toy.LENGTH)
-        for first, last in [(0, 7), *((t, t + 1) for t in range(7, toy.LENGTH))]:
-            given = depth[:, first:last]
-            out = model.looped(x[:, first:last], min_depth=given, max_depth=given, cache=cache)
-            toy.assert_close(layout, model.head(out.hidden[..., : toy.DIM]), want[:, first:last])
-        bytes_held[layout] = cache.nbytes - cache._depth.nbytes
-    assert bytes_held["filled"] == 3 * bytes_held["single"]

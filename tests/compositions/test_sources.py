@@ -74,6 +74,7 @@ def test_a_method_is_about_thirty_lines(path: Path) -> None:
 
 def test_all_methods_are_here() -> None:
     methods = "act fixed_prior huginn loop_transformer mixture_of_recursions ouro ponder_lm pondernet think_at_hard"
+    methods += " tiny_recursive_models"
     assert [path.stem for path in FILES] == [f"test_{method}" for method in methods.split()]
 
 
