@@ -69,6 +69,7 @@ def test_410m_is_built_without_memory_and_has_pythias_parameters_and_the_gates()
     assert sum(weight.numel() for weight in model.parameters()) == 405_334_016 + 3 * gate
 
 
+@pytest.mark.every
 def test_every_size_has_the_parameters_that_its_shape_says(pythias: dict[str, Costs]) -> None:
     for (name, costs), published in zip(pythias.items(), PYTHIA.values(), strict=True):
         shape, model = costs.config.model.shape, costs.model
@@ -186,7 +187,7 @@ def peak(costs: Costs, count: int, at: int) -> int:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.every)])
 @pytest.mark.parametrize("at", [0, 9], ids=["full", "exits"])
 def test_activations_are_the_bytes_alive_in_a_step(checkpointing: bool, precision: str, at: int) -> None:
     """Four more rows hold so many bytes more, within 4 %. Stages without exits keep no keys and values."""

@@ -210,7 +210,7 @@ PROMPTS = ["the cat sees", "it", "a bird sings and the cat sleeps and"]
         (3, {"max_depth": 2}, {"max_depth": 2}),
         (3, {"min_depth": 3}, {"min_depth": 3}),
         (3, {"threshold": 0.9}, {"rule": ad.Threshold(0.9)}),
-        ("auto", {}, {}),
+        pytest.param("auto", {}, {}, marks=pytest.mark.every),
     ],
 )
 def test_budgets_hold_for_every_request(

@@ -98,8 +98,10 @@ def agree(slow: ad.RecurrentWrapper, fast: ad.RecurrentWrapper, length: int, gra
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("grad", "skip"),
+    [(True, True), *(pytest.param(*modes, marks=pytest.mark.every) for modes in ((True, False), (False, True)))],
+)
 def test_a_layer_is_a_few_graphs_whatever_the_lengths(skip: bool, grad: bool) -> None:
     slow, fast, counter = pair(Block(), skip=skip)
     graphs = []
@@ -113,9 +115,9 @@ def test_a_layer_is_a_few_graphs_whatever_the_lengths(skip: bool, grad: bool) ->
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Layer(window=2),
-        lambda: Layer(sinks=True, softcap=2.0),
-        lambda: Layer(dropout_p=0.5),
+        pytest.param(lambda: Layer(window=2), marks=pytest.mark.every),
+        pytest.param(lambda: Layer(sinks=True, softcap=2.0), marks=pytest.mark.every),
+        pytest.param(lambda: Layer(dropout_p=0.5), marks=pytest.mark.every),
         lambda: Layer(times=3),
     ],
 )
