@@ -314,7 +314,8 @@ def test_gradients_that_an_operator_would_cut_are_refused() -> None:
         fast(**given(7))
     assert str(error.value) == (
         "A compiled layer attends without gradients in a loop that has them: those of the keys and values of earlier "
-        "iterations would be cut. Put torch.no_grad() around the whole loop, or run the layer without torch.compile."
+        "iterations would be cut. Put torch.no_grad() around the whole loop, compile the layer as a module, "
+        "layer.compile(), or run it without torch.compile."
     )
 
 

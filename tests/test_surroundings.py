@@ -97,7 +97,7 @@ def test_under_autocast_the_state_keeps_its_dtype(kind: str, dtype: torch.dtype,
 @every
 @pytest.mark.parametrize("rule", [ad.Threshold(0.5), ad.ACT(0.3)])
 @pytest.mark.parametrize("training", [True, False])
-def test_checkpointed_iterations_give_the_same(kind: str, skip: bool, rule: ad.Rule, training: bool) -> None:
+def test_checkpointed_iterations_give_the_same_bits(kind: str, skip: bool, rule: ad.Rule, training: bool) -> None:
     loop, x = looped(kind, skip=skip).train(training), rows().requires_grad_()
     loop.rule = rule
     results = []
@@ -111,11 +111,8 @@ def test_checkpointed_iterations_give_the_same(kind: str, skip: bool, rule: ad.R
                 *torch.autograd.grad(out.hidden.sin().sum(), leaves, materialize_grads=True, allow_unused=True),
             ]
         )
-    (hidden, *plain), (again, *saved) = results
-    assert torch.equal(hidden, again)
-    # Where layers may be compiled, gradients are added up in another order.
-    for one, other in zip(plain, saved, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    for plain, saved in zip(*results, strict=True):
+        assert torch.equal(plain, saved)
 
 
 @both

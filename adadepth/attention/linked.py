@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 Gradients = Sequence[Tensor | None]
@@ -128,12 +128,12 @@ def _refuse() -> NoReturn:
     )
 
 
-def enter(view: Any, x: Tensor) -> Tensor:
+def enter(view: Any, block: nn.Module, x: Tensor) -> Tensor:
     """The block's input `x (rows, length, dim)`, at which gradients go to what the iteration before had kept.
 
-    Only where a layer may be compiled at all.
+    Only where a part of the block is compiled.
     """
-    if not (view.links and view.past) or "torch._dynamo" not in sys.modules:
+    if not (view.links and view.past and "torch._dynamo" in sys.modules and any(map(_compiled, block.modules()))):
         return x
     past = [tensor for kv in view.past for tensor in kv]
     if not any(tensor.requires_grad for tensor in past):
@@ -156,6 +156,10 @@ def leave(view: Any, h: Tensor) -> Tensor:
     for i, call in enumerate(calls):
         view.present[call] = (linked[2 * i], linked[2 * i + 1])
     return left
+
+
+def _compiled(part: nn.Module) -> bool:
+    return part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"
 
 
 @final

@@ -66,7 +66,7 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
     if not taken:
         refuse_compiled(block)
     copied, written = _guarded(x)
-    copied = enter(view, copied)
+    copied = enter(view, block, copied)
     before = active.here
     active.view, active.here, active.block, active.takes_view = view, view.here, block, taken
     try:
