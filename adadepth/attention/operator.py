@@ -87,8 +87,8 @@ def _check(view: Any, grad: bool) -> None:
     if any(t.requires_grad for t in kept) and not (grad and view.ledger is not None and view.ledger.entered):
         raise ValueError(
             "A compiled layer attends without gradients in a loop that has them: those of the keys and values of "
-            "earlier iterations would be cut. Put torch.no_grad() around the whole loop, compile the layer as a module, "
-            "layer.compile(), or run it without torch.compile."
+            "earlier iterations would be cut. Put torch.no_grad() around the whole loop, compile the layer as a "
+            "module, layer.compile(), or run it without torch.compile."
         )
 
 
