@@ -126,6 +126,7 @@ def test_however_a_layer_attends(make: Callable[[], nn.Module]) -> None:
     agree(slow, fast, 7)
 
 
+@pytest.mark.every
 def test_compiled_layers_stand_beside_others() -> None:
     slow, fast, _ = pair(Block(), which=(1,))
     agree(slow, fast, 7)
@@ -172,7 +173,7 @@ def spoiling(graph: fx.GraphModule, _inputs: Any) -> Any:
     return make_boxed_func(graph.forward)
 
 
-@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("grad", [True, pytest.param(False, marks=pytest.mark.every)])
 def test_what_a_graph_writes_over_is_not_kept(grad: bool) -> None:
     backend = aot_autograd(fw_compiler=spoiling, bw_compiler=lambda graph, _: make_boxed_func(graph.forward))
     slow, fast, _ = pair(Block(), backend=backend)
@@ -198,6 +199,7 @@ def test_a_cache_too() -> None:
         few = counter.frame_count
 
 
+@pytest.mark.every
 def test_under_autocast() -> None:
     slow, fast, _ = pair(Block())
     case = given(7) | {"x": given(7)["x"].float()}
