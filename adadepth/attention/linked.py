@@ -133,7 +133,7 @@ def enter(view: Any, block: nn.Module, x: Tensor) -> Tensor:
 
     Only where a part of the block is compiled.
     """
-    if not (view.links and view.past and "torch._dynamo" in sys.modules and any(map(_compiled, block.modules()))):
+    if not (view.links and view.past and "torch._dynamo" in sys.modules and any(map(is_compiled, block.modules()))):
         return x
     past = [tensor for kv in view.past for tensor in kv]
     if not any(tensor.requires_grad for tensor in past):
@@ -158,7 +158,8 @@ def leave(view: Any, h: Tensor) -> Tensor:
     return left
 
 
-def _compiled(part: nn.Module) -> bool:
+def is_compiled(part: nn.Module) -> bool:
+    """Whether a module is compiled by itself, in place or wrapped."""
     return part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"
 
 

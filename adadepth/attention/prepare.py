@@ -6,6 +6,7 @@ from torch import nn
 
 from .catch import COMPILED, check_caller, takes_view
 from .context import active
+from .linked import is_compiled
 
 
 def prepare(block: nn.Module) -> None:
@@ -34,7 +35,7 @@ def prepare(block: nn.Module) -> None:
 
 def refuse_compiled(block: nn.Module) -> None:
     """A whole block may not be compiled by itself, unless it takes the view."""
-    if block._compiled_call_impl is not None or type(block).__name__ == "OptimizedModule":
+    if is_compiled(block):
         raise ValueError(f"The block {COMPILED}")
 
 
