@@ -1,13 +1,13 @@
-"""Exit criteria: gates without parameters, which measure how far a token still is from its answer.
+"""Exit criteria: gates without parameters. They measure how far a token still is from its answer.
 
-Like every score theirs says how much a token wants to go on, so that `Threshold(tau)` means: go on
-while it is at least `tau`. They give no gradient, and they are no scale: give the loop an update that
-does not use the score, `Replace()` or `Ungated(...)`.
+As for every gate, a higher score means that the token should continue. With `Threshold(tau)`, a token continues
+while its measure is at least `tau`. A criterion gives no gradient, and its score must not scale an update: give the
+loop an update that does not use the score, `Replace()` or `Ungated(...)`.
 
-A criterion that reads predictions is given the model's head, any module that maps `(n, dim)` to logits
-`(n, vocabulary)`: an `nn.Linear`, or `nn.Sequential(norm, lm_head)` where the norm stands outside the
-loop. It refers to it and does not register it, so the head is saved, moved and trained by its owner
-alone; reassign `gate.head` when the model's is replaced. Logits are never held for all tokens.
+A criterion that reads predictions takes the model's head: any module that maps `(n, dim)` to logits
+`(n, vocabulary)`. This is an `nn.Linear`, or `nn.Sequential(norm, lm_head)` if the norm is outside the loop. The
+criterion refers to the head without registering it, so only the model saves, moves and trains the head. If the
+model's head is replaced, assign the new one to `gate.head`. Logits are never held for all tokens at once.
 """
 
 from typing import final
@@ -25,9 +25,9 @@ class ConvergenceGate(Gate):
     """How much the last iteration changed the state: `‖h - previous‖ / ‖previous‖`.
 
     Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
-    Unit: a share, from 0. A `previous` shorter than the dtype's epsilon counts as that long.
+    Unit: a relative change, from 0. If the norm of `previous` is below the dtype's epsilon, epsilon is used.
     Source: the latent difference of Geiping et al. 2025, arXiv 2502.05171; hidden-state saturation in
-    Schuster et al. 2022 (CALM), arXiv 2207.07061, is its cosine.
+    Schuster et al. 2022 (CALM), arXiv 2207.07061, is the cosine instead.
     """
 
     measures = True
@@ -75,7 +75,7 @@ class KLGate(Gate):
 
 @final
 class MaxProbGate(Gate):
-    """How unsure the prediction is of its first choice: `1 - p1`, p1 the highest probability.
+    """How uncertain the prediction is: `1 - p1`, where p1 is the highest probability.
 
     Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
     Unit: a probability, in [0, 1).
@@ -98,18 +98,18 @@ class MaxProbGate(Gate):
         return f"head={described(self.head)}"
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
-        """All but the highest probability."""
+        """1 minus the highest probability."""
         del previous, step
         return score_predictions("MaxProbGate", _doubt, self.head, h)
 
 
 @final
 class MarginGate(Gate):
-    """How close the second choice comes to the first: `1 - (p1 - p2)`, the two highest probabilities.
+    """How close the two highest probabilities are: `1 - (p1 - p2)`.
 
     Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
-    Unit: from 0, sure, to 1, a tie.
-    Arguments: `head`, referred to, not registered; of a vocabulary of at least 2.
+    Unit: from 0 (certain) to 1 (a tie).
+    Arguments: `head`, for a vocabulary of at least 2; referred to, not registered.
     Raises: `ValueError` if `head` does not map `(n, dim)` to `(n, vocabulary)`.
     Source: the softmax response of Schuster et al. 2022 (CALM), arXiv 2207.07061.
     """
@@ -128,14 +128,14 @@ class MarginGate(Gate):
         return f"head={described(self.head)}"
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
-        """One less the margin."""
+        """1 minus the margin."""
         del previous, step
         return score_predictions("MarginGate", _closeness, self.head, h)
 
 
 @final
 class EntropyGate(Gate):
-    """How much the prediction leaves open: its entropy, `-Σ p log p`.
+    """The entropy of the prediction: `-Σ p log p`.
 
     Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
     Unit: nats, from 0 to log(vocabulary).
@@ -163,12 +163,12 @@ class EntropyGate(Gate):
         return score_predictions("EntropyGate", _entropy, self.head, h)
 
 
-# Each takes log-probabilities (n, vocabulary). A logit of -inf is a word that cannot be: it adds nothing.
+# Each takes log-probabilities (n, vocabulary). A word with a logit of -inf is impossible and adds nothing.
 
 
 def _divergence(before: Tensor, now: Tensor) -> Tensor:
     p = before.exp()
-    # Rounding can make the sum of a prediction that did not change negative.
+    # If the prediction did not change, rounding can make the sum negative.
     return torch.where(p > 0, p * (before - now), 0).sum(-1).clamp_min(0)
 
 

@@ -1,10 +1,12 @@
-"""Gates score how much a token wants to go on.
+"""Gates score how much a token should continue.
 
-A gate reads the state after an iteration, the state before it and the number of the iteration, each
-token on its own; it gives one score per token. Learned gates end in a sigmoid and start open: a
-token that left gives no gradient that could bring it back. Their last linear map and the sigmoid are computed
-in float32 or wider, under autocast too: in bfloat16 a sigmoid is 1 from a logit of 6.3 on, without gradient.
-Gates know no masks and no caches. Each keeps its arguments under their own names, from which `adadepth.hf` saves it.
+A gate reads the state after an iteration, the state before it and the number of the iteration. It gives one score
+for each token, from this token alone. Learned gates end in a sigmoid and start with high scores, because an exited
+token gives no gradient that could raise its score again. Their last linear map and the sigmoid are computed in
+float32 or wider, also under autocast: in bfloat16 a sigmoid is exactly 1 from a logit of 6.3 on, without gradient.
+
+Gates have no access to masks and caches. Each keeps its arguments under their own names; `adadepth.hf` reads them
+there to save it.
 """
 
 from abc import ABC, abstractmethod
@@ -20,10 +22,11 @@ from ._types import Hidden, Score
 
 
 class Gate(Called, nn.Module, ABC):
-    """One score per token: how much it wants to go on.
+    """Gives one score for each token: how much it should continue.
 
-    `measures` is True for exit criteria, whose score is no scale: no update may multiply by it. `reads_step` is False
-    for gates that do not read `step`: `adadepth.serving` then asks them once for tokens of several iterations.
+    `measures` is True for exit criteria. Their score is a measurement, so no update may multiply by it. `reads_step`
+    is False for gates that do not read `step`: `adadepth.serving` then calls them once for tokens at several
+    iterations.
     """
 
     measures: ClassVar[bool] = False
@@ -38,13 +41,13 @@ class Gate(Called, nn.Module, ABC):
             previous: `(..., dim)`, the state before it; at step 0 the loop's first input.
             step: an int from 0.
 
-        Returns: `(...)`; any real number, for learned gates the chance, in (0, 1), to go on.
+        Returns: `(...)`, any real number; for learned gates, the chance in (0, 1) that the token continues.
         """
 
 
 @final
 class Logit(nn.Linear):
-    """The last linear map of a gate, in float32 or wider whatever its parameters and autocast are."""
+    """The last linear map of a gate, in float32 or wider, whatever the dtype of its parameters and of autocast."""
 
     def forward(self, input: Tensor) -> Tensor:
         """The logits."""
@@ -59,10 +62,10 @@ class Logit(nn.Linear):
 class LinearGate(Gate):
     """One linear map for all iterations: `score = sigmoid(w . h + b)`.
 
-    Shapes: `h (..., dim)` to `score (...)`, float32 or wider; any leading shape, each token on its own.
-    Unit: the chance, in (0, 1), that a token goes on. ACT's halting unit is `1 - score`.
-    Arguments: `dim`, the width of the block's state; `bias`, where `b` starts (3.0 scores a zero
-    state 0.95).
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider; any leading shape, each token by itself.
+    Unit: the chance, in (0, 1), that a token continues. The halting probability of ACT is `1 - score`.
+    Arguments: `dim`, the width of the block's state; `bias`, the initial value of `b` (with 3.0, a
+    state of zeros gets a score of 0.95).
     Raises: `ValueError` if `dim < 1` or the last axis of `h` is not `dim`.
     Source: Graves 2016, arXiv 1603.08983, section 2, equation 5.
     """
@@ -90,9 +93,9 @@ class LinearGate(Gate):
 class SharedMLPGate(Gate):
     """One two-layer MLP for all iterations: `score = sigmoid(W2 gelu(W1 h + b1) + b2)`.
 
-    Shapes: `h (..., dim)` to `score (...)`, float32 or wider; any leading shape, each token on its own.
-    Arguments: `dim`, the width of the block's state; `hidden`, the units between, None for 4·dim;
-    `bias`, where `b2` starts.
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider; any leading shape, each token by itself.
+    Arguments: `dim`, the width of the block's state; `hidden`, the width of the hidden layer, None for 4·dim;
+    `bias`, the initial value of `b2`.
     Raises: `ValueError` if `dim` or `hidden` is below 1 or the last axis of `h` is not `dim`.
     Source: the "shared gate" ablation of AdaPonderLM, arXiv 2603.01914.
     """
@@ -116,12 +119,12 @@ class SharedMLPGate(Gate):
 
 @final
 class PerIterationMLPGate(Gate):
-    """A two-layer MLP of its own for each iteration but the last, whose score has no effect.
+    """A separate two-layer MLP for each iteration but the last, which is not scored.
 
-    Shapes: `h (..., dim)` to `score (...)`, float32 or wider; any leading shape, each token on its own.
-    Arguments: `dim`, the width of the block's state; `steps`, those of the loop (the gate holds
-    `steps - 1` MLPs); `hidden`, the units between, None for the paper's 4·dim, which cost a third of
-    a one-layer block (16 were as good in small models); `bias`, where the last layer's bias starts.
+    Shapes: `h (..., dim)` to `score (...)`, float32 or wider; any leading shape, each token by itself.
+    Arguments: `dim`, the width of the block's state; `steps`, the steps of the loop (the gate holds
+    `steps - 1` MLPs); `hidden`, the width of the hidden layer, None for the paper's 4·dim, which costs a third of
+    a one-layer block (16 was as good in small models); `bias`, the initial bias of the last layer.
     Raises: `ValueError` if a size is below 1, the last axis of `h` is not `dim`, or `step` is not
     one of the first `steps - 1`.
     Source: AdaPonderLM, arXiv 2603.01914: s^i = sigmoid(MLP_i(h^i)).

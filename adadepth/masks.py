@@ -1,4 +1,4 @@
-"""Utilities on monotonic masks `(..., steps)`: True while a token runs, then False for good."""
+"""Utilities for monotonic masks `(..., steps)`: True for the iterations that a token runs, False for all later ones."""
 
 import torch
 from jaxtyping import Bool, Int
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def make_monotonic(mask: Bool[Tensor, "*tokens steps"]) -> Bool[Tensor, "*tokens steps"]:
-    """The mask with every rise removed: once False along the last axis, False for good.
+    """Makes a mask monotonic: along the last axis, all entries after the first False become False.
 
     Shapes: `(..., steps)` bool to the same.
     """
@@ -14,15 +14,15 @@ def make_monotonic(mask: Bool[Tensor, "*tokens steps"]) -> Bool[Tensor, "*tokens
 
 
 def is_monotonic(mask: Bool[Tensor, "*tokens steps"]) -> bool:
-    """Whether no entry is True behind a False along the last axis.
+    """Whether, along the last axis, no entry is True after a False.
 
-    Shapes: `(..., steps)` bool. Looks at the data: a host sync on a GPU.
+    Shapes: `(..., steps)` bool. Reads the data, which is a host sync on a GPU.
     """
     return not bool((mask[..., 1:] & ~mask[..., :-1]).any())
 
 
 def mask_depth(mask: Bool[Tensor, "*tokens steps"]) -> Int[Tensor, "*tokens"]:
-    """How many iterations each token runs: int64, the number of True before the first False.
+    """The number of iterations of each token: how many entries are True before the first False, int64.
 
     Shapes: `(..., steps)` bool to `(...)`.
     """
@@ -30,7 +30,7 @@ def mask_depth(mask: Bool[Tensor, "*tokens steps"]) -> Int[Tensor, "*tokens"]:
 
 
 def depth_mask(depth: Int[Tensor, "*tokens"], steps: int) -> Bool[Tensor, "*tokens steps"]:
-    """The monotonic mask of given depths, the inverse of `mask_depth`.
+    """The monotonic mask for given depths; the inverse of `mask_depth`.
 
     Shapes: `(...)` int to `(..., steps)` bool.
     """
@@ -38,10 +38,10 @@ def depth_mask(depth: Int[Tensor, "*tokens"], steps: int) -> Bool[Tensor, "*toke
 
 
 def live_share(live: Bool[Tensor, "*tokens steps"]) -> float:
-    """The share of the fixed-depth work that is done: Σ depth / (real tokens × steps), in [0, 1].
+    """The share of all iterations that run: Σ depth / (real tokens × steps), in [0, 1].
 
-    Shapes: `(..., steps)` bool, monotonic; a token is real if its first entry is True. 0 if none is.
-    Looks at the data: a host sync on a GPU.
+    Shapes: `(..., steps)` bool, monotonic. A token is real if its first entry is True; without real tokens, the
+    share is 0. Reads the data, which is a host sync on a GPU.
     """
     real = int(live[..., :1].sum()) * live.shape[-1]
     return int(live.sum()) / real if real else 0.0

@@ -1,12 +1,13 @@
-"""Rules say what stays of what remains.
+"""Rules turn scores into exits: they decide how much of each token's remaining weight continues.
 
-A rule sees whole rows: all scores so far `(batch, seq, step + 1)`, newest last, what remains
-`(batch, seq)`, 0 where left or padding, and positions `(batch, seq)`. It is stateless and gives what
-stays, not what leaves: `remaining * s` keeps saturated gates alive where `remaining - remaining * (1 - s)`
-rounds to 0. The loop clamps it into [0, remaining], so no rule can bring a token back.
+A rule gets whole rows: all scores so far `(batch, seq, step + 1)`, the newest last; the remaining weight
+`(batch, seq)`, 0 for exited tokens and padding; and positions `(batch, seq)`. It keeps no state. It returns the
+weight that continues, not the weight that exits: for a very small score s, `remaining * s` is still above 0, where
+`remaining - remaining * (1 - s)` rounds to 0. The loop clamps the result to [0, remaining], so no rule can bring an
+exited token back.
 
-With a cache the rows are those of the new tokens alone. A rule that looks across a row (the best k of it,
-or only back) therefore decides otherwise in decoding: it is for training only, and `TrainingOnly` says so.
+With a cache the rows hold the new tokens alone. A rule that reads other tokens of its row, even only earlier ones,
+would therefore decide differently in decoding. Such a rule is for training only: wrap it in `TrainingOnly`.
 """
 
 from dataclasses import dataclass
@@ -22,17 +23,17 @@ from ._types import PositionRows, ScoreHistoryRows, WeightRows
 
 @runtime_checkable
 class Rule(Protocol):
-    """What stays of what remains."""
+    """Decides how much of each token's remaining weight continues."""
 
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows, /) -> WeightRows:
-        """What stays.
+        """The weight that continues.
 
-        Arguments, which a rule may name as it likes:
-            scores: `(batch, seq, step + 1)`, all scores so far, newest last; 0 where not live.
-            remaining: `(batch, seq)` in [0, 1]; 0 where the token left, and at padding.
-            positions: `(batch, seq)` int, each token's place among its row's real tokens.
+        Arguments, passed by place, so a rule may name them as it likes:
+            scores: `(batch, seq, step + 1)`, all scores so far, the newest last; 0 where the token was not active.
+            remaining: `(batch, seq)` in [0, 1], the remaining weight; 0 for exited tokens and at padding.
+            positions: `(batch, seq)` int, the position of each token among the real tokens of its row.
 
-        Returns: `(batch, seq)`; 0 lets the token leave.
+        Returns: `(batch, seq)`; with 0, the token exits.
         """
         ...
 
@@ -52,7 +53,7 @@ def _check_tau(owner: str, tau: float | Tensor) -> None:
 
 
 def _check_rule(owner: str, rule: object) -> None:
-    """A rule inside another one, which must not hide that it is for training only."""
+    """Check a rule that another one wraps; `TrainingOnly` must be the outermost."""
     if isinstance(rule, type) or not callable(rule):
         raise unfit(f"{owner} expected rule to be a rule", rule, "Give it one, such as Threshold(0.5).")
     if isinstance(rule, TrainingOnly):
@@ -65,10 +66,10 @@ def _check_rule(owner: str, rule: object) -> None:
 @final
 @dataclass(frozen=True, eq=False)
 class Threshold:
-    """A token stays while its newest score is at least `tau`.
+    """A token continues while its newest score is at least `tau`.
 
-    Arguments: `tau`, a number or a tensor `(batch, 1)` or `(batch, seq)`, in the unit of the scores. 0 never halts a
-    sigmoid gate, 1.1 halts all after one iteration.
+    Arguments: `tau`, a number or a tensor `(batch, 1)` or `(batch, seq)`, in the unit of the scores. For a sigmoid
+    gate, 0 means that no token exits, and 1.1 that all tokens exit after one iteration.
     Raises: `ValueError` if `tau` is NaN or of another shape.
     Source: AdaPonderLM, arXiv 2603.01914: m^{i+1} = m^i · 1(s^i ≥ τ), τ = 1e-4.
     """
@@ -87,12 +88,12 @@ class Threshold:
 @final
 @dataclass(frozen=True, eq=False)
 class SurvivalThreshold:
-    """A token stays while the product of all its scores is at least `tau`.
+    """A token continues while the product of all its scores is at least `tau`.
 
-    Arguments: `tau`, a number or a tensor `(batch, 1)` or `(batch, seq)`, in the unit of the product.
-    Drawn uniformly for each token, it samples exits with the probabilities of `Survival`.
+    Arguments: `tau`, a number or a tensor `(batch, 1)` or `(batch, seq)`, in the unit of the product. If it is drawn
+    uniformly from [0, 1] for each token, the exits are samples of the exit probabilities of `Survival`.
     Raises: `ValueError` if `tau` is NaN or of another shape.
-    Source: Ouro, arXiv 2510.25741: leave once the cumulative exit probability reaches 1 - tau.
+    Source: Ouro, arXiv 2510.25741: exit once the cumulative exit probability reaches 1 - tau.
     """
 
     tau: float | Tensor
@@ -109,9 +110,9 @@ class SurvivalThreshold:
 @final
 @dataclass(frozen=True)
 class Survival:
-    """Of what remains, the score's share stays: a soft exit at every iteration.
+    """The remaining weight is multiplied by the score: a soft exit after every iteration.
 
-    The weight that leaves after iteration n is λ_n · Π_{i<n} (1 - λ_i) with λ = 1 - score.
+    The weight that exits after iteration n is λ_n · Π_{i<n} (1 - λ_i) with λ = 1 - score.
     Source: PonderNet, Banino et al. 2021, arXiv 2107.05407, equation 2.
     """
 
@@ -124,11 +125,11 @@ class Survival:
 @final
 @dataclass(frozen=True)
 class ACT:
-    """`1 - s` leaves after each iteration; once no more than `eps` is left, that leaves too.
+    """The weight `1 - s` exits after each iteration; if at most `eps` would remain, it exits too.
 
     Arguments: `eps`, in [0, 1): Graves' ε, 0.01 in the paper.
     Raises: `ValueError` if `eps` is not a number in [0, 1).
-    Source: Graves 2016, arXiv 1603.08983, equations 6 to 8 (the remainder is what leaves last).
+    Source: Graves 2016, arXiv 1603.08983, equations 6 to 8 (the remainder is the last exit weight).
     """
 
     eps: float = 0.01
@@ -148,12 +149,12 @@ class ACT:
 @final
 @dataclass(frozen=True)
 class Lookahead:
-    """The same rule on all but the newest score: it decides one iteration late.
+    """Applies `rule` to all scores but the newest: it decides one iteration late.
 
-    The decision is then known before the iteration that it cuts, and a token stays one iteration
-    more, in which others see its answer.
-    Arguments: `rule`, which after the first iteration is not asked: everything stays.
-    Raises: `ValueError` if `rule` is none, or marked `TrainingOnly`: mark the whole.
+    So the decision is known before the iteration that it ends. Each token also runs one iteration more, in which
+    others can read its answer.
+    Arguments: `rule`. It is not called after the first iteration, when no token exits.
+    Raises: `ValueError` if `rule` is not a rule, or is a `TrainingOnly`: write `TrainingOnly(Lookahead(rule))`.
     """
 
     rule: Rule
@@ -162,7 +163,7 @@ class Lookahead:
         _check_rule("Lookahead", self.rule)
 
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
-        """What `rule` says of the older scores."""
+        """The result of `rule` for the older scores."""
         if scores.shape[-1] == 1:
             return remaining
         return self.rule(scores[..., :-1], remaining, positions)
@@ -171,12 +172,13 @@ class Lookahead:
 @final
 @dataclass(frozen=True)
 class NotBefore:
-    """The same rule, asked from iteration `first` on: before it everything stays.
+    """Applies `rule` from iteration `first` on; before it, no token exits.
 
-    What leaves after one iteration shows others the keys and values of its bare embedding ever after; in small
-    language models that cost more than the iteration (docs: choosing exits).
-    Arguments: `first`, the earliest iteration, from 1, after which a token may leave; `rule`.
-    Raises: `ValueError` if `first` is not an int from 1, or `rule` is none, or marked `TrainingOnly`: mark the whole.
+    If a token exits after one iteration, others can read only the keys and values of its bare embedding. In small
+    language models this cost more quality than the iteration saves (docs: choosing exits).
+    Arguments: `first`, the earliest iteration, from 1, after which a token may exit; `rule`.
+    Raises: `ValueError` if `first` is not an int from 1, if `rule` is not a rule, or if it is a `TrainingOnly`: write
+    `TrainingOnly(NotBefore(first, rule))`.
     """
 
     first: int
@@ -191,19 +193,19 @@ class NotBefore:
         _check_rule("NotBefore", self.rule)
 
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
-        """What `rule` says of the scores."""
+        """The result of `rule` for the scores."""
         return remaining if scores.shape[-1] < self.first else self.rule(scores, remaining, positions)
 
 
 @final
 @dataclass(frozen=True)
 class TrainingOnly:
-    """The same rule, said to be for training only: it looks across its row, as the best half of it does.
+    """Marks a rule that is for training only, because it reads other tokens of its row.
 
-    With a cache a rule sees the new tokens alone, so that it would decide otherwise: a loop with a cache refuses it,
-    and `check_rule` does not ask of it that it is causal.
-    Arguments: `rule`. Mark the whole: `TrainingOnly(NotBefore(2, rule))`.
-    Raises: `ValueError` if `rule` is none.
+    An example is "the best half of the row". With a cache a rule gets the new tokens alone, so it would decide
+    differently. A loop with a cache therefore refuses a marked rule, and `check_rule` allows it to read its row.
+    Arguments: `rule`. This wrapper must be the outermost: `TrainingOnly(NotBefore(2, rule))`.
+    Raises: `ValueError` if `rule` is not a rule.
     """
 
     rule: Rule
@@ -213,5 +215,5 @@ class TrainingOnly:
             _check_rule("TrainingOnly", self.rule)
 
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
-        """What `rule` says of the scores."""
+        """The result of `rule` for the scores."""
         return self.rule(scores, remaining, positions)

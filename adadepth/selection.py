@@ -1,4 +1,4 @@
-"""The smallest and the largest of many values, where only some of them count."""
+"""Selects the smallest or the largest values among those that are valid."""
 
 import math
 
@@ -10,11 +10,10 @@ from torch import Tensor
 def bottom_k(
     values: Float[Tensor, "*shape"], k: float, valid: Bool[Tensor, "*shape"] | None = None
 ) -> Float[Tensor, " chosen"]:
-    """The smallest share `k` of the valid values, in ascending order, with their gradients.
+    """The smallest share `k` of the valid values, in ascending order; gradients flow to them.
 
-    Shapes: `values (...)`, any shape; `valid`, bool of the same shape, None: all count. The result is
-    `(n,)` with n = ⌈k · (number of valid values)⌉: at least one where anything is valid, none where
-    nothing is.
+    Shapes: `values (...)`, any shape; `valid`, bool of the same shape, or None if all are valid. The result is
+    `(n,)` with n = ⌈k · (number of valid values)⌉, so at least one value, or none if no value is valid.
     Arguments: `k`, in (0, 1].
     Raises: `ValueError` if `k` is outside (0, 1], or the shapes differ.
     Source: the selection of AdaPonderLM's penalty, arXiv 2603.01914.
@@ -25,7 +24,7 @@ def bottom_k(
 def top_k(
     values: Float[Tensor, "*shape"], k: float, valid: Bool[Tensor, "*shape"] | None = None
 ) -> Float[Tensor, " chosen"]:
-    """The largest share `k` of the valid values, in descending order, with their gradients.
+    """The largest share `k` of the valid values, in descending order; gradients flow to them.
 
     Shapes, arguments and errors: those of `bottom_k`.
     """
@@ -42,6 +41,6 @@ def _choose(owner: str, values: Tensor, k: float, valid: Tensor | None, largest:
                 f"{valid.dtype}."
             )
         values = values[valid]
-    # The product is exact only up to rounding: 0.1 · 30 must choose 3.
+    # The product may be rounded up: 0.1 · 30 must choose 3.
     count = min(values.numel(), math.ceil(k * values.numel() - 1e-9))
     return values.flatten().topk(count, largest=largest).values

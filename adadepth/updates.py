@@ -1,8 +1,8 @@
-"""Updates make the next iteration's input of the tokens that go on.
+"""Updates make the next iteration's input of the tokens that continue.
 
-An update reads the last input x, the state h that the block made of it, the loop's start and all
-scores so far, newest last. It runs only between iterations: what must also hold at the first or the
-last belongs in the block. s below is the newest score.
+An update reads the last input x, the state h that the block made from it, the loop's start, and all scores so far,
+the newest last. It runs only between iterations: what must also happen before the first or after the last belongs in
+the block. Below, s is the newest score.
 """
 
 from abc import ABC, abstractmethod
@@ -18,12 +18,12 @@ from ._vocabulary import expected_embedding, referring
 
 
 class Update(Called, nn.Module, ABC):
-    """The next input of a token.
+    """Makes the next input of a token.
 
-    `scales` says whether a score multiplies something in it: an update that scales trains a gate by itself, and
-    takes no exit criterion for a gate. `reads_step` is False for updates that read neither `step` nor how many scores
-    there are, and give the same with scores of 1 before the others: `adadepth.serving` then asks them once for tokens
-    of several iterations.
+    `scales` is True if the update multiplies by a score. Such an update trains a gate through the task's loss, and
+    cannot be combined with an exit criterion. `reads_step` is False if the update reads neither `step` nor the number
+    of scores, and if additional scores of 1 before the others do not change its result: `adadepth.serving` then
+    calls it once for tokens at several iterations.
     """
 
     scales: bool = False
@@ -36,10 +36,10 @@ class Update(Called, nn.Module, ABC):
         Arguments:
             x: `(..., dim)`, the input of iteration `step`.
             h: `(..., dim)`, the state after it.
-            start: `(..., dim)`, the loop's `start=`, or its first input.
-            scores: `(..., step + 1)`, all scores so far, newest last, in the dtype of `x`; 1 without
+            start: `(..., dim)`, the argument `start=` of the call, or else the loop's first input.
+            scores: `(..., step + 1)`, all scores so far, the newest last, in the dtype of `x`; 1 without
                 a gate.
-            step: an int from 0 to steps - 2: nothing follows the last iteration.
+            step: an int from 0 to steps - 2; there is no update after the last iteration.
 
         Returns: `(..., dim)`.
         """
@@ -47,7 +47,7 @@ class Update(Called, nn.Module, ABC):
 
 @final
 class Replace(Update):
-    """The state itself: `h`. The score only cuts; a gate learns from a loss on `trace.scores`.
+    """The next input is the state: `h`. The score only decides exits; a gate learns from a loss on `trace.scores`.
 
     Shapes: `(..., dim)` to the same.
     Source: Universal Transformers, Dehghani et al. 2018, arXiv 1807.03819, section 2.1.
@@ -63,7 +63,7 @@ class Replace(Update):
 
 @final
 class Residual(Update):
-    """The state added to the input, scaled by the newest score: `x + s·h`. Trains a gate by itself.
+    """Adds the state, scaled by the newest score: `x + s·h`. The task's loss trains the gate.
 
     Shapes: `(..., dim)` to the same.
     """
@@ -79,7 +79,7 @@ class Residual(Update):
 
 @final
 class Interpolate(Update):
-    """From the input to the state by the newest score: `x + s·(h - x)`. Trains a gate by itself.
+    """Interpolates from the input to the state by the newest score: `x + s·(h - x)`. The task's loss trains the gate.
 
     Shapes: `(..., dim)` to the same. At s = 1 it is `h` exactly.
     """
@@ -95,7 +95,7 @@ class Interpolate(Update):
 
 @final
 class InputInjection(Update):
-    """The loop's start added to the state: `start + h`, so that no iteration forgets the input.
+    """Adds the loop's start to the state: `start + h`, so that every iteration reads the input.
 
     Shapes: `(..., dim)` to the same.
     Source: Yang et al. 2023, arXiv 2311.12424 (looped transformers), section 4.
@@ -111,16 +111,16 @@ class InputInjection(Update):
 
 @final
 class Ponder(Update):
-    """The input, and by the newest score the embedding of what is predicted: `x + scale·s·softmax(h Wᵀ + b) E`.
+    """Adds the embedding of the prediction, scaled by the newest score: `x + scale·s·softmax(h Wᵀ + b) E`.
 
-    It never holds a (tokens × vocabulary) matrix. Trains a gate by itself.
+    It never holds a (tokens × vocabulary) matrix. The task's loss trains the gate.
 
     Shapes: `(..., dim)` to the same.
-    Arguments: `embedding`, of E `(vocabulary, dim)`, and `head`, of W and b; tied weights are as good.
-    They are the model's: referred to, not registered, and to be reassigned here when the model's are
-    replaced. `scale`: some models multiply E by √dim. `logit_scale` and `softcap`: some multiply their logits, or
-    bound them, `softcap · tanh(logit_scale · logit / softcap)`.
-    Raises: `ValueError` if they are not an `nn.Embedding` and an `nn.Linear` with weights of one shape.
+    Arguments: `embedding`, with the weight E `(vocabulary, dim)`; `head`, with W and b. Tied weights are allowed.
+    Both belong to the model: they are referred to, not registered. If the model's are replaced, assign the new
+    ones here. `scale`: for models that multiply E by √dim. `logit_scale` and `softcap`: for models that multiply
+    their logits or bound them, `softcap · tanh(logit_scale · logit / softcap)`.
+    Raises: `ValueError` if they are not an `nn.Embedding` and an `nn.Linear` with weights of the same shape.
     Source: PonderLM, Zeng et al. 2025, arXiv 2505.20674; scaled by s: AdaPonderLM, arXiv 2603.01914.
     """
 
@@ -151,7 +151,7 @@ class Ponder(Update):
         return torch.addcmul(x, scores[..., -1:], mixed, value=self.scale)
 
     def _check(self) -> None:
-        """At every call: both may have been reassigned."""
+        """Runs at every call, because both may have been reassigned."""
         embedding, head = self.embedding, self.head
         if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
             raise ValueError(
@@ -169,13 +169,13 @@ class Ponder(Update):
 
 @final
 class SurvivalScaled(Update):
-    """Another update, given the product of all scores so far as the newest score.
+    """Calls `update` with running products of the scores: its newest score is the product of all scores so far.
 
-    Every earlier gate then gets the gradient of all later iterations: a token whose update is
-    worth little now, because it waits for others, is not taught to leave.
+    So each score also gets the gradient of all later iterations. A token whose update has little effect now, because
+    it waits for other tokens, is then not trained to exit.
 
     Shapes: those of `update`.
-    Raises: `ValueError` if `update` is no `Update`.
+    Raises: `ValueError` if `update` is not an `Update`.
     """
 
     def __init__(self, update: Update) -> None:
@@ -184,16 +184,16 @@ class SurvivalScaled(Update):
         self.update, self.scales, self.reads_step = update, update.scales, update.reads_step
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
-        """`update` with the running product in place of the scores."""
+        """`update` with the running products in place of the scores."""
         return self.update(x, h, start, scores.cumprod(-1), step)
 
 
 @final
 class Ungated(Update):
-    """Another update, given 1 for every score: for exit criteria and regressed scores, which must not scale.
+    """Calls `update` with 1 for every score: for exit criteria and regressed scores, which must not scale.
 
     Shapes: those of `update`.
-    Raises: `ValueError` if `update` is no `Update`.
+    Raises: `ValueError` if `update` is not an `Update`.
     """
 
     def __init__(self, update: Update) -> None:
@@ -208,14 +208,14 @@ class Ungated(Update):
 
 @final
 class ReZero(Update):
-    """Another update behind a learned scale that is 0 at first: `x + alpha·(update(...) - x)`.
+    """Multiplies the change of `update` by a learned scale that starts at 0: `x + alpha·(update(...) - x)`.
 
-    A fresh loop then gives every iteration the same input, and so what its block gives once: a retrofit
-    begins as the model that it is made from. alpha has a gradient from the first step on, what is behind
-    it (the gate too) as soon as alpha is not 0.
+    At the start, every iteration of the loop gets the same input, so the loop gives the result of one pass through
+    its block. In this way a retrofit starts with the outputs of its base model. alpha has a gradient from the first
+    training step on. `update` and the gate have one as soon as alpha is not 0.
 
-    Shapes: those of `update`. alpha has shape `(1,)`: wrappers that shard parameters refuse scalars.
-    Raises: `ValueError` if `update` is no `Update`.
+    Shapes: those of `update`. alpha has shape `(1,)`, because wrappers that shard parameters refuse scalars.
+    Raises: `ValueError` if `update` is not an `Update`.
     Source: Bachlechner et al. 2020, arXiv 2003.04887, equation 1.
     """
 
@@ -226,12 +226,12 @@ class ReZero(Update):
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
-        """From `x` to what `update` says by alpha."""
+        """Interpolates by alpha from `x` to the result of `update`."""
         new = self.update(x, h, start, scores, step).to(x.dtype)
         return torch.lerp(x, new, self.alpha.to(x.dtype))
 
 
 def _check_update(owner: str, update: object) -> None:
-    """An update inside another one."""
+    """Check an update that another one wraps."""
     if not isinstance(update, Update):
         raise unfit(f"{owner} expected update to be an adadepth.Update", update, f"Wrap one: {owner}(Interpolate()).")

@@ -1,4 +1,4 @@
-"""What a looped block did: who ran, what the gate said, and where each token left."""
+"""What a looped block did: which tokens ran, their scores, and where each token exited."""
 
 from typing import Any, NamedTuple, NoReturn, final
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._types import HiddenRows, StateRows
 
-# Of more iterations a text names the first and the last.
+# With more iterations than this, the text gives the first ones and the last.
 SHOWN = 8
 
 
@@ -20,25 +20,25 @@ class _Rows(NamedTuple):
 
 @final
 class Trace(_Rows):
-    """The record of one forward pass. Every row tensor is 0 (or False) at padding.
+    """The record of one forward pass. All its tensors are 0 (or False) at padding.
 
     Shapes:
-        live: `(batch, seq, steps)` bool, iteration i ran for the token; never rises along `steps`,
-            and `live[..., 0]` is the mask.
-        scores: `(batch, seq, steps - 1)`, what the gate said of every live token, also of one that
-            leaves there; 0 where not live. The last iteration has no score: nothing follows it.
-        exit_probs: `(batch, seq, steps)`, the weight that left after each iteration; sums to 1 over
+        live: `(batch, seq, steps)` bool, whether the token ran iteration i. Once False along `steps`, it never
+            becomes True again. `live[..., 0]` is the mask.
+        scores: `(batch, seq, steps - 1)`, the gate's score of every active token, also of one that exits there; 0
+            elsewhere. The last iteration has no score, because nothing follows it.
+        exit_probs: `(batch, seq, steps)`, the weight that exited after each iteration; sums to 1 over
             `steps` for a real token.
     """
 
     __slots__ = ()
 
     def __new__(cls, live: Any, *others: Any) -> "Trace":
-        """Of its three tensors; or of one iterable of them, as tools rebuild the tuples that they find."""
+        """Takes the three tensors, or one iterable of them: tools that rebuild tuples pass an iterable."""
         return super().__new__(cls, *((live, *others) if others else live))
 
     def __repr__(self) -> str:
-        """How deep the tokens went; without numbers where there are none, as on the meta device."""
+        """The depths of the tokens; without numbers if the tensors hold no data, as on the meta device."""
         if not isinstance(self.live, Tensor):
             return f"Trace{tuple(self)}"  # a tree of something else, as torch's pytrees make
         *rows, steps = self.live.shape
@@ -47,17 +47,17 @@ class Trace(_Rows):
 
     @property
     def depth(self) -> Int[Tensor, "batch seq"]:
-        """Iterations run, `(batch, seq)` int64: from 1 to steps for a real token, 0 at padding."""
+        """The number of iterations run, `(batch, seq)` int64: from 1 to steps for a real token, 0 at padding."""
         return self.live.sum(-1)
 
     @property
     def gates(self) -> Float[Tensor, "batch seq gated"]:
-        """The scores of the tokens that go on, else 0: the effective gate values m·s."""
+        """The scores of the tokens that continue, else 0: the effective gate values m·s."""
         return torch.where(self.live[..., 1:], self.scores, 0.0)
 
     @property
     def survival(self) -> Float[Tensor, "batch seq gated"]:
-        """The running product of the scores of the tokens that go on, else 0."""
+        """The running product of the scores of the tokens that continue, else 0."""
         return self.gates.cumprod(-1)
 
 
@@ -66,11 +66,11 @@ class Output(NamedTuple):
     """What a looped block returns.
 
     Shapes:
-        hidden: `(batch, seq, dim)`, the exit-weighted sum of the states; for hard exits the state
-            at exit; 0 for padding.
+        hidden: `(batch, seq, dim)`, the sum of the states, each weighted by its exit weight. For hard exits, this
+            is the state at the exit. 0 at padding.
         trace: the record of the pass.
-        states: `(batch, seq, steps, dim)` on request, else None: every iteration's state. A token
-            that left keeps its last; 0 for padding.
+        states: `(batch, seq, steps, dim)` if requested, else None: the state of every iteration. For an exited
+            token, later entries repeat its last state. 0 at padding.
     """
 
     hidden: HiddenRows
@@ -78,13 +78,13 @@ class Output(NamedTuple):
     states: StateRows | None = None
 
     def __repr__(self) -> str:
-        """Shapes, and how deep the tokens went."""
+        """Shapes, and the depths of the tokens."""
         states = "" if self.states is None else f", states={_shape(self.states)}"
         return f"Output(hidden={_shape(self.hidden)}, trace={self.trace!r}{states})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        """An output is no tensor: torch's functions ask here when they are given one."""
+        """Raises an error that helps: torch calls this if an output is passed to a function for tensors."""
         del types, args, kwargs
         raise ValueError(
             f"{func.__name__} expected a tensor, got the Output of a looped block. Pass its state: looped(x).hidden."
@@ -100,11 +100,11 @@ def _shape(tensor: object) -> str:
 
 
 def _depths(live: Tensor) -> tuple[str, str]:
-    """How many tokens, how deep they went, and which share of them ran each iteration."""
+    """The number of tokens, their mean depth, and the share of them that ran each iteration."""
     try:
         ran = live.flatten(0, -2).sum(0).tolist()
     except RuntimeError:
-        return "tokens", ""  # there are none: on the meta device, in fake tensors, under vmap
+        return "tokens", ""  # no data: on the meta device, in fake tensors, under vmap
     if not (tokens := ran[0]):
         return "0 tokens", ""
     shares = [f"{count / tokens:.2f}" for count in ran]

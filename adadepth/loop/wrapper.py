@@ -1,9 +1,9 @@
 """`RecurrentWrapper`: the one loop that turns a block into an adaptive-depth block.
 
-The halting state is one number per token, `remaining` in [0, 1]: how much of the token has not left
-yet. A gate scores tokens, a rule says what stays of what remains, the loop clamps it, an update
-makes the next input of the tokens that go on. `TokenSet` says which tokens run and how they sit in
-the block's input; dense and packed execution differ in nothing else.
+The loop keeps one number for each token: `remaining` in [0, 1], the weight that has not exited yet. A gate scores
+the tokens. A rule decides how much of the remaining weight continues, and the loop clamps it. An update makes the
+next input of the tokens that continue. A `TokenSet` holds which tokens run, and where they are in the block's input;
+dense and packed execution differ in nothing else.
 """
 
 from collections.abc import Callable, Mapping
@@ -40,35 +40,41 @@ from .trace import Output
 
 @final
 class RecurrentWrapper(Called, nn.Module):
-    """Applies a block up to `steps` times, to each token as often as its gate and rule say.
+    """Applies a block up to `steps` times, to each token as often as gate and rule decide.
 
     Arguments:
-        block: any module that maps `(rows, length, dim)` to the same shape and whose attention
-            calls `F.scaled_dot_product_attention`; or one with `takes_view = True`, called as
+        block: a module that maps `(rows, length, dim)` to the same shape and whose attention calls
+            `F.scaled_dot_product_attention`; or a module with `takes_view = True`, called as
             `block(x, view)`; or `Pointwise(block)`.
-        steps: the most iterations, at least 1.
-        gate: scores each token after each iteration but the last; None: every score is 1.
-        rule: turns scores into what stays; None: nobody leaves early.
-        update: makes the next input from the state; None: `Replace()`, the state itself.
-        causal: whether a token sees only itself and what stands before it in its row.
-        skip: True runs only the tokens that are live, packed over the batch into one sequence.
+        steps: the greatest number of iterations, at least 1.
+        gate: scores each token after each iteration but the last. None: every score is 1.
+        rule: decides from the scores how much of each token's remaining weight continues. None: no token exits early.
+        update: makes the next input from the state. None: `Replace()`, the state itself.
+        causal: whether a token attends only to itself and to earlier tokens of its row.
+        skip: True runs only the active tokens, packed over the batch into one sequence.
             False computes every token and selects: static shapes, for `torch.compile`.
-        checkpoint: keeps, of each iteration, only its inputs for the backward pass.
+        checkpoint: whether to keep only each iteration's inputs for the backward pass, and compute the rest again.
 
-    `block`, `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes, to be reassigned between
-    stages of training. So is `agree`, `bool` at first: given whether tokens are left to run here, it says
-    whether to run the next iteration. Where none are, the block then runs on one token of zeros, and what
-    it makes of it is dropped. Ranks that run one loop together need `adadepth.ranks.any_rank` there.
+    `block`, `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes: you may reassign them between
+    stages of training.
 
-    The first time that tokens are skipped, the wrapper runs a few of them packed and in rows and compares, in the
-    mode it is in; `self_check = False` leaves that out. With `one_call = True` the tokens that run ask in one call
-    an attention layer, however their rows differ: packed ones by flex attention, those with a cache by attention over
-    pages. A cache learns it in its first pass. It is for a GPU, where it is not measured yet. `torch.compile` takes a
-    wrapper with `skip=False`; one that skips, checkpoints or has a cache runs in eager, and the model around it is
-    compiled.
+    `agree` is an attribute too, `bool` by default. The loop calls it before each further iteration, with whether any
+    token is active here, and runs the iteration if it returns True. If no token is active then, the block runs on one
+    token of zeros, and the result is dropped. If several ranks run one loop together, set it to
+    `adadepth.ranks.any_rank`.
 
-    Raises: `ValueError` if `steps < 1`, if a piece stands in another's place, there or when it is assigned, or if
-    the block holds an `nn.MultiheadAttention` that cannot be looped.
+    When the wrapper first skips tokens, it runs a few of them packed and dense, in its current mode, and compares.
+    `self_check = False` turns this off.
+
+    With `one_call = True`, each attention layer makes one call for all active tokens, however their rows differ: flex
+    attention for packed tokens, attention over pages for tokens with a cache. A cache takes this setting in its first
+    pass. It is for a GPU, where it is not measured yet.
+
+    `torch.compile` compiles a wrapper with `skip=False`. One that skips, checkpoints or has a cache runs in eager,
+    while the model around it is compiled.
+
+    Raises: `ValueError` if `steps < 1`; if an argument, or what is assigned later, is not a piece of the right kind;
+    or if the block contains an `nn.MultiheadAttention` that cannot be looped.
     """
 
     self_check: bool = True
@@ -107,7 +113,7 @@ class RecurrentWrapper(Called, nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `nn.Module` does; the bare block's weights are refused by name."""
+        """Works like that of `nn.Module`. Weights of the block without the wrapper are refused, with their names."""
         check_state(self, state_dict)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
@@ -127,23 +133,23 @@ class RecurrentWrapper(Called, nn.Module):
         """Run the loop.
 
         Arguments:
-            x: `(batch, seq, dim)`, the first input; padding in it is not read.
-            mask: `(batch, seq)` bool, True for real tokens, anywhere in the row; None: all are real.
-            start: `(batch, seq, dim)`, what input injection reads; None: `x`.
-            min_depth: an int in 1..steps, or an integer tensor that broadcasts to `(batch, seq)`:
-                the token stays this long whatever the rule says. It is moved to the device of `x`.
-            max_depth: the same from above; it wins over `min_depth`. An int shortens the loop, and
-                with it every `steps` axis. Tensors are clamped to 1..steps, not checked. One per row is `(batch, 1)`.
-            block_kwargs: what the block takes beside its input, by name. Tensors `(batch, seq, ...)` hold one entry
-                per token, `(batch, 1, ...)` one per row, `(1, seq, ...)` the same for all rows; they are packed as x
-                is, in tuples, lists and mappings too. What is no tensor is passed as it is.
+            x: `(batch, seq, dim)`, the first input. Its values at padding are not read.
+            mask: `(batch, seq)` bool, True for real tokens. Padding may be anywhere in a row. None: all are real.
+            start: `(batch, seq, dim)`, what updates such as `InputInjection` read as `start`. None: `x`.
+            min_depth: the least number of iterations, whatever the rule decides: an int in 1..steps, or an integer
+                tensor that broadcasts to `(batch, seq)`, such as `(batch, 1)`. It is moved to the device of `x`.
+            max_depth: likewise the greatest number. If the two conflict, `max_depth` is used. An int shortens the
+                loop, and with it every `steps` axis. Values of tensors are clamped to 1..steps without an error.
+            block_kwargs: the block's further arguments, by name. Tensors `(batch, seq, ...)` hold one entry for each
+                token, `(batch, 1, ...)` one for each row, `(1, seq, ...)` the same for all rows. They are packed like
+                `x`, also inside tuples, lists and mappings. Other values are passed unchanged.
             states: whether to return every iteration's state.
-            cache: what the rows held before `x` stands in it, and `x` will: all other arguments are
-                those of the new tokens. Tokens that left are then skipped, whatever `skip` says.
+            cache: holds the earlier tokens of the rows; the call adds those of `x`. All other arguments describe the
+                new tokens. Exited tokens are then skipped, whatever `skip` is.
 
-        Raises: `ValueError` for arguments of another name, shape or type, a depth outside 1..steps, a
-            score, stay or state of another shape, a cache that does not fit, pieces that do not go together, and,
-            in eager evaluation, a score that is NaN.
+        Raises: `ValueError` for an argument of a wrong name, shape or type; a depth outside 1..steps; a score, a
+            weight or a state of a wrong shape; a cache that does not fit; pieces that do not go together; and, in
+            eager evaluation, a score that is NaN.
         """
         depths = {"min_depth": min_depth, "max_depth": max_depth}
         if torch.compiler.is_compiling() and (self.checkpoint or cache is not None or looks(self, mask, **depths)):
