@@ -2,6 +2,7 @@
 """Adapted Hugging Face models compute what the original does at first, and later a hand-written loop of it."""
 
 import copy
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,6 +44,21 @@ NAMED_DTYPES = [
     for i, name in enumerate(SOME)
     for j, dtype in enumerate(DTYPES)
 ]
+
+
+def test_transformers_warns_of_nothing() -> None:
+    """What is deprecated there would be said to every user, who can do nothing about it."""
+    logger, said = logging.getLogger("transformers"), []
+    transformers.utils.logging.warning_once.cache_clear()  # said once for each message
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        model = adapt(original(SOME[0], torch.float32), STEPS)
+        model.generate(input_ids=IDS[:1], max_new_tokens=2)
+    finally:
+        logger.removeHandler(handler)
+    assert said == []
 
 
 @pytest.mark.parametrize(("name", "dtype"), NAMED_DTYPES)

@@ -19,6 +19,7 @@ from ..rules import Rule
 from .anatomy import anatomy_of
 from .attention import NAME
 from .backbone import AdaptiveBackbone, Wanted
+from .cache import CACHE
 from .check import check
 from .config import AdaptiveConfig
 from .ends import head
@@ -190,7 +191,7 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
         return AdaptiveOutput(
             said.loss,
             said.logits,
-            out.past_key_values,
+            getattr(out, CACHE),
             out.hidden_states,
             trace=out.trace,
             states=out.states,
