@@ -15,24 +15,26 @@ _FAR = 0.5
 
 @final
 class DepthBudget(nn.Module):
-    """Holds the mean depth at `mean_depth`, from both sides: `loss = task + budget(out.trace)`.
+    """A loss that holds the mean depth at `mean_depth`, from above and from below: `loss = task + budget(out.trace)`.
 
-    The loss is `price · over`. `over` is `depth - mean_depth`, with the expected depth of soft exits or the mean
-    depth of hard ones. The price adapts: every call in training mode adds `gain · over`, `over` being limited to
-    half an iteration, to the buffer `multiplier`, and `price = multiplier + damping · over`. A negative price makes
-    tokens run deeper. Soft exits give the gradient of the expected depth. Hard exits have none, so the gradient is
-    that of the sum of each token's running products of scores, up to and including the score at its exit.
+    The loss is `price · over`, where `over` is `depth - mean_depth`. `depth` is the expected depth of soft exits, or
+    the mean depth of hard ones. The price adapts: `price = multiplier + damping · over`, and every call in training
+    mode adds `gain · over` to the buffer `multiplier`, with `over` limited to half an iteration. A negative price
+    makes tokens run deeper.
 
-    It holds the mean over the batch, not the depth of each token. It cannot act on a rule that does not read
-    the score, nor reach a depth that `min_depth`, `max_depth` or such a rule forbids. Where hard exits depend on
-    scores near 0 (`Threshold(1e-4)`), its gradient nearly vanishes: use a threshold from 0.05 up. In accumulation
-    every call counts as a step. On many ranks each has a price of its own, unless the trace is gathered:
+    With soft exits, the gradient is that of the expected depth. Hard exits have no gradient. The loss then takes, for
+    each token, the sum of the running products of its scores, up to and including the score at its exit.
+
+    It holds the mean over the batch, not the depth of each token. It has no effect on a rule that does not read the
+    score, and cannot reach a depth that `min_depth`, `max_depth` or such a rule excludes. If hard exits depend on
+    scores near 0 (`Threshold(1e-4)`), its gradient is nearly 0: use a threshold from 0.05 up. With gradient
+    accumulation, every call counts as a step. On many ranks, each has its own price, unless you gather the trace:
     `budget(Trace(*map(ranks.gather, trace)))`.
 
     Shapes: the loss is `()`; 0 where no token is real.
     Unit: depth in iterations; price, `multiplier` and `limit` in nats per iteration, or the unit of your loss.
     Arguments: `mean_depth`, in iterations, from 1; `gain`, per step of training; `damping`, the share of the
-    price that follows the depth at once and prevents swings; `limit`, of the price, up and down.
+    price that follows the depth at once, against swings; `limit`, the largest price, positive or negative.
     Raises: `ValueError` if `mean_depth < 1` or is more than the iterations of the trace, `damping < 0`, `gain` or
     `limit` is not positive, or the scores have no gradient in training.
     Source: a Lagrange multiplier with integral and proportional terms: Stooke et al. 2020, arXiv 2007.03964; the
@@ -75,7 +77,8 @@ class DepthBudget(nn.Module):
         if self.mean_depth > steps:
             raise ValueError(
                 f"DepthBudget(mean_depth={self.mean_depth}) expected a loop of at least as many iterations, got a "
-                f"trace of {steps}. Ask for less, or leave the budget out of passes whose max_depth is lower."
+                f"trace of {steps}. Choose a smaller mean_depth, or do not call the budget in passes with a lower "
+                "max_depth."
             )
         if fixed and trace.scores.numel():
             raise ValueError(

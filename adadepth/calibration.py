@@ -1,9 +1,9 @@
 """`calibrate`: the threshold of any gate or exit criterion for a wanted mean depth, from data.
 
-A threshold is in the unit of the scores, and no two gates share one; the mean depth is what counts, so
-the search is over depths. One pass without early exits gives every score. A rule applied to these scores
-predicts the depth at any threshold, except for one thing: attention reads older keys and values of tokens
-that have exited, which moves the scores of the others. A few real runs correct for that.
+A threshold is in the unit of the scores, which differs from gate to gate, so the search is over depths. One pass
+without early exits gives every score. A rule applied to these scores predicts the depth at any threshold. The
+prediction is not exact: attention reads older keys and values of tokens that have exited, which changes the scores
+of the others. A few real runs correct this.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,15 +27,15 @@ _ROUNDING = 1e-9
 
 @final
 class OutOfReach(ValueError):
-    """No threshold gives what `calibrate` was asked for. The text says what it could be asked for."""
+    """No threshold reaches the goal of `calibrate`. The message gives the range that can be reached."""
 
 
 @final
 class Calibration(NamedTuple):
     """What `calibrate` found.
 
-    `rule` holds the threshold `tau`: assign it to the loop's `rule`. `depth` is the mean over the tokens that
-    were fitted, `unseen_depth` over those that were not.
+    `rule` holds the threshold `tau`: assign it to the loop's `rule`. `depth` is the mean depth of the tokens to
+    which the threshold was fitted, and `unseen_depth` that of the others.
     """
 
     rule: Rule
@@ -46,7 +46,7 @@ class Calibration(NamedTuple):
 
 @final
 class Goal(NamedTuple):
-    """What the caller asked for: an argument's name and value, the mean depth it means, and the way back."""
+    """What the caller wants: an argument's name and value, its mean depth, and the function from a depth to it."""
 
     name: str
     asked: float
@@ -62,19 +62,20 @@ def calibrate(
 ) -> Calibration:
     """The threshold at which a token runs `mean_depth` iterations on average, for any gate or exit criterion.
 
-    The model is left as it was: assign the rule that was found. A mean depth says nothing about quality.
+    The model does not change: assign the rule that was found to its loop. A mean depth says nothing about quality.
 
     Arguments:
         model: a `RecurrentWrapper`, or a module that holds exactly one.
-        data: two batches or more, every second of which is kept unseen. A tensor is the model's first
-            argument, a mapping holds its arguments by name. Tensors are moved to the model's device, those in
-            nested mappings too.
+        data: two batches or more. The threshold is not fitted to every second one, which gives `unseen_depth`. A
+            tensor is the model's first argument; a mapping holds its arguments by name. Tensors are moved to the
+            model's device, those in nested mappings too.
         mean_depth: the wanted mean number of iterations over real tokens.
-        rule: makes a rule of a threshold: `Threshold`, `SurvivalThreshold` or a function. The threshold
-            is looked for among the scores that were seen and their running products.
+        rule: makes a rule from a threshold: `Threshold`, `SurvivalThreshold` or a function. The search takes
+            thresholds from the scores in the data and their running products.
 
-    Raises: `ValueError` if the model does not hold one loop with a gate, if there are fewer than two batches
-        or one of the two parts holds no real token; `OutOfReach`, which is one, if no threshold gives `mean_depth`.
+    Raises: `ValueError` if the model does not hold exactly one loop with a gate, if there are fewer than two batches,
+        or if one of the two parts holds no real token; `OutOfReach`, a `ValueError`, if no threshold gives
+        `mean_depth`.
     """
     loops = [part for part in model.modules() if isinstance(part, RecurrentWrapper)]
     if len(loops) != 1:
@@ -93,7 +94,7 @@ def fit(
     rule: Callable[[float], Rule],
     goal: Goal,
 ) -> Calibration:
-    """What `calibrate` does once it knows the loop in the model, the arguments of each batch and the goal."""
+    """The work of `calibrate`, for a loop in the model, the arguments of each batch and a goal."""
     if looped.gate is None:
         raise ValueError(
             "calibrate needs a gate: without one every score is 1 and no threshold can choose. Give the loop a gate or "
@@ -174,7 +175,7 @@ def _neighbours(taus: Tensor, predict: Callable[[float], float], depth: float) -
 
 
 def _thresholds(full: list[Trace]) -> Tensor:
-    """All that differ in what they let leave, ascending: between neighbouring scores or products, and beyond them."""
+    """All thresholds that give different exits, ascending: between neighbouring scores or products, and beyond them."""
     seen = [torch.zeros(1)]
     for trace in full:
         live = trace.live[..., :-1]
@@ -185,7 +186,7 @@ def _thresholds(full: list[Trace]) -> Tensor:
 
 
 def _predict(rule: Rule, full: list[Trace]) -> float:
-    """The mean depth by `rule` if no score depended on who has left."""
+    """The mean depth by `rule` if no score depended on which tokens have exited."""
     return _mean(_apply(rule, trace) for trace in full)
 
 
@@ -205,8 +206,8 @@ def _mean(depths: Iterable[Tensor]) -> float:
     total, real = (sum(column) for column in zip(*counts, strict=True))
     if not real:
         raise ValueError(
-            "calibrate found nothing but padding in every second batch, from the first or the second on. Leave such "
-            "batches out."
+            "calibrate expected real tokens in the batches 1, 3, 5, ... and in the batches 2, 4, 6, ..., got only "
+            "padding in one of these two parts. Remove batches without real tokens."
         )
     return total / real
 

@@ -1,4 +1,4 @@
-"""Depths without learning, passed as `min_depth` and `max_depth`: the baselines of every learned exit."""
+"""Random depths, passed as both `min_depth` and `max_depth`: baselines for learned exits."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ from torch import Tensor
 def uniform_depths(
     shape: tuple[int, ...], steps: int, mean: float, generator: torch.Generator | None = None
 ) -> Int[Tensor, "..."]:
-    """Depths without learning: after every iteration equally many tokens leave, drawn at random.
+    """Random depths: after every iteration the same number of tokens exits.
 
-    The live share falls by the same amount each iteration, until nobody is left.
+    The share of active tokens falls by the same amount in each iteration, until none is active.
 
-    Arguments: `shape` of the result, int64; `steps`, the loop's; `mean`, the expected depth, in
-    [1, steps]; `generator`, whose device the result is on.
+    Arguments: `shape`, that of the result, int64; `steps`, those of the loop; `mean`, the expected depth, in
+    [1, steps]; `generator`, a random generator, on the device of the result.
     Raises: `ValueError` if `mean` is not in [1, steps].
     Source: the uniform pruning baseline of AdaPonderLM, arXiv 2603.01914.
     """
@@ -25,10 +25,10 @@ def uniform_depths(
 def geometric_depths(
     shape: tuple[int, ...], steps: int, mean: float, generator: torch.Generator | None = None
 ) -> Int[Tensor, "..."]:
-    """Depths without learning: after every iteration the same share of what is left leaves, drawn at random.
+    """Random depths: after every iteration the same share of the active tokens exits.
 
-    Arguments: `shape` of the result, int64; `steps`, the loop's; `mean`, the expected depth, in
-    [1, steps]; `generator`, whose device the result is on.
+    Arguments: `shape`, that of the result, int64; `steps`, those of the loop; `mean`, the expected depth, in
+    [1, steps]; `generator`, a random generator, on the device of the result.
     Raises: `ValueError` if `mean` is not in [1, steps].
     Source: the geometric pruning baseline of AdaPonderLM, arXiv 2603.01914.
     """
@@ -43,7 +43,7 @@ def _draw(
     mean: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Depths whose live share in iteration i is `share(i, rate)`, rising in `rate`, with `rate` fit to the mean."""
+    """Depths of which the share `share(i, rate)` is active in iteration i. `rate`, in which it rises, fits the mean."""
     if not 1 <= mean <= steps:
         raise ValueError(f"{owner} expected a mean depth from 1 to steps={steps}, got {mean}.")
     low, high = 0.0, 1.0

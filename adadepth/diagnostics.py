@@ -1,9 +1,9 @@
-"""What depth does to a model's losses on held-out data: per token, so that every question is a mean over some of them.
+"""How the depth of tokens changes a model's losses on held-out data. Losses are per token; results are means of them.
 
-All begins with a function `score(batch, **depths)` that runs the model on one batch and passes
-`min_depth=` and `max_depth=` on to its loop. It returns the losses in nats and the depths of the tokens
-that count, two tensors of one shape. The first axis is what `against` takes to be independent: rows, or
-the tokens themselves where padding was cut out by a mask.
+You write a function `score(batch, **depths)`. It runs the model on one batch, and passes `min_depth=` and
+`max_depth=` on to its loop. It returns two tensors of one shape: the losses in nats and the depths of the tokens that
+count. `against` takes the entries of their first axis to be independent: rows, or single tokens where a mask removed
+the padding.
 
     def score(ids, **depths):
         out = model(ids[:, :-1], **depths)
@@ -24,7 +24,7 @@ Score = Callable[..., tuple[Tensor, Tensor]]
 
 @final
 class Measured(NamedTuple):
-    """What tokens lost, in nats, and how deep they went.
+    """The loss of each token, in nats, and its depth.
 
     Shapes: both `(rows, ...)`, the same.
     """
@@ -43,9 +43,9 @@ class Measured(NamedTuple):
         return self.depth.double().mean().item()
 
     def against(self, other: "Measured") -> tuple[float, float]:
-        """How much more this loses than `other` on the same tokens, and the standard error of that.
+        """The mean loss minus that of `other` on the same tokens, and the standard error of this difference.
 
-        Tokens of one row go together; rows are taken to be independent.
+        The error is over rows, which are taken to be independent; the tokens of one row are not.
         Raises: `ValueError` if `other` is of other tokens.
         """
         if self.loss.shape != other.loss.shape:
@@ -68,9 +68,10 @@ class Group(NamedTuple):
 
 @final
 class Oracle(NamedTuple):
-    """Every token at the depth that serves it best: the loss and the depths, and what there is to win.
+    """Every token at the depth of its smallest loss.
 
-    `better` is the share of tokens that some depth serves better than the last one does.
+    `measured` has these losses and depths. `better` is the share of tokens whose loss at some depth is smaller than
+    at the last.
     """
 
     measured: Measured
@@ -79,7 +80,7 @@ class Oracle(NamedTuple):
 
 @torch.no_grad()
 def measure(score: Score, data: Iterable[Any], **depths: Any) -> Measured:
-    """Losses and depths over all batches of `data`; `depths` go to every call of `score`.
+    """Losses and depths over all batches of `data`; `depths` are passed to every call of `score`.
 
     Raises: `ValueError` if there is no batch, if losses and depths are not two tensors of one shape, or if some of
     them are of padding.
@@ -103,7 +104,7 @@ def measure(score: Score, data: Iterable[Any], **depths: Any) -> Measured:
             )
         if padding := int((depth == 0).sum()):
             raise ValueError(
-                f"measure expected score to return tokens that ran, got {padding} of depth 0. Leave padding out: "
+                f"measure expected score to return tokens that ran, got {padding} of depth 0. Remove the padding: "
                 "loss[mask], depth[mask]."
             )
     losses, each = zip(*parts, strict=True)
@@ -111,23 +112,22 @@ def measure(score: Score, data: Iterable[Any], **depths: Any) -> Measured:
 
 
 def forced(score: Score, data: Iterable[Any], steps: int) -> list[Measured]:
-    """The depth curve: everyone at depth 1, at depth 2, … at depth `steps`.
+    """The depth curve: all tokens at depth 1, at depth 2, … at depth `steps`, with the same weights.
 
-    The same weights at other depths than they were trained for: a model trained for one depth is
-    usually better at it, and is the stricter opponent.
+    A model that is trained at one fixed depth is usually better at it, and is the stricter baseline.
     """
     data = list(data)
     return [measure(score, data, min_depth=depth, max_depth=depth) for depth in range(1, steps + 1)]
 
 
 def mixture(fixed: list[Measured], mean: float) -> Measured:
-    """Some rows at one fixed depth and the rest at another, so that the mean is `mean`: what that loses on average.
+    """The expected loss if some rows run at one fixed depth and the rest at another, so that the mean is `mean`.
 
-    Of all pairs of depths the best one: with separately trained models, the lower hull of their losses,
+    It takes the best of all pairs of depths. With separately trained models this is the lower hull of their losses,
     which a policy has to beat.
 
-    Arguments: `fixed`, of depth 1, 2, …
-    Raises: `ValueError` if `mean` is not among the depths, or `fixed` is no list of them.
+    Arguments: `fixed`, what was measured at depth 1, 2, …
+    Raises: `ValueError` if `mean` is outside these depths, or `fixed` is no list of what was measured.
     """
     _check_curve("mixture", fixed)
     if not 1 <= mean <= len(fixed):
@@ -143,9 +143,9 @@ def mixture(fixed: list[Measured], mean: float) -> Measured:
 
 
 def oracle(fixed: list[Measured]) -> Oracle:
-    """The headroom: every token at the one of the forced depths at which it loses least, the shallowest of equals.
+    """The headroom: every token at the depth of its smallest loss, and at the shallowest of several such depths.
 
-    No policy reaches it: it is chosen by the label.
+    No policy reaches it, because it reads the label.
     Raises: `ValueError` if `fixed` is no list of what was measured at each depth.
     """
     _check_curve("oracle", fixed)
@@ -155,27 +155,27 @@ def oracle(fixed: list[Measured]) -> Oracle:
 
 
 def gain_by(shallow: Measured, deep: Measured, groups: Tensor) -> list[Group]:
-    """Where depth pays: how much less `deep` loses than `shallow`, by any grouping of the tokens.
+    """Which tokens gain from depth: the loss of `shallow` minus that of `deep`, for each group of tokens.
 
-    Arguments: `groups`, integers of the tokens' shape: the place in a word, the decile of the entropy, a
-    class of frequency.
+    Arguments: `groups`, integers in the shape of the tokens, such as the place in a word, the decile of the entropy,
+    or a class of frequency.
     """
     return group_means(shallow.loss - deep.loss, groups)
 
 
 def by_exit(measured: Measured) -> list[Group]:
-    """Share and mean loss of the tokens that leave at each depth; of depths at which none leaves nothing."""
+    """Share and mean loss of the tokens that exit at each depth; depths without exits are not listed."""
     return group_means(measured.loss, measured.depth)
 
 
 def deciles(values: Float[Tensor, "*tokens"]) -> Int[Tensor, "*tokens"]:
-    """Ten groups of equal size, 0 for the smallest values: of an entropy, a loss, a frequency."""
+    """The group of each value among ten groups of equal size, from 0, the smallest values, to 9."""
     rank = values.flatten().argsort(stable=True).argsort()
     return (rank * 10 // max(1, values.numel())).view(values.shape)
 
 
 def group_means(values: Float[Tensor, "*tokens"], groups: Tensor) -> list[Group]:
-    """The share and the mean value of each group of tokens, by ascending name.
+    """The share and the mean value of each group of tokens, in ascending order of their names.
 
     Arguments: `values` and `groups` of one shape.
     Raises: `ValueError` if their shapes differ.

@@ -1,7 +1,7 @@
-"""FLOPs of a pass, from its trace: one token's are measured once, and counted as often as it ran.
+"""FLOPs of a pass, from its trace: the FLOPs of one token are measured once, and multiplied by how often it ran.
 
-A FLOP is a multiplication or an addition of a matrix product; nothing else counts. Only the forward
-pass is meant; training costs about three times as much.
+A FLOP is a multiplication or an addition in a matrix product; nothing else counts. All numbers are of the forward
+pass; training costs about three times as much.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,16 +20,16 @@ from ._modes import evaluating
 from .loop.eager import in_eager
 from .loop.wrapper import RecurrentWrapper
 
-LENGTHS = (2, 4)  # at which what grows with the square of the length is told from what grows with it
+LENGTHS = (2, 4)  # two lengths, to separate the costs that grow with the length from those that grow with its square
 
 
 @final
 class Flops(NamedTuple):
-    """What a pass cost, in FLOPs.
+    """The FLOPs of a pass.
 
-    `block` without its attention; `attention`, the products of queries with keys and of weights with
-    values; `update`; `gate`; `once`, what runs once for every token. For comparison, the same tokens in
-    `one_pass`, an iteration of the block and `once`, and at `fixed` depth: all iterations, no gate.
+    `block` is the block without its attention. `attention` is the products of queries with keys, and of weights with
+    values. `once` is what runs once for every token. Two fields are for comparison, with the same tokens: `one_pass`
+    is one iteration of the block and `once`; `fixed` is all iterations with their updates and `once`, without a gate.
     """
 
     block: float
@@ -42,23 +42,23 @@ class Flops(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Of the whole pass."""
+        """The FLOPs of the whole pass."""
         return self.block + self.attention + self.update + self.gate + self.once
 
     @property
     def relative(self) -> float:
-        """In passes of the model before it was looped: "3.6×" in the papers. 0 for no tokens."""
+        """The cost in passes of the model before it was looped: "3.6×" in the papers. 0 without tokens."""
         return self.total / self.one_pass if self.one_pass else 0.0
 
     @property
     def bound(self) -> float:
-        """How many times faster than fixed depth this can be: (F0 + K·F) / (F0 + mean depth·F). 1 for no tokens."""
+        """How many times faster than fixed depth this can be: (F0 + K·F) / (F0 + mean depth·F). 1 without tokens."""
         return self.fixed / self.total if self.total else 1.0
 
 
 @final
 class Cost(NamedTuple):
-    """FLOPs of one token: by itself, and for each `key` that it sees."""
+    """FLOPs of one token: those that do not depend on the length, and those for each `key` that it attends to."""
 
     token: float
     key: float = 0.0
@@ -81,13 +81,13 @@ class TokenFlops:
     def measure(
         cls, looped: RecurrentWrapper, dim: int, once: Sequence[Callable[[Tensor], object]] = ()
     ) -> "TokenFlops":
-        """Count what the pieces do to a few random tokens.
+        """Count the FLOPs of each piece on a few random tokens.
 
-        The block is taken to do the same at every iteration. With Triton or `torch.compile` inside it,
-        what the counter cannot see counts as nothing.
+        This assumes that the block costs the same at every iteration. Operators that the counter cannot see, such as
+        Triton kernels or compiled parts of the block, count as 0.
 
-        Arguments: `looped`; `dim`, the width of its input; `once`, what else runs once for every token,
-        called with `(1, n, dim)`: a prelude, a coda, a head.
+        Arguments: `looped`, the wrapper; `dim`, the width of its input; `once`, parts that run once for every token,
+        such as a prelude, a coda or a head. They are called with `(1, n, dim)`.
         Raises: `ValueError` if `looped` is no `RecurrentWrapper`.
         """
         if not isinstance(looped, RecurrentWrapper):
@@ -108,15 +108,15 @@ class TokenFlops:
         return cls(block, tuple(gates), tuple(updates), Cost(sum(c.token for c in parts), sum(c.key for c in parts)))
 
     def count(self, live: Bool[Tensor, "batch seq steps"], keys: int | None = None) -> Flops:
-        """The FLOPs of a pass in which the tokens of `live` ran and others were skipped.
+        """The FLOPs of a pass in which the tokens of `live` ran and the others were skipped.
 
-        Each query is multiplied with as many keys as the longest row holds, as it is in the kernels: causal
-        attention could do with half. Padding costs nothing else, and the few queries by which the packed
-        execution fills up rows that ask together are not counted. Looks at the data: a host sync on a GPU.
+        Each query counts as many keys as the longest row has, as in the kernels; causal attention needs only half of
+        them. Padding has no other cost. The few queries with which the packed execution pads the rows of one
+        attention call are not counted. It reads the data, so on a GPU the host waits.
 
-        Arguments: `live`, as `trace.live` or `depth_mask(depth, steps)`; `keys`, of the longest row, where a cache
-        holds more of them than there are tokens.
-        Raises: `ValueError` if `live` is none, or of more iterations than the loop has that was measured.
+        Arguments: `live`, as `trace.live` or `depth_mask(depth, steps)`; `keys`, the number of keys of the longest row,
+        if a cache holds more of them than there are tokens.
+        Raises: `ValueError` if `live` has another shape or dtype, or more iterations than the loop that was measured.
         """
         self._check(live)
         rows = live.sum(1)  # (batch, steps)

@@ -1,7 +1,7 @@
 """Losses that train depth. They read the trace and the states of a pass, and nothing else.
 
-Means are over real tokens; padding counts nowhere. Labels stand where the state that is to predict them
-stands: for a language model they are the ids shifted by one.
+Means are over real tokens; padding never counts. A label belongs to the state that predicts it: for a
+language model, labels are the ids shifted by one.
 """
 
 import random
@@ -28,17 +28,17 @@ LossRows = Float[Tensor, "batch seq steps"]
 @final
 @dataclass(frozen=True)
 class BottomKPenalty:
-    """The mean of the smallest share k of what the gates say: pressure on those who go on with the least reason.
+    """The mean of the smallest share k of the gates' scores. It lowers the scores that are lowest already.
 
     Called as `penalty(values, live, at)`. k grows linearly from 0 at training step `warmup[0]` to `k_max`
     at `warmup[1]`.
 
-    Shapes: `values (batch, seq, steps - 1)`, `trace.gates`, `trace.survival` or logits of the scores;
-    `live (batch, seq, steps)`, `trace.live`; the result `()`, 0 while k is.
-    Arguments: `k_max`, in (0, 1]; `over`: "all" counts every iteration of a real token, as 0 where it
-    has left, so that k bounds the share of iterations that the penalty prunes; "live" only those of
-    tokens that go on.
-    Raises: `ValueError` if `k_max` is not in (0, 1], the warm-up runs backwards, or shapes do not fit.
+    Shapes: `values (batch, seq, steps - 1)`: `trace.gates`, `trace.survival` or logits of the scores;
+    `live (batch, seq, steps)`: `trace.live`; the result `()`, which is 0 while k is 0.
+    Arguments: `k_max`, in (0, 1]; `over`: "all" counts every iteration of every real token, and takes iterations
+    after an exit as 0, so that k limits the share of iterations that the penalty removes. "live" counts only the
+    scores of tokens that continue.
+    Raises: `ValueError` if `k_max` is not in (0, 1], the warm-up ends before it starts, or shapes do not fit.
     Source: AdaPonderLM, arXiv 2603.01914: the penalty of the second stage, weighted there by λ = 0.1.
     """
 
@@ -76,16 +76,16 @@ class BottomKPenalty:
         share, goes_on = self.k(at), live[..., 1:]
         if share == 0:
             return values.new_zeros(())
-        # Who has left comes first, whatever the unit of the values, and counts as 0.
+        # Exited tokens come first, whatever the unit of the values, and count as 0.
         ranked = values.masked_fill(~goes_on, -torch.inf)
         chosen = bottom_k(ranked, share, goes_on if self.over == "live" else live[..., :1].expand_as(goes_on))
         return chosen.masked_fill(chosen == -torch.inf, 0).sum() / max(1, chosen.numel())
 
 
 def ponder_cost(trace: Trace) -> Float[Tensor, ""]:
-    """The mean of N + R: the iterations that a token ran, and the weight that left at the last of them.
+    """The mean of N + R. N is the number of iterations that a token ran, R the weight that exited at the last of them.
 
-    N has no gradient; that of R tells the gates to let go sooner. For exits by the rule `ACT`.
+    N has no gradient. The gradient of R moves the gates towards earlier exits. For exits by the rule `ACT`.
 
     Shapes: `()`; 0 where no token is real.
     Raises: `ValueError` if `trace` is no `Trace`.
@@ -97,9 +97,10 @@ def ponder_cost(trace: Trace) -> Float[Tensor, ""]:
 
 
 def expected_depth(trace: Trace) -> Float[Tensor, ""]:
-    """The mean of Σ_i i · exit_probs_i, the iteration after which a token's weight leaves.
+    """The mean of Σ_i i · exit_probs_i, the iteration after which a token's weight exits on average.
 
-    For soft exits its gradient tells the gates to let go; for hard ones it is the mean depth and has none.
+    For soft exits, its gradient moves the gates towards earlier exits. For hard exits, it is the mean depth, and has no
+    gradient.
 
     Shapes: `()`; 0 where no token is real.
     Raises: `ValueError` if `trace` is no `Trace`.
@@ -113,16 +114,16 @@ def expected_depth(trace: Trace) -> Float[Tensor, ""]:
 def per_iteration_loss(
     states: StateRows | None, head: nn.Module, labels: Int[Tensor, "batch seq"], chunk: int | None = None
 ) -> LossRows:
-    """Every token's cross-entropy after every iteration, in nats, unreduced; 0 where the label is -100.
+    """Every token's cross-entropy after every iteration, in nats, without a mean; 0 where the label is -100.
 
-    Never all logits at once: they are made `chunk` tokens at a time, and again in the backward pass.
+    It computes logits for `chunk` tokens at a time, and again in the backward pass, so it never holds all logits.
 
     Shapes: `states (batch, seq, steps, dim)`, from `looped(x, states=True)`; `labels (batch, seq)`; the
     result `(batch, seq, steps)`, in float32 or wider.
-    Arguments: `head`, from `(n, dim)` to logits `(n, vocabulary)`, a final norm in it where there is one;
-    `chunk`, tokens with all their iterations, None: as many as make about two million logits on a CPU, and
-    128 times as many elsewhere.
-    Raises: `ValueError` if `states` are none, `labels` do not fit them, `chunk < 1`, or the head gives no logits.
+    Arguments: `head`, maps `(n, dim)` to logits `(n, vocabulary)`, and includes the final norm if the model has one;
+    `chunk`, the number of tokens, each with all its iterations. With None, a chunk has about two million logits on a
+    CPU, and 128 times as many elsewhere.
+    Raises: `ValueError` if `states` is None, `labels` do not fit them, `chunk < 1`, or the head gives no logits.
     """
     if states is None:
         raise ValueError("per_iteration_loss expected every iteration's states, got None. Call looped(x, states=True).")
@@ -161,14 +162,14 @@ def _nats(states: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
 def depth_prior(
     kind: Literal["geometric", "uniform"], steps: int, rate: float = 0.2, device: torch.device | str | None = None
 ) -> Float[Tensor, " steps"]:
-    """How much each iteration counts, before anything is known: weights that sum to 1.
+    """A distribution over depths that does not depend on the data: one weight for each iteration; they sum to 1.
 
-    As weights of `per_iteration_loss` they train a trajectory whose every iteration answers, without a
-    gate; a gate's `exit_probs` may be held near them; `random_depth` draws from them.
+    It has three uses. As weights of `per_iteration_loss`, it trains a model to answer after every iteration, without
+    a gate. A loss can keep a gate's `exit_probs` near it. `random_depth` draws from it.
 
     Shapes: `(steps,)` float32.
-    Arguments: `kind`: "uniform", or "geometric": of what is left, the share `rate` at each iteration and
-    all of it at the last, as the exits of a gate that always scores 1 - rate.
+    Arguments: `kind`: "uniform", or "geometric": the share `rate` of the remaining weight at each iteration, and all of
+    it at the last. These are the exits of a gate whose score is always 1 - rate.
     `device`, of the result; None: torch's default.
     Raises: `ValueError` if `kind` is another, `steps < 1`, or `rate` is not in (0, 1).
     Source: PonderNet, Banino et al. 2021, arXiv 2107.05407, section 2.2 (the geometric prior).
@@ -176,22 +177,22 @@ def depth_prior(
     if not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"depth_prior needs steps >= 1, got {named(steps)}. The order is kind, steps, rate.")
     if not 0 < rate < 1:
-        raise ValueError(f"depth_prior expected rate, the share that leaves, in (0, 1), got {rate}.")
+        raise ValueError(f"depth_prior expected rate, the share that exits, in (0, 1), got {rate}.")
     if kind == "uniform":
         return torch.full((steps,), 1 / steps, device=device)
     if kind != "geometric":
         raise ValueError(f"depth_prior expected kind to be 'geometric' or 'uniform', got {kind!r}.")
-    left = (1 - rate) ** torch.arange(steps, dtype=torch.float64, device=device)
-    leaves = torch.full_like(left, rate)
-    leaves[-1] = 1
-    return (left * leaves).float()
+    remaining = (1 - rate) ** torch.arange(steps, dtype=torch.float64, device=device)
+    exits = torch.full_like(remaining, rate)
+    exits[-1] = 1
+    return (remaining * exits).float()
 
 
 def random_depth(prior: Float[Tensor, " steps"], at: int, seed: int = 0) -> int:
     """A depth for the whole batch of training step `at`, drawn from `prior`: pass it as `max_depth`.
 
-    The same on every rank, whatever their random states are: it is a function of its arguments. A prior
-    of 0 at the first iterations keeps a minimum.
+    It depends only on its arguments, so it is the same on every rank, whatever their random states are. For a minimum
+    depth, set the prior to 0 at the first iterations.
 
     Arguments: `prior (steps,)`, weights of the depths 1 to steps, as from `depth_prior`.
     Raises: `ValueError` if `prior` is not one row of weights, none negative and not all 0.
@@ -208,7 +209,7 @@ def random_depth(prior: Float[Tensor, " steps"], at: int, seed: int = 0) -> int:
 
 @final
 class LossGain(NamedTuple):
-    """What later iterations have to give: see `loss_gain`.
+    """What later iterations would gain: see `loss_gain`.
 
     Shapes: both `(batch, seq, steps - 1)`, as `trace.scores`. `gain` in nats, a target to regress;
     `goes_on` bool, a label to classify.
@@ -219,16 +220,16 @@ class LossGain(NamedTuple):
 
 
 def loss_gain(losses: LossRows, margin: float = 0.0, min_depth: int = 1) -> LossGain:
-    """What a gate may be taught: how far the best later iteration is below this one, L_i - min_{j>i} L_j.
+    """Targets for a gate: by how much the best later loss is below this iteration's, L_i - min_{j>i} L_j.
 
-    Both targets are without gradient. Take the losses of a pass in which nobody leaves (`rule=None` or
-    `min_depth=steps`): for a token that has left, later iterations repeat its last loss. Where tokens
-    wait for each other, use `Lookahead` or the losses of one iteration earlier: a token that knows its
-    answer must stay until others have seen it.
+    The targets have no gradient. Use the losses of a pass without exits (`rule=None` or `min_depth=steps`): for an
+    exited token, later iterations only repeat its last loss. Where tokens need each other's answers, use `Lookahead`
+    or the losses of one iteration earlier: a token that has its answer must run one more iteration before others can
+    read it.
 
-    Arguments: `losses`, from `per_iteration_loss`; `margin`, in nats, what one more stay must gain;
-    `min_depth`: before it a token goes on whatever it gains.
-    Raises: `ValueError` if `losses` are none, or `min_depth` is not in 1..steps.
+    Arguments: `losses`, from `per_iteration_loss`; `margin`, in nats: `goes_on` is True if the gain is larger;
+    `min_depth`: at iterations below it, `goes_on` is always True.
+    Raises: `ValueError` if `losses` is no tensor of this shape, or `min_depth` is not in 1..steps.
     Source: the supervised guidance that AdaPonderLM, arXiv 2603.01914, names as future work.
     """
     if not isinstance(losses, Tensor) or losses.dim() != 3:

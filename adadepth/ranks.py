@@ -1,7 +1,7 @@
-"""What ranks that train one model must agree on, where every token has a depth of its own.
+"""What the ranks that train one model must agree on when every token has its own depth.
 
-`any_rank` and `gather` change nothing where torch.distributed is not initialised; where it is, every rank of the
-group is to call them, in the same order. `group` is a process group, None for all ranks.
+Without torch.distributed, `any_rank` and `gather` change nothing. With it, every rank of the group must call them, in
+the same order. `group` is a process group; None means all ranks.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 def any_rank(flag: bool, group: Any = None) -> bool:
-    """Whether the flag holds on any rank: `looped.agree = ad.ranks.any_rank`.
+    """Whether the flag is True on any rank: `looped.agree = ad.ranks.any_rank`.
 
-    All ranks then run as many iterations as the one that needs the most: those with no tokens left join the
-    collectives of sharded weights (FSDP) all the same, and every gate that some rank reached has a gradient on
-    all. It costs one all-reduce of one number between iterations, and a wait for it. With `skip=False` and no
-    cache no iteration is left out, and there is nothing to agree on.
+    All ranks then run as many iterations as the rank that needs the most. So ranks without active tokens still take
+    part in the collectives of sharded weights (FSDP), and a gate that runs on one rank has a gradient on all. The cost
+    is one all-reduce of one number between iterations, for which the host waits. With `skip=False` and without a
+    cache, all ranks run every iteration anyway, and need not agree.
     """
     if not _ranks():
         return flag
@@ -28,22 +28,22 @@ def any_rank(flag: bool, group: Any = None) -> bool:
 
 
 def gather(rows: Shaped[Tensor, "batch *rest"], group: Any = None) -> Shaped[Tensor, "all_batches *rest"]:
-    """All ranks' rows, in the order of the ranks, with gradients: for a loss over the global batch.
+    """The rows of all ranks, in the order of the ranks, with gradients: for a loss over the global batch.
 
-    Every rank then computes that loss, and averaged over ranks, as DDP and FSDP do, its gradients are those
+    Every rank then computes the same loss. DDP and FSDP average its gradients over ranks. The result is the gradient
     of one process that has the whole batch.
 
-    Shapes: `rows (batch, ...)`, the same on every rank, to `(ranks · batch, ...)`. The gradient of a rank's
-    rows is the sum over all ranks of what they ask of them.
+    Shapes: `rows (batch, ...)`, the same on every rank, to `(ranks · batch, ...)`. The gradient of a rank's rows is
+    summed over all ranks.
     """
     return _Gather.apply(rows, group) if _ranks() else rows  # type: ignore[no-untyped-call]
 
 
 def anchor(loss: Float[Tensor, ""], module: nn.Module) -> Float[Tensor, ""]:
-    """The same loss, with a gradient of 0 for those parameters of `module` that it did not reach.
+    """The same loss, which also gives a gradient of 0 to the parameters of `module` that were not used.
 
-    For gates that no token reached: DDP waits for a gradient of every parameter. Nothing is multiplied by 0,
-    so a NaN stays where it is. Parameters that need no gradient are left out.
+    DDP waits for a gradient of every parameter, and a gate that scored no token has none. Nothing is multiplied by 0,
+    so a NaN does not spread. Parameters that need no gradient are not changed.
 
     Shapes: `loss ()` to the same.
     """

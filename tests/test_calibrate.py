@@ -181,8 +181,8 @@ def test_nothing_but_padding(part: int) -> None:
     with pytest.raises(ValueError, match="calibrate") as error:
         ad.calibrate(make_loop(learned()), data)
     assert str(error.value) == (
-        "calibrate found nothing but padding in every second batch, from the first or the second on. Leave such "
-        "batches out."
+        "calibrate expected real tokens in the batches 1, 3, 5, ... and in the batches 2, 4, 6, ..., got only padding "
+        "in one of these two parts. Remove batches without real tokens."
     )
 
 

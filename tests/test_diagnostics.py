@@ -147,7 +147,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "padding": (
         lambda: measure(lambda ids: (torch.zeros(1, 3), torch.tensor([[0, 2, 0]])), [None]),
-        "measure expected score to return tokens that ran, got 2 of depth 0. Leave padding out: loss[mask], "
+        "measure expected score to return tokens that ran, got 2 of depth 0. Remove the padding: loss[mask], "
         "depth[mask].",
     ),
     "an output": (

@@ -1,4 +1,4 @@
-"""`KVReuseCache`: the keys and values of tokens seen before, as each iteration of the loop shows them."""
+"""`KVReuseCache`: the keys and values of past tokens, as each iteration of the loop reads them."""
 
 import copy
 import weakref
@@ -22,28 +22,28 @@ LayoutName = Literal["filled", "compact", "single"]
 
 @final
 class KVReuseCache:
-    """What a looped block has seen: at iteration i, a past token shows its keys and values of iteration
-    min(i, its last).
+    """The keys and values of past tokens. At iteration i, attention reads those of iteration min(i, the token's last).
 
-    Passed as `looped(x, cache=cache)` for a prompt, in one piece or several, and then for each new
-    token; the results are those of one pass over everything. For inference only: no gradients flow
-    into it. One cache belongs to one `RecurrentWrapper`.
+    Pass it as `looped(x, cache=cache)`: first with the prompt, in one piece or several, then with each new token. The
+    results are those of one pass over everything. It is for inference only, without gradients. One cache belongs to
+    one `RecurrentWrapper`.
 
     Arguments:
-        layout: what is held of a token, in entries (its keys and values of one iteration, all layers).
-            "filled": one for every iteration of the loop; the fastest. "compact": one for every
-            iteration that the token ran, so their number is the sum of depths; gathered when read.
-            "single": the newest alone, shown to every iteration. That is an approximation: the
-            results are not those of one pass unless all depths are 1; a model that was not trained for
-            it may lose much (benchmarks/RESULTS.md, "single").
-        capacity: the most tokens a row may hold, allocated at once; None: it grows by halves.
+        layout: what is held for a token. An entry is its keys and values of one iteration, for all layers.
+            "filled": an entry for every iteration of the loop. This is the fastest. "compact": an entry for every
+            iteration that the token ran. This needs memory for the sum of depths, and is slower to read.
+            "single": the newest entry alone, which every iteration reads. This is an approximation: the results
+            are those of one pass only if all depths are 1. A model that was not trained for it may have a much
+            higher loss (benchmarks/RESULTS.md, "single").
+        capacity: the most tokens a row may hold, allocated at once. None: it has room for the first pass, and grows
+            by half when it is full.
 
-    Attributes: `layout`, `capacity`; `steps` of the loop and `layers` (attention calls of the block),
-    None and 0 before the first pass.
-    Raises: `ValueError` for an unknown layout or a capacity below 1; and, when it is passed to a
-    wrapper, for another batch size, number of steps or of layers, dtype, device or head size than it
-    holds, for more tokens than `capacity`, for a wrapper that is not causal, and for keys or values
-    that require gradients. The cache is then as it was before the pass.
+    Attributes: `layout`, `capacity`; `steps` of the loop, None before the first pass; `layers`, the attention calls of
+    the block, 0 before the first pass.
+    Raises: `ValueError` for an unknown layout or a capacity below 1. When it is passed to a wrapper, also for another
+    batch size, number of steps or of layers, dtype, device or head size than it holds; for more tokens than
+    `capacity`; for a wrapper that is not causal; and for keys or values that require gradients. The cache is then as
+    it was before the pass.
     Source: AdaPonderLM, arXiv 2603.01914: K^i = where(m^i, K^i, K^{i-1}).
     """
 
@@ -56,7 +56,7 @@ class KVReuseCache:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything: the cache is as new."""
+        """Forget everything, as if the cache were new."""
         self.steps: int | None = None
         self.layers = 0
         self._lengths: list[int] = []
@@ -86,7 +86,7 @@ class KVReuseCache:
 
     @property
     def lengths(self) -> Int[Tensor, "batch"]:
-        """The real tokens that each row holds, `(batch,)` int64; of shape (0,) before the first pass."""
+        """The number of real tokens in each row, `(batch,)` int64; of shape (0,) before the first pass."""
         return torch.tensor(self._lengths, dtype=torch.int64, device=self._depth.device)
 
     @property
@@ -101,7 +101,7 @@ class KVReuseCache:
         return sum(tensor.nbytes for tensor in held)
 
     def reorder(self, rows: Integer[Tensor, "new_batch"]) -> None:
-        """Row i becomes what row `rows[i]` was, with its length, positions and depths: beams, repetition, selection.
+        """Row i becomes the former row `rows[i]`, with its length, positions and depths: for beams, or to select rows.
 
         Shapes: `(new_batch,)` int64; a row may come several times or not at all.
         Raises: `ValueError` for another shape or dtype, or rows that the cache does not have.
@@ -143,7 +143,7 @@ class KVReuseCache:
         self._forget_beyond(used)
 
     def to(self, device: torch.device | str) -> "KVReuseCache":
-        """Move what is held; the same cache."""
+        """Move the keys and values to a device; returns the same cache."""
         self._depth = self._depth.to(device)
         if self._entries is not None:
             self._entries.to(device)
@@ -153,10 +153,10 @@ class KVReuseCache:
     def open(
         self, x: Tensor, mask: Tensor | None, steps: int, causal: bool, owner: object, one_call: bool
     ) -> Iterator[CachedTokens]:
-        """The tokens of a pass over the rows `x (batch, seq, dim)`; should it raise, the cache is as before.
+        """The tokens of a pass over the rows `x (batch, seq, dim)`. If it raises, the cache is as before.
 
-        Arguments: `owner`, what stands for the wrapper that passes; `one_call`, whether it asks all rows together,
-            which at the first pass decides how entries lie in memory.
+        Arguments: `owner`, an object that stands for the wrapper; `one_call`, whether attention runs once for all
+            rows. The first pass decides by it how entries lie in memory.
         """
         self._check(x, steps, causal, owner)
         batch, seq = x.shape[:2]
@@ -174,12 +174,12 @@ class KVReuseCache:
             raise
 
     def commit(self, tokens: CachedTokens, depth: Int[Tensor, "batch seq"]) -> None:
-        """What the pass over `tokens` wrote is held from now on."""
+        """Keep what the pass over `tokens` wrote."""
         self._depth.view(-1).index_copy_(0, tokens.slots.flat, tokens.take(depth).squeeze(0))
         self._lengths, self.layers = [span.after for span in tokens.held.spans], tokens.held.entries.calls
 
     def reserve(self, rows: int, steps: int, device: torch.device, owner: object, one_call: bool) -> None:
-        """Room for `rows` rows, none of which holds anything, for passes over some of them.
+        """Make room for `rows` empty rows, for passes over some of them.
 
         Raises: `ValueError` for a cache that holds something, or without a capacity.
         """
@@ -193,7 +193,7 @@ class KVReuseCache:
         self._lengths, self._owner = [0] * rows, weakref.ref(owner)
 
     def behind(self, x: Tensor, mask: Tensor | None, starts: Mapping[int, int]) -> CachedTokens:
-        """The tokens `x (batch, seq, dim)` of a pass over some rows: of each its number, and where its tokens begin."""
+        """The tokens `x (batch, seq, dim)` of a pass over some rows. `starts` maps each row to its first new slot."""
         assert self._entries is not None, "reserve comes first"
         new = [x.shape[1]] * len(x) if mask is None else mask.sum(-1).tolist()
         spans = [Span(row, start, start + more) for (row, start), more in zip(starts.items(), new, strict=True)]
@@ -207,14 +207,14 @@ class KVReuseCache:
         return CachedTokens.of(x, mask, self._entries, spans, self._begun)
 
     def hold(self, row: int, depth: Int[Tensor, "tokens"]) -> None:
-        """The next tokens of a row have left, after `depth` iterations: they are held from now on."""
+        """Keep the next tokens of a row, which have exited after `depth` iterations."""
         start = self._lengths[row]
         self._depth[row, start : start + len(depth)] = depth
         self._lengths[row] += len(depth)
         self.layers = 0 if self._entries is None else self._entries.calls
 
     def forget(self, row: int, slots: slice) -> None:
-        """Forget the tokens of a row that stand in its last slots, held or in passes that are not done."""
+        """Forget the tokens in the last slots of a row, also those of passes that are not done."""
         self._depth[row, slots] = 0
         self._lengths[row] = min(slots.start, self._lengths[row])
         self._begun[row] = min(slots.start, self._begun.get(row, 0))

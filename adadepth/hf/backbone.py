@@ -1,4 +1,4 @@
-"""An adapted model without its head, as trainers ask for it: `model.base_model(...).last_hidden_state`."""
+"""An adapted model without its head, as trainers call it: `model.base_model(...).last_hidden_state`."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,17 +34,17 @@ Hidden = tuple[Tensor | None, ...] | None
 @dataclass
 @no_type_check  # made from a dictionary as well, as every output of transformers
 class AdaptiveBackboneOutput(BaseModelOutputWithPast):
-    """What an adapted model returns without its head.
+    """The output of an adapted model without its head.
 
     Shapes:
-        last_hidden_state: `(batch, seq, dim)`, what the head reads.
+        last_hidden_state: `(batch, seq, dim)`, the input of the head.
         past_key_values: the `AdaptiveCache`, if one is used.
-        hidden_states: on request, `(batch, seq, dim)` each: the embeddings, what each layer before the loop gave,
-            the state after each iteration, what each layer after it gave; the last is `last_hidden_state`. None for
-            those that were not asked for.
-        trace: of the loop, over the tokens passed now.
-        states: `(batch, seq, steps, dim)` on request: the loop's, before what comes after it.
-        router_logits: of a mixture of experts, on request: `(tokens, experts)` of each layer and iteration, of the
+        hidden_states: on request, `(batch, seq, dim)` each: the embeddings, the output of each layer before the loop,
+            the state after each iteration, the output of each layer after the loop. The last is
+            `last_hidden_state`. None for those that were not requested.
+        trace: the loop's trace, for the tokens of this call.
+        states: `(batch, seq, steps, dim)` on request: the loop's states, before the coda and a norm outside the loop.
+        router_logits: of a mixture of experts, on request: `(tokens, experts)` for each layer and iteration, for the
             tokens that ran.
     """
 
@@ -55,7 +55,7 @@ class AdaptiveBackboneOutput(BaseModelOutputWithPast):
 
 @final
 class AdaptiveBackbone(nn.Module):
-    """An adapted model without its head. It refers to the model, and holds nothing of its own."""
+    """An adapted model without its head. It refers to the model, and has no weights of its own."""
 
     model: Any
     __setattr__ = referring("model")
@@ -66,7 +66,7 @@ class AdaptiveBackbone(nn.Module):
 
     @property
     def config(self) -> Any:
-        """The model's."""
+        """The configuration of the model."""
         return self.model.config
 
     def forward(
@@ -86,7 +86,7 @@ class AdaptiveBackbone(nn.Module):
         cache: Cache | None = None,
         **others: Any,
     ) -> AdaptiveBackboneOutput:
-        """The last hidden states, and what the loop did. Arguments and errors are those of the model."""
+        """The last hidden states and the loop's trace. Arguments and errors are those of the model."""
         model = self.model
         refuse_unknown(others, position_ids)
         check_inputs(input_ids, inputs_embeds)

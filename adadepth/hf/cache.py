@@ -20,13 +20,13 @@ CACHE = "cache" if "cache" in signature(GenerationMixin.prepare_inputs_for_gener
 
 @final
 class AdaptiveCache(Cache):
-    """What an adapted model has seen; made by `generate`, or passed to it and to the model as `past_key_values`.
+    """The cache of an adapted model. `generate` makes one; you may also pass one, as `past_key_values`.
 
-    From transformers 5.24 on that argument is called `cache`; the model takes both names with any version.
+    From transformers 5.24 on, this argument is called `cache`. The model takes both names with any version.
 
     Arguments:
-        layout: of the loop's keys and values: "filled" (fastest), "compact" (memory for the sum of
-            depths), or the approximate "single". What runs once per token needs one entry in any.
+        layout: the layout of the loop's keys and values: "filled" (fastest), "compact" (memory for the sum of
+            depths), or the approximate "single". Layers that run once per token need one entry in any layout.
         capacity: the most real tokens a row may hold, allocated at once; None: it grows.
 
     Attributes: `parts`, the `KVReuseCache` of each of "prelude", "loop" and "coda".
@@ -42,14 +42,17 @@ class AdaptiveCache(Cache):
 
     @property
     def mask(self) -> Tensor:
-        """Which columns hold real tokens, `(batch, columns)` bool; `(0, 0)` before the first pass."""
+        """True where a column holds a real token, `(batch, columns)` bool; `(0, 0)` before the first pass."""
         if len(self._masks) > 1:
             self._masks = [torch.cat(self._masks, 1)]
         return self._masks[0] if self._masks else torch.zeros(0, 0, dtype=torch.bool)
 
     @property
     def depth(self) -> Int[Tensor, "batch columns"]:
-        """Iterations that each token ran, `(batch, columns)` int64; 0 at padding. As both depths it is a replay."""
+        """Iterations that each token ran, `(batch, columns)` int64; 0 at padding.
+
+        Pass it as both `min_depth` and `max_depth` to repeat these depths.
+        """
         mask = self.mask
         if not mask.any():
             return mask.long()
@@ -62,17 +65,17 @@ class AdaptiveCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Rows held; -1 before the first pass."""
+        """The number of rows; -1 before the first pass."""
         return len(self._masks[0]) if self._masks else -1
 
     @property
     def is_linear(self) -> list[bool]:
-        """That it grows with the tokens, unlike linear attention's: `generate` then passes only new columns."""
+        """False: the cache grows with the tokens, so `generate` passes only new columns."""
         return [False]
 
     @contextmanager
     def passing(self, x: Tensor, mask: Tensor | None) -> Iterator[None]:
-        """A pass over the columns `x (batch, new, dim)`, with their mask; should it raise, the cache is as before."""
+        """A pass over the columns `x (batch, new, dim)`, with their mask. If it raises, the cache is as before."""
         try:
             yield
         except BaseException:
@@ -82,11 +85,13 @@ class AdaptiveCache(Cache):
         self._columns += x.shape[1]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns held, padding among them."""
+        """The number of columns, padding included."""
         return self._columns
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest `-tokens_to_remove` columns; or, as before transformers 5.20, all but the first so many.
+        """Forget the newest columns, `-tokens_to_remove` of them.
+
+        A positive number, as before transformers 5.20, keeps that many columns, the first ones.
 
         Raises: `ValueError` for more columns than are held.
         """
@@ -101,7 +106,7 @@ class AdaptiveCache(Cache):
             self._shorten()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
+        """Row i becomes the former row `beam_idx[i]`."""
         rows = beam_idx.long()
         if self._masks:
             self._masks = [self.mask.index_select(0, rows.to(self.mask.device))]
@@ -114,7 +119,7 @@ class AdaptiveCache(Cache):
         self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times."""
         if self._masks:
             self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
 
@@ -124,20 +129,20 @@ class AdaptiveCache(Cache):
         self._shorten()
 
     def take(self, other: "AdaptiveCache", mask: Tensor) -> None:
-        """Hold what another holds, whose rows have real tokens in the columns of `mask (batch, columns)`."""
+        """Take over the contents of another cache, whose real tokens are in the columns of `mask (batch, columns)`."""
         for name, part in other.parts.items():
             part.capacity = self.parts[name].capacity
         self.parts, self._masks, self._columns = other.parts, [mask], mask.shape[1]
 
     def to(self, device: torch.device | str) -> "AdaptiveCache":
-        """Move what is held; the same cache."""
+        """Move the contents to a device; returns the same cache."""
         self._masks = [mask.to(device) for mask in self._masks]
         for part in self.parts.values():
             part.to(device)
         return self
 
     def _shorten(self) -> None:
-        """Let each part hold what the columns say and no more."""
+        """Crop each part to the real tokens of the columns."""
         lengths = self.mask.sum(1)
         for part in self.parts.values():
             if part.steps is None or not self._columns:

@@ -17,9 +17,9 @@ from .model import AdaptiveForCausalLM
 class Calibration(NamedTuple):
     """What `calibrate` found.
 
-    `rule` holds the threshold `tau`: assign it to the loop's `rule`, or pass it to a call. `depth` is the
-    mean over the tokens that were fitted, `unseen_depth` over those that were not; beside each, its
-    relative FLOPs.
+    `rule` holds the threshold `tau`: assign it to the loop's `rule`, or pass it to a call. `depth` is the mean depth of
+    the tokens to which the threshold was fitted, and `unseen_depth` that of the others. `relative_flops` and
+    `unseen_relative_flops` are the costs of these depths.
     """
 
     rule: Rule
@@ -38,20 +38,21 @@ def calibrate(
 ) -> Calibration:
     """The threshold at which a token costs, on average, `relative_flops` passes of the model before it was looped.
 
-    For any gate or exit criterion. The model is left as it was. `adadepth.calibrate` is the same for a mean depth.
+    It works for any gate or exit criterion, and does not change the model. `adadepth.calibrate` does the same for a
+    mean depth.
 
     Arguments:
         model: an adapted causal language model, or a `RecurrentWrapper`.
-        data: two batches or more, every second of which is kept unseen. For a language model ids
-            `(batch, seq)` or mappings that hold `input_ids` and maybe `attention_mask`; for a
-            `RecurrentWrapper` rows `(batch, seq, dim)` or mappings of its arguments.
-        relative_flops: (F0 + mean depth · F) / (F0 + F), with F the parameters of the looped layers and
-            F0 of those that run once; the mean depth where the whole backbone is looped.
-        rule: makes a rule of a threshold: `Threshold`, `SurvivalThreshold` or a function. The threshold
-            is looked for among the scores that were seen and their running products.
+        data: two batches or more. The threshold is not fitted to every second one, which gives the `unseen` values.
+            For a language model, a batch is ids `(batch, seq)`, or a mapping with `input_ids` and perhaps
+            `attention_mask`. For a `RecurrentWrapper`, it is rows `(batch, seq, dim)`, or a mapping of its arguments.
+        relative_flops: (F0 + mean depth · F) / (F0 + F). F is the number of parameters of the looped layers, F0 that of
+            the layers that run once. If the whole backbone is looped, this is the mean depth.
+        rule: makes a rule from a threshold: `Threshold`, `SurvivalThreshold` or a function. The search takes
+            thresholds from the scores in the data and their running products.
 
-    Raises: `ValueError` if the loop has no gate, if there are fewer than two batches or one of the two
-        parts holds no real token; `OutOfReach`, which is one, if nothing costs `relative_flops`.
+    Raises: `ValueError` if the loop has no gate, if there are fewer than two batches, or if one of the two parts holds
+        no real token; `OutOfReach`, a `ValueError`, if no threshold costs `relative_flops`.
     Source: relative FLOPs: AdaPonderLM, arXiv 2603.01914.
     """
     looped = model if isinstance(model, RecurrentWrapper) else model.loop
@@ -64,7 +65,7 @@ def calibrate(
 
 
 def _of_language(batch: Any) -> Any:
-    """Of ids or a mapping what the passes need: no labels, and no more logits than must be."""
+    """What the passes need of ids or a mapping: no labels, and as few logits as possible."""
     if not isinstance(batch, Tensor | Mapping):
         return batch  # refused as for any model
     given = {"input_ids": batch} if isinstance(batch, Tensor) else batch

@@ -12,11 +12,10 @@ AUTO_MAP = {"AutoConfig": f"{CODE}.AdaptiveConfig", "AutoModelForCausalLM": f"{C
 
 @final
 class AdaptiveConfig(PretrainedConfig):
-    """What an adapted model is made of.
+    """The configuration of an adapted model.
 
-    Attributes: `text_config`, the base's configuration; `steps`; `span`, the looped layers as
-    `[start, stop]`, None where the whole backbone is looped; `pieces`, as they were when last saved. All
-    others are the base's.
+    Attributes: `text_config`, the base's configuration; `steps`; `span`, the looped layers as `[start, stop]`, None if
+    the whole backbone is looped; `pieces`, as they were when last saved. All other attributes are the base's.
     Raises: `ValueError` if read from a file that holds no adapted model.
     """
 
@@ -42,10 +41,10 @@ class AdaptiveConfig(PretrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: every saved folder names its classes for `trust_remote_code=True`."""
+        """Does nothing: every saved folder already names its classes for `trust_remote_code=True`."""
 
     def __getattr__(self, name: str) -> Any:
-        """What is not its own is the base's: sizes, special tokens, whether weights are tied."""
+        """Other attributes are the base's: sizes, special tokens, whether weights are tied."""
         if name.startswith("_") or "text_config" not in self.__dict__:
             raise AttributeError(name)
         try:
@@ -59,7 +58,7 @@ class AdaptiveConfig(PretrainedConfig):
         return found
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's, or the part of it that is about text."""
+        """The base's configuration, or the part of it that is about text."""
         return self.text_config.get_text_config(*args, **kwargs)
 
     @classmethod

@@ -70,12 +70,12 @@ def head(base: Any, anatomy: Anatomy, hidden: Tensor, **options: Any) -> Any:
 
 @final
 class Head(nn.Module):
-    """The head of a causal language model as its own forward has it, for pieces that read predictions.
+    """The head of a causal language model, for pieces that read predictions.
 
-    It scales and bounds logits as the model does, which the linear map alone does not.
+    It scales and caps logits as the model's own forward does; the linear map alone does not.
 
-    Shapes: `(n, dim)`, states that the final norm has seen, to logits `(n, vocabulary)`.
-    Arguments: `base`, the model, adapted or not; referred to, not registered.
+    Shapes: `(n, dim)`, states after the final norm, to logits `(n, vocabulary)`.
+    Arguments: `base`, the model, adapted or not. It is referred to, not registered as a submodule.
     """
 
     base: Any

@@ -1,7 +1,7 @@
-"""Relative FLOPs: what a mean depth costs, in units of one pass of the model as it was before it was looped.
+"""Relative FLOPs: the cost of a mean depth, in passes of the model before it was looped.
 
-A token's FLOPs in a layer are counted as the layer's parameters, so the embedding, the head and the
-attention's products with keys do not count: "3.6x" in the papers on looped models.
+A token's FLOPs in a layer are taken as the layer's parameters. The embedding, the head and attention's products with
+keys do not count. This is the "3.6x" of papers on looped models.
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ from .model import AdaptiveForCausalLM
 
 
 def relative(model: AdaptiveForCausalLM | RecurrentWrapper, depth: float) -> float:
-    """(F0 + depth · F) / (F0 + F), with F the parameters of the looped layers and F0 of those that run once.
+    """(F0 + depth · F) / (F0 + F), with F the parameters of the looped layers and F0 those of the layers that run once.
 
-    Where the whole backbone is looped this is the depth itself.
+    If the whole backbone is looped, this is the depth itself.
 
     Arguments: `model`, an adapted language model or a `RecurrentWrapper`; `depth`, the mean over tokens.
     Source: the relative FLOPs of AdaPonderLM, arXiv 2603.01914.

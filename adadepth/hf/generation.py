@@ -43,16 +43,17 @@ class _Finished(StoppingCriteriaList):
 
 
 class AdaptiveGenerationMixin(GenerationMixin):
-    """`generate` as transformers has it, and in it `min_depth`, `max_depth` and `rule`.
+    """`generate` of transformers, with `min_depth`, `max_depth`, `rule` and drafts.
 
-    `min_depth` and `max_depth` are each an int; an integer tensor `(batch, 1)`, a depth per row; one of
-    `(batch, columns)`, a depth per token, as the cache's `depth` of an earlier call gives them for a
-    replay; or a function of the ids so far, `(batch, length)`, whose result broadcasts to them. `rule`
-    stands in place of the loop's; its threshold may be `(batch, 1)`.
+    `min_depth` and `max_depth` are each one of four things: an int; an integer tensor `(batch, 1)`, with a depth per
+    row; one of shape `(batch, columns)`, with a depth per token, such as the `depth` of an earlier call's cache, which
+    repeats that call; or a function of the ids so far, `(batch, length)`, whose result broadcasts to them. `rule`
+    replaces the loop's rule; its threshold may be `(batch, 1)`.
 
-    `draft_depth=n`: after n iterations of a token the next one begins, as the one that the model would choose then.
-    It is dropped if another is chosen in the end: the text is the same, sampled too. Rows run each at its own pace.
-    With `revise_drafts=True` the guess is made again after each later iteration.
+    `draft_depth=n`: after n iterations of a token, the next token begins, as a guess: the one that the model would
+    choose from the state so far. If the model chooses another one in the end, the guess is dropped. The text is
+    therefore the same, with sampling too. Rows do not wait for each other. With `revise_drafts=True`, the guess is made
+    again after each later iteration.
     """
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:

@@ -1,9 +1,9 @@
-"""`AdaptiveLM`: EleutherAI's lm-eval runs an adapted model, and says how deep it went beside the scores.
+"""`AdaptiveLM`: EleutherAI's lm-eval runs an adapted model, and reports its depth beside the scores.
 
     python -m adadepth.hf.lm_eval --model adadepth --model_args pretrained=PATH,max_depth=2 --tasks arc_easy
 
-Lm-eval's own command line, with the same flags. Once lm-eval discovers installed models by itself (entry
-points of the group `lm_eval.models`), `lm_eval --model adadepth` is the same.
+This is lm-eval's own command line, with the same flags. Once lm-eval discovers installed models by itself (entry
+points of the group `lm_eval.models`), `lm_eval --model adadepth` does the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,16 +28,16 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 @register_model("adadepth")
 @final
 class AdaptiveLM(HFLM):
-    """Lm-eval's Hugging Face model, for one saved by `AdaptiveForCausalLM.save_pretrained`.
+    """Lm-eval's Hugging Face model, for a model saved by `AdaptiveForCausalLM.save_pretrained`.
 
-    Padding costs nothing and changes nothing, and a row that met its stop string costs nothing more. The
-    results' `config` gets `mean_depth`, `relative_flops` and `depth_tokens`: over all real tokens that ran,
-    prompts and continuations alike.
+    Padding is not computed and changes no result. A row that has met its stop string is not computed any more. The
+    results' `config` gets `mean_depth`, `relative_flops` and `depth_tokens`, over all real tokens that ran, in prompts
+    and continuations.
 
-    Arguments: `max_depth` and `min_depth`, ints for every token, or from Python functions of the ids
-    `(batch, seq)`; `threshold`, in place of the tau of the model's `Threshold` or `SurvivalThreshold`;
-    `imports`, the modules that define pieces of your own, joined by `+`; the others are those of lm-eval's `hf`.
-    Raises: `ValueError` if the model is not an adapted one, or a `threshold` is given for another rule.
+    Arguments: `max_depth` and `min_depth`, ints for every token, or, from Python, functions of the ids `(batch, seq)`;
+    `threshold`, which replaces the tau of the model's `Threshold` or `SurvivalThreshold`; `imports`, the modules that
+    define pieces of your own, joined by `+`; the others are those of lm-eval's `hf`.
+    Raises: `ValueError` if the model is not an adapted one, or if `threshold` is given for another rule.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class AdaptiveLM(HFLM):
         loop.register_forward_hook(self._count)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes to the results' `config`; asked once, when all has run."""
+        """The results' `config` of lm-eval, which calls this once, at the end."""
         iterations, tokens = self._ran_everywhere.tolist() if self.world_size > 1 else self._ran.tolist()
         if not tokens:
             return {**super().get_model_info(), "mean_depth": None, "relative_flops": None, "depth_tokens": 0}
@@ -80,7 +80,7 @@ class AdaptiveLM(HFLM):
         return {**super().get_model_info(), "mean_depth": depth, "relative_flops": cost, "depth_tokens": tokens}
 
     def barrier(self) -> None:
-        """Where lm-eval lets processes meet, after each kind of request: each then knows what all ran."""
+        """lm-eval's barrier after each kind of request. Here all processes exchange their depths."""
         super().barrier()
         self._ran_everywhere = self.all_gather(self._ran[None].to(self.device)).sum(0).cpu()
 
@@ -95,7 +95,7 @@ class AdaptiveLM(HFLM):
         return size
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-        """Remembers how long each text is: lm-eval then pads with 0 at the right, and 0 may be a word."""
+        """Note the length of each text: lm-eval pads with 0 at the right, and 0 may be the id of a token."""
         self._lengths = {}
         for _, context, continuation in requests:
             ids = (context + continuation)[-(self.max_length + 1) :][:-1]

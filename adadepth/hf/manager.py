@@ -28,9 +28,9 @@ T = TypeVar("T")
 
 @dataclass
 class AdaptiveGenerationOutput(GenerationOutput):
-    """What became of a request: as transformers gives it, and `depth`.
+    """The result of a request: that of transformers, with `depth`.
 
-    `depth` are the iterations of each token of prompt and answer; the last token was chosen, but not run.
+    `depth` has the iterations of each token of prompt and answer, except for the last token, which was not run.
     """
 
     depth: list[int] = field(default_factory=list)
@@ -150,7 +150,7 @@ class Processor:
 class AdaptiveBatchingManager(ContinuousBatchingManager):
     """transformers' manager of requests, for an adapted model.
 
-    Made by `model.init_continuous_batching`; `sizes` are those of its engine. Results are `AdaptiveGenerationOutput`s.
+    `model.init_continuous_batching` makes it. `sizes` are those of its engine. Results are `AdaptiveGenerationOutput`s.
     """
 
     batch_processor: Processor | None
@@ -167,12 +167,12 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         self.configure(generation_config)
 
     def configure(self, generation_config: GenerationConfig) -> None:
-        """From now on, what requests are served with where they say nothing else."""
+        """Set the default options of later requests."""
         self.generation_config = generation_config
         self.num_return_sequences = generation_config.num_return_sequences or 1
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
-        """Nothing: an adapted model attends through the loop."""
+        """Does nothing: the attention of an adapted model goes through the loop."""
 
     def _create_batch_processor(self) -> Processor:
         if self.batch_processor is None:
@@ -193,11 +193,11 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         """Add a request; returns its id, or None if the manager is stopping.
 
         Arguments:
-            options: of a `GenerationConfig`, for this request alone; `min_depth`, `max_depth` and `rule`, as `generate`
-                takes them for a batch of one; `seed`, with which sampling gives what it gives after
-                `torch.manual_seed(seed)` alone, whatever else is served.
+            options: those of a `GenerationConfig`, for this request alone; `min_depth`, `max_depth` and `rule`, as
+                `generate` takes them for a batch of one; and `seed`. With `seed`, sampling gives the same text as
+                `generate` after `torch.manual_seed(seed)` for this prompt alone, whatever other requests there are.
 
-        Raises: `ValueError` for unknown options. What is wrong with a prompt, or an option's value, fails the request.
+        Raises: `ValueError` for unknown options. A wrong prompt or a wrong value of an option makes the request fail.
         """
         configured(self.generation_config, options)
         ids = input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else input_ids
@@ -208,13 +208,13 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
 
     @property
     def capacity(self) -> int:
-        """The most tokens of a request, prompt and answer."""
+        """The most tokens of a request, prompt and answer together."""
         return self.sizes.capacity if self.batch_processor is None else self.batch_processor.engine.capacity
 
     def check(self, ids: list[int], max_new_tokens: int | None, options: dict[str, Any]) -> None:
-        """That a request could be served, without adding it; the manager is warm.
+        """Check whether a request can be answered, without adding it. The manager must be warm.
 
-        Raises: `ValueError` for options, a prompt or a length that cannot.
+        Raises: `ValueError` for options, a prompt or a length that it cannot take.
         """
         assert self.batch_processor is not None, "warmup comes first"
         request = Request.of(self.model, self.generation_config, ids, max_new_tokens, False, options)

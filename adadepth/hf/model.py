@@ -42,15 +42,15 @@ def _tuple_on_request(forward: Forward) -> Forward:
 @dataclass
 @no_type_check  # made from a dictionary as well, as every output of transformers
 class AdaptiveOutput(CausalLMOutputWithPast):
-    """What an adapted model returns: what causal language models do, and beside it `trace` and `states`.
+    """The output of an adapted model: that of causal language models, with `trace` and `states`.
 
     Shapes:
         loss: `()`, with labels.
         logits: `(batch, kept, vocabulary)`.
         past_key_values: the `AdaptiveCache`, if one is used; from transformers 5.24 on also `cache`.
-        trace: of the loop, over the tokens passed now.
-        states: `(batch, seq, steps, dim)` on request: the loop's, before coda and outer norm.
-        router_logits, aux_loss: of a mixture of experts, on request; `loss` holds the auxiliary one.
+        trace: the loop's trace, for the tokens of this call.
+        states: `(batch, seq, steps, dim)` on request: the loop's states, before the coda and a norm outside the loop.
+        router_logits, aux_loss: of a mixture of experts, on request; `loss` includes `aux_loss`.
     """
 
     trace: Trace = None  # type: ignore[assignment]  # always there; what stands before it has defaults
@@ -61,14 +61,14 @@ class AdaptiveOutput(CausalLMOutputWithPast):
 
 @final
 class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, AdaptiveGenerationMixin):
-    """A causal language model whose layers, or some of them, each token runs as often as it needs; made by `adapt`.
+    """A causal language model that runs its layers, or a slice of them, several times per token; made by `adapt`.
 
-    `base` is the original and owns its weights; `loop` the `RecurrentWrapper`, whose `gate`, `rule`,
-    `update` and `checkpoint` may be reassigned; `prelude` and `coda` what runs once before and after
-    it, None where there is nothing. `base` now attends through the loop and no longer runs alone.
+    `base` is the original model, and owns the weights. `loop` is the `RecurrentWrapper`, whose `gate`, `rule`, `update`
+    and `checkpoint` may be reassigned. `prelude` and `coda` hold the layers that run once before and after the loop, or
+    are None. The attention of `base` now goes through the loop, so `base` can no longer be called by itself.
 
-    Arguments: `config`; `base`, None for a new one as `config` says; `pieces`, of "gate", "rule" and
-    "update" those that stand in place of the ones in `config`.
+    Arguments: `config`; `base`, None for a new model as in `config`; `pieces`, a mapping whose "gate", "rule" and
+    "update" replace those of `config`.
     """
 
     config_class = AdaptiveConfig
@@ -139,24 +139,25 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
         """Run the model.
 
         Arguments:
-            input_ids: `(batch, seq)`, the tokens passed now; or `inputs_embeds (batch, seq, dim)`.
-            attention_mask: `(batch, seq)` or, with those in the cache before them, longer; 0 or False
-                for padding, anywhere.
-            labels: `(batch, seq)`, -100 where nothing is to be learned; shifted inside.
+            input_ids: `(batch, seq)`, the tokens of this call; or `inputs_embeds (batch, seq, dim)`.
+            attention_mask: `(batch, seq)`, or longer if it includes the tokens in the cache; 0 or False for padding,
+                anywhere.
+            labels: `(batch, seq)`, -100 where there is no label. The model shifts them.
             past_key_values: an `AdaptiveCache`, of earlier passes or new. For inference only.
-            use_cache: whether to begin a cache; None: only with `past_key_values`.
+            use_cache: whether to make a new cache; None: only with `past_key_values`.
             min_depth, max_depth: an int, or an integer tensor that broadcasts to `(batch, seq)`.
-            rule: in place of the loop's, in this call.
+            rule: replaces the loop's rule in this call.
             states: whether to return every iteration's state.
-            logits_to_keep: how many of the last logits, or which columns; 0: all.
-            output_hidden_states: whether to return the embeddings and what layers and iterations gave; or the number
-                of one, or those of some, of them, counted from either end.
-            output_router_logits: of a mixture of experts, whether to return them and add its auxiliary loss, over
-                the tokens that ran; None: as the base's configuration says.
-            position_ids: `(batch, seq)`, each token's place among its row's real ones, or, where a row holds several
-                texts, among those of its text.
-            cache: `past_key_values`, as transformers calls it from 5.24 on.
-            others: what the loss takes; and, with `position_ids`, what kernels are told of several texts in a row.
+            logits_to_keep: how many of the last logits to return, or which columns; 0: all.
+            output_hidden_states: whether to return the embeddings and the outputs of layers and iterations. An int
+                or several ints return only these of them, counted from the start or, if negative, from the end.
+            output_router_logits: for a mixture of experts, whether to return them and to add its auxiliary loss, over
+                the tokens that ran; None: as in the base's configuration.
+            position_ids: `(batch, seq)`, each token's place among the real tokens of its row. If a row holds several
+                texts, its place in its text.
+            cache: the name of `past_key_values` from transformers 5.24 on.
+            others: arguments of the loss; and, with `position_ids`, those that tell kernels about several texts in a
+                row.
 
         Raises: `ValueError` for arguments that do not fit together or that are not known.
         """
@@ -200,38 +201,38 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
         )
 
     def loop_with(self, rule: Rule | None) -> RecurrentWrapper:
-        """The loop, with another rule if one is given; the one that others may be running is not touched."""
+        """The loop, or a copy of it with another rule if one is given. The loop itself does not change."""
         loop: RecurrentWrapper = self.loop if rule is None else altered(self.loop, rule=rule)
         return loop
 
     def check(self) -> None:
-        """See that the model gives what it must, on a few tokens: as `adapt` does, and at any later time.
+        """Check the model on a few tokens. `adapt` does this; you may call it again at any time.
 
-        At depth 1 what the original gives, each row of a padded batch what it gives alone at mixed depths, and with
-        a cache the same as without.
+        It compares logits at depth 1 with those of the original model, each row of a padded batch at mixed depths with
+        the row alone, and decoding with a cache with a pass without one.
 
         Raises: `ValueError` that says what differs, and by how much.
         """
         check(self)
 
     def init_weights(self) -> None:
-        """Give all weights their first values: the base as transformers does, gate and update as when they are made.
+        """Initialise all weights: the base as transformers does, gate and update as their constructors do.
 
-        Nothing where they have been made: this is for a model that was built on the meta device.
+        This is for a model that was built on the meta device. Weights that are initialised already do not change.
         """
         if self._made:
             self.base.init_weights()
             reset(self.loop, self.base)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: base and pieces make their own."""
+        """Does nothing: base and pieces initialise their own weights."""
 
     def get_input_embeddings(self) -> nn.Module:
-        """The base's."""
+        """The input embeddings of the base."""
         return self.base.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the base's, also where pieces refer to it."""
+        """Replace the input embeddings of the base, also where pieces refer to them."""
         old = self.base.get_input_embeddings()
         self.base.set_input_embeddings(value)
         self._rebind(old, value)
@@ -252,7 +253,7 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
         self._bound = {}
 
     def bind(self) -> None:
-        """See that pieces refer to the base's modules, once for each that was assigned or wrapped."""
+        """Make pieces refer to the base's modules, once for each piece that was assigned or wrapped."""
         pieces = {name: getattr(self.loop, name) for name in KINDS}
         if any(piece is not self._bound.get(name) for name, piece in pieces.items()):
             self._bound = pieces
@@ -260,7 +261,7 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
                 bind(piece, self.base)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Checkpoint whole iterations, never the layers in them: a recomputed layer would not know who ran."""
+        """Checkpoint whole iterations, never single layers: a recomputed layer would not know which tokens ran."""
         del args, kwargs
         for part in (self.prelude, self.loop, self.coda):
             if part is not None:
@@ -290,7 +291,7 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Any:
-        """Load a saved adapted model; `gate=`, `rule=` and `update=` stand in place of those saved.
+        """Load a saved adapted model; `gate=`, `rule=` and `update=` replace the saved ones.
 
         Raises: `ValueError` if the checkpoint is not of this model, or names pieces that are not imported.
         """
@@ -302,7 +303,7 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
         return (model, info) if report else model
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save weights and configuration, with the pieces as they are now, and a card that says how to load them.
+        """Save weights and configuration, with the current pieces, and a model card that says how to load them.
 
         Raises: `ValueError` for a piece that cannot be described.
         """
@@ -312,10 +313,10 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
-        """Nothing: every saved folder names its classes for `trust_remote_code=True`."""
+        """Does nothing: every saved folder already names its classes for `trust_remote_code=True`."""
 
     def save_gates(self, path: str | PathLike[str]) -> None:
-        """Save gate and update alone, with the configuration; `load_gates` puts them on a base.
+        """Save only gate and update, with the configuration; `load_gates` adds them to a base again.
 
         Raises: `ValueError` for a piece that cannot be described.
         """

@@ -1,4 +1,4 @@
-"""`adapt`: a causal language model made adaptive; `load_gates`: the same with gates that were trained before."""
+"""`adapt` makes a causal language model adaptive; `load_gates` does so with gates that were trained before."""
 
 import copy
 from os import PathLike
@@ -26,19 +26,20 @@ def adapt(
     *,
     check: bool = True,
 ) -> AdaptiveForCausalLM:
-    """Make a causal language model's depth adaptive. The model is taken over: from now on it runs in the loop.
+    """Make a causal language model's depth adaptive. It changes `base` in place: use only the result from then on.
 
     Arguments:
-        base: the model, as AutoModelForCausalLM gives it.
+        base: the model, as from `AutoModelForCausalLM`.
         steps: the most iterations.
         gate, rule: as in `RecurrentWrapper`; a gate's width is `base.config.hidden_size`.
-        update: as there; None: one behind a learned scale of 0, so that the output is at first that of
-            `base`: `ReZero(Ponder(embedding, head))`, or in a slice `ReZero(Interpolate())`.
-        layers: which layers are looped, the final norm outside; None: the whole backbone, norm inside.
-        check: whether to see, on a few tokens, that it computes what it must (`model.check()`, which is to be called
-            later where weights are on the meta device, or on other ranks).
+        update: as in `RecurrentWrapper`. None: `ReZero(Ponder(embedding, head))`, or in a slice
+            `ReZero(Interpolate())`. Their learned scale starts at 0, so that outputs are at first those of `base`.
+        layers: the slice of layers to loop, without the final norm. None: the whole backbone, with its final norm.
+        check: whether to compare outputs on a few tokens with those that are expected (`model.check()`). Pass False if
+            weights are on the meta device or on other ranks, and call `model.check()` later.
 
-    Raises: `ValueError` for a model that cannot be looped, or whose check fails, and for layers that it does not have.
+    Raises: `ValueError` for a model that cannot be looped, for one whose check fails, and for layers that it does not
+        have.
     """
     anatomy = anatomy_of(base)
     _own_config(base)
@@ -49,13 +50,13 @@ def adapt(
 def load_gates(
     base: PreTrainedModel, path: str | PathLike[str], *, check: bool = True, **pieces: Any
 ) -> AdaptiveForCausalLM:
-    """Adapt a model with gates that `save_gates` wrote; `gate=`, `rule=` and `update=` stand in place of those saved.
+    """Adapt a model with gates that `save_gates` wrote; `gate=`, `rule=` and `update=` replace the saved ones.
 
-    With `check` the model is checked as in `adapt`: since the gates were saved, the base's configuration or the
-    installed transformers may have changed.
+    With `check` the model is checked as in `adapt`, because the base's configuration or the installed transformers may
+    have changed since the gates were saved.
 
-    Raises: `ValueError` if there are none at `path`, if they were saved from another architecture or do
-    not fit, if the check fails, or for any other keyword.
+    Raises: `ValueError` if there are no gates at `path`, if they were saved from another architecture or do not fit, if
+    the check fails, or for any other keyword.
     """
     if unknown := sorted(pieces.keys() - set(KINDS)):
         raise ValueError(f"load_gates expected {', '.join(KINDS)} beside base and path, got {', '.join(unknown)}.")

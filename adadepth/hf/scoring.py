@@ -13,12 +13,12 @@ from .model import AdaptiveForCausalLM
 
 
 def scorer(model: AdaptiveForCausalLM) -> Score:
-    """`score(batch, **call)` for `adadepth.diagnostics`: each next token's loss, and how deep it was predicted.
+    """A function `score(batch, **call)` for `adadepth.diagnostics`: the loss of each next token, and its depth.
 
-    A batch is ids `(batch, seq)`, or a mapping that holds `input_ids` and maybe `attention_mask`, as a
-    tokenizer gives it. `call` are arguments of the model: `min_depth`, `max_depth`, `rule`. Without a mask
-    losses and depths are `(batch, seq - 1)`; with one `(n,)`, those of the real tokens behind a real one.
-    The model runs in evaluation mode.
+    The depth is that of the token that predicts it. A batch is ids `(batch, seq)`, or a mapping with `input_ids` and
+    perhaps `attention_mask`, as from a tokenizer. `call` are arguments of the model: `min_depth`, `max_depth`, `rule`.
+    Without a mask, losses and depths are `(batch, seq - 1)`. With a mask, they are `(n,)`, for each real token that
+    follows a real one. The model runs in evaluation mode.
     """
 
     def score(batch: Tensor | Mapping[str, Tensor], **call: Any) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
-"""An OpenAI-compatible server for a saved adapted model: transformers' own, with depths for each request.
+"""An OpenAI-compatible server for a saved adapted model: that of transformers, with depths for each request.
 
-`python -m adadepth.hf.serve MODEL --rows 16 --width 8 --capacity 2048`, or `--memory 2GiB` in place of rows; and any
-option of `transformers serve`. It needs `pip install "adadepth[serving]"`. The body of a request may say `min_depth`,
-`max_depth`, `threshold` and `seed`; its `usage` says the depth of each token.
+`python -m adadepth.hf.serve MODEL --rows 16 --width 8 --capacity 2048`, or `--memory 2GiB` instead of `--rows`. It also
+takes any option of `transformers serve`. It needs `pip install "adadepth[serving]"`. The body of a request may have
+`min_depth`, `max_depth`, `threshold` and `seed`. `usage` in the answer has the depth of each token.
 """
 
 import logging

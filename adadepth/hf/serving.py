@@ -19,16 +19,18 @@ _ROWS, _CAPACITY = 32, 1024
 class AdaptiveServingMixin:
     """transformers' continuous batching for adapted models: many requests at once, tokens of many iterations in a call.
 
-    Arguments of all three methods, beside those of transformers:
-        rows: how many requests are in progress at once, 32 unless `continuous_batching_config` says it.
-        width: how many tokens a call of the block is to run, half of `rows` unless that configuration says it.
+    All three methods take the arguments of transformers, and these.
+
+    Arguments:
+        rows: how many requests run at once; 32, unless `continuous_batching_config` sets it.
+        width: how many tokens a call of the block should run; half of `rows`, unless that configuration sets it.
         capacity: the most tokens of a request, prompt and answer; 1024 unless the lengths are known. Memory for
             `rows * capacity` tokens is allocated at once.
-        layout: of the loop's cache, as of `KVReuseCache`.
-        draft_depth: begin a request's next token after so many iterations of the one before, as a guess that changes
-            no result, if calls have room for it and guesses save time; None: never.
-        memory: the most bytes that the caches may take, a number or `"2GiB"`. Rows are then derived from the capacity,
-            at most 256, or, where `rows` is given and `capacity` is not, the capacity from the rows.
+        layout: the layout of the loop's cache, as in `KVReuseCache`.
+        draft_depth: after so many iterations of a token, begin the request's next token as a guess, if calls have room
+            and guesses save time. Results do not change. None: never.
+        memory: the most bytes that the caches may take, a number or `"2GiB"`. The capacity then sets the rows, at
+            most 256. If `rows` is given and `capacity` is not, the rows set the capacity.
     """
 
     def init_continuous_batching(
@@ -44,9 +46,9 @@ class AdaptiveServingMixin:
         draft_depth: int | None = None,
         memory: int | str | None = None,
     ) -> AdaptiveBatchingManager:
-        """A manager of requests, not started. One that was kept for another session goes on in its sizes.
+        """A manager of requests, not started. One that was kept from another session keeps its sizes.
 
-        Raises: `ValueError` for a way of generating that is not served.
+        Raises: `ValueError` for a way of generating that is not supported.
         """
         model: Any = self
         kept: AdaptiveBatchingManager | None = getattr(self, "_cached_continuous_batching_manager", None)
@@ -81,9 +83,9 @@ class AdaptiveServingMixin:
         workload_hints: Any = None,
         **sizes: Any,
     ) -> Iterator[AdaptiveBatchingManager]:
-        """A manager of requests that runs in the context; after an error in it, without an end to what is in progress.
+        """A manager of requests that runs in the context. After an error in the context, it does not wait for requests.
 
-        Raises: `ValueError` for a way of generating or sizes that are not served.
+        Raises: `ValueError` for a way of generating or sizes that are not supported.
         """
         manager = self.init_continuous_batching(generation_config, continuous_batching_config, workload_hints, **sizes)
         manager.warmup()  # makes the engine here, where its errors are seen
@@ -120,10 +122,10 @@ class AdaptiveServingMixin:
 
         Arguments:
             inputs: the ids of each prompt.
-            warmup: makes no difference; no graphs are captured.
-            options: of a `GenerationConfig`, as `generate` takes them, and those of `add_request`; for all prompts.
+            warmup: has no effect, because no graphs are captured.
+            options: those of a `GenerationConfig`, as in `generate`, and those of `add_request`; for all prompts.
 
-        Raises: `ValueError` for options that are not known or not served. A request that fails has an `error`.
+        Raises: `ValueError` for options that are unknown or not supported. A request that fails has an `error`.
         """
         if not inputs:
             return {}

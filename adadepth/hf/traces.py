@@ -1,4 +1,4 @@
-"""The traces of passes whose outputs a trainer keeps for itself."""
+"""The traces of passes whose outputs a trainer does not return."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from .model import AdaptiveForCausalLM
 
 @contextmanager
 def traces(model: nn.Module) -> Iterator[list[Trace]]:
-    """A list that fills with the trace of each pass of the adapted model in `model`, itself or wrapped.
+    """A list that collects the trace of each pass of the adapted model in `model`, which may be wrapped.
 
-    For losses on the trace where a trainer keeps the outputs for itself:
+    Use it for losses on the trace with trainers that do not return the model's output:
 
         with adadepth.hf.traces(model) as seen:
             loss = super().compute_loss(model, inputs)
         return loss + 0.01 * adadepth.ponder_cost(seen[-1])
 
-    Raises: `ValueError` if there is no adapted model in it.
+    Raises: `ValueError` if `model` contains no adapted model.
     """
     adapted = [part for part in model.modules() if isinstance(part, AdaptiveForCausalLM)]
     if not adapted:

@@ -1,7 +1,7 @@
 """`DepthBatch`: passes of one loop that began at different times, in one call of the block.
 
-Weights are the same in all iterations, so a call may hold tokens of many. A row whose token left begins the next
-one at once, beside rows that are still deep in theirs, and the call stays full.
+All iterations have the same weights, so one call may run tokens of different iterations. A row whose token has exited
+starts its next token at once, beside rows whose tokens still run, so the call is always full.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -33,13 +33,13 @@ Asked = tuple[Pass, A]
 
 
 class Ran(NamedTuple):
-    """What a call made of the tokens of a row that began together.
+    """The result of a call for the tokens of a row that began together.
 
     Shapes:
-        row, position: where the first of them stands.
-        hidden: `(tokens, dim)`; of a token that left its output, of one that goes on its state.
+        row, position: the row, and the position of the first token in it.
+        hidden: `(tokens, dim)`: the output of a token that has exited, the state of one that continues.
         depth: `(tokens,)` int64, the iterations that each has run.
-        left: whether all have left; if not, it is a single token that goes on.
+        left: whether all have exited; if not, it is a single token that continues.
     """
 
     row: int
@@ -50,9 +50,9 @@ class Ran(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A row that cannot go on from `position` on, and why; its tokens from there on are dropped.
+    """A row that failed at `position`, and why. Its tokens from there on are dropped.
 
-    What it holds before stays, and so do tokens that it has in flight before: those go on.
+    The tokens before `position` are kept, and those of them that still run continue.
     """
 
     row: int
@@ -64,14 +64,14 @@ class Failed(NamedTuple):
 class DepthBatch:
     """Runs tokens of many rows, each at its own iteration, with one call of the block for all of them.
 
-    A row is a sequence of tokens, of one request say. `begin` gives rows new tokens, `call` runs the block once on
-    every token in flight, and says which have left. Each token gives what it would in a pass of its row alone.
+    A row is a sequence of tokens, for example one request. `begin` gives rows new tokens. `call` runs the block once on
+    every active token, and returns which have exited. Each token gives the same result as in a pass of its row alone.
 
     Arguments:
         looped: the loop, in evaluation mode; its own `skip` is not read.
         cache: a new `KVReuseCache` with a capacity, the most tokens that a row may hold.
-        rows: how many rows there are.
-        width: how many tokens a call is to run; more may begin, `room` says how many fit.
+        rows: the number of rows.
+        width: the number of tokens that a call should run. `begin` accepts more; `room` says how many still fit.
 
     Raises: `ValueError` for a cache that is not new, a loop that is training or not causal, or sizes below 1.
     """
@@ -94,13 +94,13 @@ class DepthBatch:
 
     @property
     def room(self) -> int:
-        """How many tokens more the next call is to run."""
+        """How many more tokens fit into the next call; negative if it has more than `width`."""
         for run in self._passes:
             run.leave_out()
         return self.width - sum(run.size for run in self._passes)
 
     def length(self, row: int) -> int:
-        """How many tokens a row holds and has in flight: where its next one stands."""
+        """The number of tokens in a row, those that still run included. It is the position of the row's next token."""
         flights = self._flights[row]
         return flights[-1].position + flights[-1].tokens if flights else self.cache._lengths[row]
 
@@ -117,16 +117,15 @@ class DepthBatch:
         rule: Rule | None = None,
         block_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """New tokens for some rows, each behind what its row holds and has in flight.
+        """Add new tokens to the end of some rows.
 
         Arguments:
             rows: the numbers of the rows, from 0, each once.
-            x: `(len(rows), seq, dim)`, and likewise all others, as `RecurrentWrapper.forward` takes them.
-            rule: in place of the loop's.
+            x: `(len(rows), seq, dim)`; this and the other arguments are those of `RecurrentWrapper.forward`.
+            rule: used instead of the loop's.
 
-        Raises: `ValueError` as a `RecurrentWrapper` does, and for rows that do not exist, that come twice, or that
-            would hold more than the cache's capacity, and for a rule of the loop's that is for certain rows. Nothing
-            has begun then.
+        Raises: `ValueError` as a `RecurrentWrapper` does; for rows that do not exist, that come twice, or that would
+            hold more than the cache's capacity; and if the loop's rule is for certain rows. No token is added then.
         """
         if len({*rows}) != len(rows) or not all(0 <= row < self.rows for row in rows) or len(rows) != len(x):
             raise ValueError(
@@ -150,17 +149,17 @@ class DepthBatch:
 
     @torch.no_grad()
     def call(self, wait: Collection[tuple[int, int]] = ()) -> list[Ran | Failed]:
-        """Run the block once on all tokens in flight, but for some that wait.
+        """Run the block once on all active tokens, except for some that wait.
 
         Arguments:
-            wait: row and position of tokens, as `Ran` has them, that stay at their depth: a later call takes them on
-                from there. Rows that began together wait together. A token behind them in their row may run as many
-                iterations as they have, and no more: from then on it would read what they have not written.
+            wait: row and position of tokens, as in `Ran`, that do not run now; a later call continues them. Rows that
+                began together wait together. A later token of the same row may run as many iterations as a waiting
+                one has, and no more, because the next iteration reads keys and values that are not yet written.
 
-        Returns: what ran: tokens that began together with others in their row once all of them have left, single
-            ones after each iteration.
-        Raises: what the block raises, and `ValueError` for tokens that cannot wait; nothing has changed then, and the
-            call may be made again.
+        Returns: the results. Tokens of one row that began together are returned once all of them have exited; a
+            single token is returned after each iteration.
+        Raises: what the block raises, and `ValueError` for tokens that cannot wait. Nothing has changed then, and you
+            may call again.
         """
         for run in self._passes:
             run.leave_out()
@@ -179,7 +178,7 @@ class DepthBatch:
         return [*failed.values(), *ran]
 
     def drop(self, row: int, position: int) -> None:
-        """Forget the tokens of a row from `position` on: they go no further, and the row's next one stands there."""
+        """Forget the tokens of a row from `position` on. They stop, and the row's next token gets this position."""
         flights, end = self._flights[row], self.length(row)
         while flights and flights[-1].position + flights[-1].tokens > position:
             flight = flights.pop()
@@ -188,7 +187,7 @@ class DepthBatch:
         self.cache.forget(row, slice(position, end))
 
     def release(self, row: int) -> None:
-        """Forget a row: it holds nothing, and may be given to another request."""
+        """Forget all tokens of a row, so that another request can use it."""
         self.drop(row, 0)
 
     def _loop_with(self, rule: Rule | None) -> RecurrentWrapper:

@@ -60,14 +60,14 @@ def act(m: ModuleType, steps: int) -> Figure:
 
 
 def pondernet(m: ModuleType, steps: int) -> Figure:
-    """Where tokens leave, against the prior."""
+    """Where tokens exit, against the prior."""
     prior = ad.depth_prior("geometric", 4, rate=0.5)
     model = trained(lambda: m.PonderNet(4), partial(m.ponder_loss, prior=prior, beta=0.05), steps)
     exits = model(IDS).trace.exit_probs
     fig, ax = axes()
     shares = {"prior": prior.tolist()} | {name: exits[among].mean(0).tolist() for name, among in GROUPS.items()}
     bars(ax, shares, (GREY, BLUE, ORANGE))
-    ax.set(xlabel="iteration", ylabel="share that leaves after it")
+    ax.set(xlabel="iteration", ylabel="share that exits after it")
     ax.set_xticks(range(4), range(1, 5))
     return fig
 
@@ -135,7 +135,7 @@ def ouro(m: ModuleType, steps: int) -> Figure:
     for name, among in GROUPS.items():
         bottom.plot(thresholds, [mean_depth(out, among) for out in outs], label=name)
     answers(top)
-    depths(bottom, "cumulative exit probability at which to leave")
+    depths(bottom, "cumulative exit probability at which tokens exit")
     return fig
 
 
