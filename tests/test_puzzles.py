@@ -165,6 +165,6 @@ def test_a_quick_run_is_kept_and_says_what_it_is(
     assert tables[0].splitlines()[0] == "4 × 4".ljust(26) + "".join(f"{column:>13}" for column in columns)
     assert len(tables[0].splitlines()) == 1 + 1 + 2 * len(study.FIXED) + 1
     assert tables[-1] == "This was a quick run: it trained for three steps, and its numbers mean nothing.\n"
-    monkeypatch.setattr(study, "run", None)  # nothing is run again
+    monkeypatch.setattr(command, "run", None)  # nothing is run again
     command.main(args)
     assert capsys.readouterr().out.split("\n\n")[1:] == tables

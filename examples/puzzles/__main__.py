@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..jobs import run_all
 from .report import Size
-from .study import BLANKS, FIXED, FULL, QUICK, Job, Result, run_all
+from .study import BLANKS, FIXED, FULL, QUICK, Job, Judged, Result, run
 
 
 def arguments(args: Sequence[str] | None) -> argparse.Namespace:
@@ -28,8 +29,8 @@ def main(args: Sequence[str] | None = None) -> None:
     ]
     parsed.out.mkdir(parents=True, exist_ok=True)
     results: dict[int, dict[int, dict[int, Result]]] = {size: {seed: {} for seed in parsed.seeds} for size in plans}
-    for job, result in run_all(jobs, parsed.out / "results.jsonl", parsed.processes):
-        results[job.size][job.seed][job.fixed] = result
+    for job, result in run_all(run, jobs, parsed.out / "results.jsonl", parsed.processes):
+        results[job.size][job.seed][job.fixed] = {name: Judged(*judged) for name, judged in result.items()}
         name = f"{job.fixed} segment{'s' * (job.fixed > 1)}" if job.fixed else "halting"
         print(f"[{time.perf_counter() - start:4.0f} s] {job.size} × {job.size}, seed {job.seed}, {name}", flush=True)
     for size in parsed.sizes:

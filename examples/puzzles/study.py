@@ -1,13 +1,9 @@
-"""One model: trained, then judged on held-out puzzles. What is done is kept in a file, so that a run can be resumed."""
+"""One model: trained, then judged on held-out puzzles."""
 
-import json
 import time
-from collections.abc import Iterator
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +54,6 @@ Result = dict[str, Judged]  # by how the segments were chosen: "halting", or the
 
 def run(job: Job) -> Result:
     """Train the model of a job, and judge it; a model that halts also with its segments held."""
-    torch.set_num_threads(1)
     puzzles = make(job.size, BLANKS[job.size], job.plan.judged + job.plan.puzzles, job.seed)
     held_out, others = puzzles.at(slice(job.plan.judged)), puzzles.at(slice(job.plan.judged, None))
     torch.manual_seed(job.seed)
@@ -89,36 +84,3 @@ def judge(model: Solver, puzzles: Puzzles, least: int, most: int, timed: int) ->
 
     per_puzzle = 1000 * median(seconds) / len(blanks)
     return Judged(solved.mean().item(), segments.mean().item(), per_puzzle, by_blanks(solved), by_blanks(segments))
-
-
-def run_all(jobs: list[Job], kept: Path, processes: int) -> Iterator[tuple[Job, Result]]:
-    """The results of jobs, as they are done; those in the file are not run again."""
-    done = read(kept)
-    yield from ((job, done[job]) for job in jobs if job in done)
-    for job, result in _run([job for job in jobs if job not in done], processes):
-        with kept.open("a") as file:
-            file.write(json.dumps([job, result]) + "\n")
-        yield job, result
-
-
-def _run(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Result]]:
-    if processes == 1:
-        yield from map(_named, jobs)
-        return
-    with get_context("spawn").Pool(processes) as pool:
-        yield from pool.imap_unordered(_named, jobs)
-
-
-def _named(job: Job) -> tuple[Job, Result]:
-    return job, run(job)
-
-
-def read(kept: Path) -> dict[Job, Result]:
-    """What a file holds; nothing if there is none."""
-    lines = kept.read_text().splitlines() if kept.exists() else []
-    return dict(_parsed(*json.loads(line)) for line in lines)
-
-
-def _parsed(job: list[Any], result: dict[str, Any]) -> tuple[Job, Result]:
-    size, fixed, seed, plan = job
-    return Job(size, fixed, seed, Plan(*plan)), {name: Judged(*judged) for name, judged in result.items()}
