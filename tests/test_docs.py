@@ -92,7 +92,7 @@ def test_no_block_escapes_the_tests(page: str) -> None:
     fences = re.findall(r"^[ >]*(?:```|~~~).*$", OWN[page], re.MULTILINE)
     opened = Counter(fences[::2])
     assert sum(opened.pop(fence) for fence in [*opened] if " title=" in fence) == len(QUOTE.findall(OWN[page]))
-    assert set(opened) <= {"```python", "```text", "```sh"}
+    assert set(opened) <= {"```python", "```text", "```sh", "```bibtex"}
     assert set(fences[1::2]) <= {"```"}
     snippets = SNIPPET.findall(OWN[page])
     assert opened["```python"] == len(snippets)
