@@ -280,6 +280,24 @@ def test_reading_a_page_asks_nothing_of_the_network(site: Path) -> None:
     assert not any('class="mermaid"' in page.read_text() for page in pages)  # its script would come from elsewhere
 
 
+def test_a_page_says_its_version_and_links_types_and_sources(site: Path) -> None:
+    page = (site / "api" / "loop.html").read_text()
+    assert f">{ad.__version__}</li>" in page
+    assert 'data-md-component="source"' not in page  # the theme's script asks GitHub for stars where it is
+    assert 'href="https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module"' in page
+    assert 'href="index.html#how-shapes-are-written"' in page
+    path, line = re.findall(r"/blob/main/(adadepth/loop/wrapper\.py)#L(\d+)", page)[0]
+    assert (ROOT / path).read_text().splitlines()[int(line) - 1].startswith(("@", "class RecurrentWrapper"))
+    card = re.findall(r'property="og:image" content=".*/raw/main/(.*?)"', page)
+    assert len(card) == 1 and (ROOT / card[0]).exists()
+
+
+def test_search_works_from_disk(site: Path) -> None:
+    """The index is a script, and so is what stands in for workers, which a page from disk may not start."""
+    assert (site / "search" / "search_index.js").read_text().startswith("var __index = ")
+    assert 'src="assets/iframe-worker.js"' in (site / "index.html").read_text()
+
+
 def test_docstrings_are_on_their_page_whole(site: Path) -> None:
     for page, text in OWN.items():
         html = (site / page).with_suffix(".html").read_text()
