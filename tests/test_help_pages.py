@@ -9,18 +9,17 @@ TROUBLE = (ROOT / "docs" / "troubleshooting.md").read_text()
 QUOTED = re.findall(r"^### `(.*)`$", TROUBLE, re.MULTILINE)
 
 
-def rendered(node: ast.AST) -> str:
+def rendered(node: ast.Constant | ast.JoinedStr) -> str:
     """A string or an f-string, with an ellipsis for what is filled in."""
     if isinstance(node, ast.Constant):
         return str(node.value)
-    return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
 
 
 def texts() -> list[str]:
     """All strings of the package; of a sum, its parts."""
     trees = (ast.parse(path.read_text()) for path in (ROOT / "adadepth").rglob("*.py"))
-    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr))
-    return [rendered(node) for node in nodes]
+    return [rendered(n) for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant | ast.JoinedStr)]
 
 
 TEXTS = "\n".join(dict.fromkeys(text for text in texts() if " " in text))
