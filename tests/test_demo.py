@@ -87,8 +87,12 @@ def test_a_quick_run_prints_every_figure_and_writes_the_report(
     report = (tmp_path / "report.html").read_text()
     assert report.startswith("<!DOCTYPE html>")
     assert not re.search(r"src=|href=.(?!#)|url\((?!#)|@import|<script", report)
-    for cell in ("exits", "KL of successive predictions", nats, "Where the depth went", "Where depth pays", "Training"):
+    for cell in ("exits", "KL of successive predictions", nats, "A fixed table", "Held-out loss", "Training"):
         assert cell in report
+    assert report.index("numbers mean nothing") < report.index("The depth of each byte") < report.index("<table>")
+    assert output.count("The numbers mean nothing.") == 2  # before and after
+    assert "first stage: step 4 of 4" in output  # in a pipe, a line for each quarter
+    assert "exits: step 10 of 10" in output
 
 
 @pytest.mark.every

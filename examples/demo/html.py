@@ -1,6 +1,6 @@
 """The same in one self-contained page, with pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import accumulate
 from pathlib import Path
@@ -23,19 +23,23 @@ SHOWN = 8  # windows in the heat map
 EVERY = 10  # steps between two points of a curve
 
 
-def write(path: Path, title: str, trained: Mapping[str, Trained], result: Evaluation | None, windows: Tensor) -> None:
-    """The report, of what there is."""
-    parts = [("Training", viz.svg(_curves(trained)))]
+def write(
+    path: Path, said: Sequence[str], trained: Mapping[str, Trained], result: Evaluation | None, windows: Tensor
+) -> None:
+    """The report, of what there is; `said` is what it is about."""
+    parts = [("", "".join(f"<p>{escape(sentence)}</p>" for sentence in said))]
     if result is not None:
-        parts = [*_results(result), ("Where the depth went", _text(trained, result, windows)), *parts]
-        parts += [("Where depth pays", _gains(result, windows))] if result.line is not None else []
-    path.write_text(viz.page(title, *parts))
+        parts += [("The depth of each byte", _text(trained, result, windows)), *_results(result)]
+        parts += [("Where more iterations help", _gains(result, windows))] if result.line is not None else []
+    parts += [("Training", viz.svg(_curves(trained)))]
+    path.write_text(viz.page("Adaptive depth on text", *parts))
 
 
 def _results(result: Evaluation) -> list[tuple[str, str]]:
     rows = [cells_of(row, result.exits) for rows in sections(result) for row in rows]
     said = "".join(f"<p>{escape(line)}</p>" for line in verdicts(result))
-    named = [result.exits, *result.criteria, *result.random, *result.elsewhere]
+    # One of a kind, so that their names have room; the table has them all.
+    named = [result.exits, *result.criteria[-1:], *result.random[:1], *result.elsewhere]
     points = {row.name: (row.flops.relative, row.measured.nats) for row in named}
     lines = {"the same weights, forced": result.forced, "trained at 1, 2, …": result.trained}
     curves = {
@@ -46,14 +50,14 @@ def _results(result: Evaluation) -> list[tuple[str, str]]:
     measured, timed = result.exits.measured, result.timed
     figure = viz.plot_exits(measured.depth, len(result.forced), nll=measured.loss)
     time = (
-        f"<p>The same predictions took {timed.dense:.3f} s computed for every byte at every iteration (dense), and "
-        f"{timed.packed:.3f} s with bytes that left skipped (packed): {timed.packed / timed.dense:.2f} of it. "
-        f"{timed.live:.2f} of the iterations were live.</p>"
+        f"<p>The same predictions took {timed.dense:.3f} s with every iteration of every byte (dense), and "
+        f"{timed.packed:.3f} s where exited bytes are skipped (packed): {timed.packed / timed.dense:.2f} of it. "
+        f"{timed.live:.2f} of the iterations were run.</p>"
     )
     return [
-        ("Who decides how deep a byte goes", viz.table(COLUMNS, rows) + said),
+        ("Held-out loss", viz.table(COLUMNS, rows) + said),
         ("Loss against relative FLOPs", viz.svg(viz.plot_frontier(points, curves, y="held-out loss, nats per byte"))),
-        ("Exits: share and loss", viz.svg(figure) + time),
+        ("How many bytes at each depth, and their loss", viz.svg(figure) + time),
     ]
 
 
@@ -63,7 +67,10 @@ def _text(trained: Mapping[str, Trained], result: Evaluation, windows: Tensor) -
     tokens = [viz.pieces(lambda row: bytes(row).decode(errors="replace"), row) for row in ids]
     steps = trained[EXITS].model.shape.steps
     picture = viz.heat_map(tokens, measured.depth[:SHOWN], steps, nll=measured.loss[:SHOWN])
-    return f"<p>Held-out text; a byte’s depth is that at which it predicts the next byte.</p>{picture}"
+    said = (
+        "Held-out text. The stronger the colour of a byte, the more iterations ran before it predicted the next byte."
+    )
+    return f"<p>{said}</p>{picture}"
 
 
 def _curves(trained: Mapping[str, Trained]) -> "Figure":
@@ -86,5 +93,5 @@ def _gains(result: Evaluation, windows: Tensor) -> str:
         letters = f"{place} or more" if place == LONG else str(place)
         depth = result.exits.measured.depth[seen == place].double().mean().item()
         rows.append((letters, f"{share:.1%}", f"{gain:+.4f}", f"{depth:.2f}"))
-    said = "By the letters of its word that have been read: what training at full depth gains over training at two."
+    said = "By letters of a word that have been read: what a model trained at full depth gains over one trained at two."
     return f"<p>{said}</p>" + viz.table(("letters", "share", "gain, nats", "depth by exits"), rows)
