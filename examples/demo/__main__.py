@@ -9,12 +9,12 @@ from pathlib import Path
 from rich.console import Console
 from torch import Tensor
 
-from . import html, words
+from . import html, known, words
 from .evaluate import Evaluation, evaluate
 from .exits import POLICIES
-from .jobs import EXITS, TRUNK, Setup, Trained, load, train_all
+from .jobs import EXITS, TRUNK, Setup, Trained, load, load_known, train_all
 from .model import Shape
-from .report import Bars, show
+from .report import Bars, show, show_known
 from .text import BadInput, Text, even_windows, file_text, stdlib_text
 from .train import Recipe
 
@@ -41,8 +41,9 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, console: Console) -> None:
     """Train and evaluate as the command line says."""
-    default, held_out, repeats, probed = (100, 2**14, 3, 128) if args.quick else (1000, 200 * 2**10, 10, 1024)
-    recipe = Recipe(default if args.steps is None else args.steps, probed=probed)
+    default, held_out, repeats, probed = (100, 2**13, 3, 128) if args.quick else (1000, 200 * 2**10, 10, 1024)
+    programs = (5, 5) if args.quick else Recipe(1).programs
+    recipe = Recipe(default if args.steps is None else args.steps, probed=probed, programs=programs)
     if recipe.steps < 3:
         raise BadInput(f"--steps expected at least 3, some for each stage, got {recipe.steps}")
     text = stdlib_text(recipe.window) if args.text is None else file_text(args.text, recipe.window)
@@ -61,8 +62,9 @@ def run(args: argparse.Namespace, console: Console) -> None:
         result = judge(console, trained, windows, fitted, args.seed, repeats)
     else:
         console.print("Exits were not trained yet: there is nothing to evaluate.")
-    path = setup.folder / "report.html"
-    html.write(path, said, trained, result, windows)
+    done, path = load_known(setup), setup.folder / "report.html"
+    show_known(console, done, known.held_out(setup.seed).needed)
+    html.write(path, said, html.Results(trained, result, done), windows, setup.seed)
     if args.quick:
         console.print(f"\n{words.QUICK}")
     console.print(f"\nReport: {path}", soft_wrap=True)

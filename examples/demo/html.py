@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from adadepth import viz
 from adadepth.diagnostics import gain_by
 
+from . import known
 from .evaluate import Evaluation
 from .exits import LONG, letters_seen
 from .jobs import EXITS, TRUNK, Trained
@@ -19,18 +20,33 @@ from .report import COLUMNS, cells_of, sections, verdicts
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+INTRODUCTION = (
+    "On this task the depth that each token needs is known. A program is twelve lines, each a constant or a function "
+    "of an earlier line, and each line predicts its own value. Here gates are learned: from the state of a line they "
+    "predict how much later iterations would still gain. Beside them stand models that were trained at a fixed depth, "
+    "with the same batches and the same number of steps."
+)
 SHOWN = 8  # windows in the heat map
 EVERY = 10  # steps between two points of a curve
 
 
-def write(
-    path: Path, said: Sequence[str], trained: Mapping[str, Trained], result: Evaluation | None, windows: Tensor
-) -> None:
+class Results(NamedTuple):
+    """What there is to report: all trainings, what came of those on text, and those on programs that are done."""
+
+    trained: Mapping[str, Trained]
+    result: Evaluation | None
+    known: Mapping[str, known.Known]
+
+
+def write(path: Path, said: Sequence[str], found: Results, windows: Tensor, seed: int) -> None:
     """The report, of what there is; `said` is what it is about."""
+    trained, result, programs = found
     parts = [("", "".join(f"<p>{escape(sentence)}</p>" for sentence in said))]
     if result is not None:
         parts += [("The depth of each byte", _text(trained, result, windows)), *_results(result)]
         parts += [("Where more iterations help", _gains(result, windows))] if result.line is not None else []
+    if len(programs) == len(known.NAMES):
+        parts += [("Programs: gates that learn the depth", _programs(programs, seed))]
     parts += [("Training", viz.svg(_curves(trained)))]
     path.write_text(viz.page("Adaptive depth on text", *parts))
 
@@ -71,6 +87,18 @@ def _text(trained: Mapping[str, Trained], result: Evaluation, windows: Tensor) -
         "Held-out text. The stronger the colour of a byte, the more iterations ran before it predicted the next byte."
     )
     return f"<p>{said}</p>{picture}"
+
+
+def _programs(results: Mapping[str, known.Known], seed: int) -> str:
+    """Lines of programs, coloured by their depth, the table, and used against needed depth."""
+    sample, depth = known.held_out(seed), results[known.GATES].measured.depth
+    lines = [[f" {line} " for line in known.TASK.text(ids)] for ids in sample.ids[:3].tolist()]
+    said = "".join(f"<p>{escape(line)}</p>" for line in known.verdict(results, sample.needed))
+    needed = viz.plot_needed(sample.needed, depth, known.TASK.steps)
+    return (
+        f"<p>{escape(INTRODUCTION)}</p>{viz.heat_map(lines, depth[:3], known.TASK.steps)}"
+        f"{viz.table(known.COLUMNS, known.rows(results))}{said}{viz.svg(needed)}"
+    )
 
 
 def _curves(trained: Mapping[str, Trained]) -> "Figure":

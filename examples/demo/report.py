@@ -1,14 +1,15 @@
 """What a reader sees in the terminal: progress bars while training, and the tables after it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import Tensor
 
 from adadepth.diagnostics import by_exit
 
-from . import train
+from . import known, train
 from .evaluate import Evaluation, Row
 from .jobs import TRUNK
 
@@ -22,11 +23,12 @@ class Bars:
         text = "{task.completed}/{task.total} loss {task.fields[loss]:.2f} depth {task.fields[depth]:.2f}"
         columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn(text), TimeElapsedColumn()
         self.progress, self.recipe = Progress(*columns, console=console), recipe
+        self.totals = {TRUNK: recipe.first, **dict.fromkeys(known.NAMES, sum(recipe.programs))}
         self.tasks: dict[str, tuple[TaskID, float, int]] = {}
 
     def show(self, name: str, now: train.Progress) -> None:
         """Move the bar of `name`."""
-        total = self.recipe.first if name == TRUNK else self.recipe.steps
+        total = self.totals.get(name, self.recipe.steps)
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(name, total=total, loss=now.loss, depth=now.depth), now.loss, 0
         task, loss, quarter = self.tasks[name]
@@ -53,6 +55,21 @@ def show(console: Console, result: Evaluation) -> None:
     console.print(_exits(result))
     console.print("")
     console.print(_time(result))
+
+
+def show_known(console: Console, results: Mapping[str, known.Known], needed: Tensor) -> None:
+    """The same of the programs, if all of them were trained to the end."""
+    if len(results) < len(known.NAMES):
+        return
+    table = Table(title="Programs: gates that learn the depth", title_justify="left")
+    for column in known.COLUMNS:
+        table.add_column(column, justify="left" if column == known.COLUMNS[0] else "right")
+    for cells in known.rows(results):
+        table.add_row(*cells)
+    console.print("")
+    console.print(table)
+    for line in known.verdict(results, needed):
+        console.print(line)
 
 
 def sections(result: Evaluation) -> Iterable[list[Row]]:
