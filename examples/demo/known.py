@@ -79,7 +79,6 @@ def verdict(results: Mapping[str, Known], needed: Tensor) -> Iterator[str]:
     by_need = ", ".join(f"{need:.0f}: {mean:.2f}" for need, _, mean in group_means(gates.depth.double(), needed))
     yield f"The gates run {gates.mean_depth:.2f} of {TASK.steps} iterations: {saved:.0%} fewer than all."
     yield f"Mean depth by the iterations that a line needs: {by_need}."
-    for name, other in results.items():
-        if name != GATES:
-            more = other.measured.accuracy - gates.accuracy
-            yield f"“{name}” gets {abs(more):.1%} {'more' if more > 0 else 'fewer'} of the lines right."
+    for name, depth in FIXED.items():
+        more = results[name].measured.accuracy - gates.accuracy
+        yield f"Trained at a fixed depth of {depth}: {abs(more):.1%} {'more' if more > 0 else 'fewer'} lines are right."
