@@ -10,8 +10,8 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo programs puzzles retrofit reproduce-small ablations test test-fast test-shapes test-every lint style types docs \
-	dist wheel-test lowest changelog release-check notes bench
+.PHONY: demo programs puzzles retrofit reproduce-small ablations test test-fast test-shapes test-every lint style types \
+	docs notebooks dist wheel-test lowest changelog release-check notes bench
 INSTALLED = $(VENV)/.adadepth-installed
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
@@ -98,6 +98,9 @@ types: $(INSTALLED)
 docs: $(INSTALLED)  ## build the documentation into site/
 	$(INSTALL) -e '.[docs]'
 	$(RUN) -m mkdocs build --strict
+
+notebooks: $(INSTALLED)  ## run the notebooks and write what comes out into them; they need no Jupyter
+	$(RUN) -m tools.notebooks
 
 dist: $(INSTALLED)  ## the wheel and the sdist, into dist/, checked as a package index checks them
 	$(INSTALL) build twine

@@ -96,13 +96,14 @@ def test_version_and_date_are_the_same_everywhere() -> None:
     heading = f"## [{CITATION['version']}] - {CITATION['date-released']}"
     headings = re.findall(r"^## .*", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert headings[:2] == ["## [Unreleased]", heading]
-    bibtex = re.search(r"```bibtex\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert bibtex
-    fields = dict(re.findall(r"^  (\w+) = \{(.*)\},$", bibtex[1], re.MULTILINE))
-    assert fields["version"] == adadepth.__version__
-    assert fields["year"] == CITATION["date-released"][:4]
-    assert fields["title"].replace("{", "").replace("}", "") == CITATION["title"]
-    assert fields["url"] == CITATION["repository-code"]
+    for page in ("README.md", "docs/citation.md"):
+        bibtex = re.search(r"```bibtex\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        assert bibtex
+        fields = dict(re.findall(r"^  (\w+) = \{(.*)\},$", bibtex[1], re.MULTILINE))
+        assert fields["version"] == adadepth.__version__
+        assert fields["year"] == CITATION["date-released"][:4]
+        assert fields["title"].replace("{", "").replace("}", "") == CITATION["title"]
+        assert fields["url"] == CITATION["repository-code"]
 
 
 def test_one_address_is_the_project_s() -> None:

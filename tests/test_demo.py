@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import adadepth as ad
 from adadepth.diagnostics import measure
 from examples.demo import __main__ as demo
-from examples.demo import evaluate, text
+from examples.demo import evaluate, known, text
 from examples.demo.exits import LONG, Gated, Probed, Routed, WordRouter, letters_seen, policy
 from examples.demo.jobs import Trained, score_with
 from examples.demo.model import AdaptiveLM, Shape
@@ -81,14 +81,21 @@ def test_a_quick_run_prints_every_figure_and_writes_the_report(
         assert float(row[1]) == pytest.approx(float(flops), abs=0.06)
     assert sum(float(table[str(i)][0].rstrip("%")) for i in range(1, 5)) == pytest.approx(100, abs=0.3)
     assert "Python's standard library" in output
-    assert "Evaluated on 16,384 held-out bytes" in output
+    assert "Evaluated on 8,192 held-out bytes" in output
     *_, last = output.strip().splitlines()
     assert last == f"Report: {tmp_path / 'report.html'}"
     report = (tmp_path / "report.html").read_text()
     assert report.startswith("<!DOCTYPE html>")
     assert not re.search(r"src=|href=.(?!#)|url\((?!#)|@import|<script", report)
-    for cell in ("exits", "KL of successive predictions", nats, "Where the depth went", "Where depth pays", "Training"):
+    for cell in ("exits", "KL of successive predictions", nats, "A fixed table", "Held-out loss", "Training"):
         assert cell in report
+    assert report.index("numbers mean nothing") < report.index("The depth of each byte") < report.index("<table>")
+    assert output.count("The numbers mean nothing.") == 2  # before and after
+    assert "first stage: step 4 of 4" in output  # in a pipe, a line for each quarter
+    assert "exits: step 10 of 10" in output
+    assert [name for name in table if name.startswith("programs")] == list(known.NAMES)
+    assert [table[name][0] for name in known.FIXED] == ["2.00", "3.00"]
+    assert "Programs: gates that learn the depth" in report
 
 
 @pytest.mark.every

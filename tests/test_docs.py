@@ -92,7 +92,7 @@ def test_no_block_escapes_the_tests(page: str) -> None:
     fences = re.findall(r"^[ >]*(?:```|~~~).*$", OWN[page], re.MULTILINE)
     opened = Counter(fences[::2])
     assert sum(opened.pop(fence) for fence in [*opened] if " title=" in fence) == len(QUOTE.findall(OWN[page]))
-    assert set(opened) <= {"```python", "```text", "```sh"}
+    assert set(opened) <= {"```python", "```text", "```sh", "```bibtex"}
     assert set(fences[1::2]) <= {"```"}
     snippets = SNIPPET.findall(OWN[page])
     assert opened["```python"] == len(snippets)
@@ -278,6 +278,24 @@ def test_reading_a_page_asks_nothing_of_the_network(site: Path) -> None:
     styles = "".join(path.read_text() for path in site.rglob("*.css"))
     assert re.findall(r"(?:url\(|@import)\s*['\"]?(?:https?:)?//[^)]*", styles) == []
     assert not any('class="mermaid"' in page.read_text() for page in pages)  # its script would come from elsewhere
+
+
+def test_a_page_says_its_version_and_links_types_and_sources(site: Path) -> None:
+    page = (site / "api" / "loop.html").read_text()
+    assert f">{ad.__version__}</li>" in page
+    assert 'data-md-component="source"' not in page  # the theme's script asks GitHub for stars where it is
+    assert 'href="https://docs.pytorch.org/docs/stable/generated/torch.nn.Module.html#torch.nn.Module"' in page
+    assert 'href="index.html#how-shapes-are-written"' in page
+    path, line = re.findall(r"/blob/main/(adadepth/loop/wrapper\.py)#L(\d+)", page)[0]
+    assert (ROOT / path).read_text().splitlines()[int(line) - 1].startswith(("@", "class RecurrentWrapper"))
+    card = re.findall(r'property="og:image" content=".*/raw/main/(.*?)"', page)
+    assert len(card) == 1 and (ROOT / card[0]).exists()
+
+
+def test_search_works_from_disk(site: Path) -> None:
+    """The index is a script, and so is what stands in for workers, which a page from disk may not start."""
+    assert (site / "search" / "search_index.js").read_text().startswith("var __index = ")
+    assert 'src="assets/iframe-worker.js"' in (site / "index.html").read_text()
 
 
 def test_docstrings_are_on_their_page_whole(site: Path) -> None:

@@ -24,6 +24,8 @@ th,td{{padding:.3rem .8rem .3rem 0;text-align:left;border-bottom:1px solid {both
 td:first-child{{min-width:7rem}}
 th{{color:{both(MUTED)};font-weight:600;vertical-align:bottom}}
 .number{{padding:.3rem 0 .3rem 1.3rem;text-align:right;white-space:nowrap}}
+@media(max-width:480px){{table{{font-size:.78rem}}td:first-child{{min-width:4.5rem}}th{{white-space:normal}}\
+th,td{{padding-right:.3rem}}.number{{padding-left:.45rem;white-space:normal}}}}
 """
 
 

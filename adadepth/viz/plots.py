@@ -1,4 +1,4 @@
-"""Plots as matplotlib figures: where tokens leave, how training went, and what depth buys.
+"""Plots as matplotlib figures: where tokens exit, how training went, and what depth buys.
 
 Every function gives a new `matplotlib.figure.Figure`, made without pyplot: nothing global changes and nothing has
 to be closed. `svg` puts it into a page, `figure.savefig` into a file. All need the extra `viz`.
@@ -57,7 +57,7 @@ _MARKERS = "osD^vPX"
 def plot_exits(
     depth: Int[Tensor, "*rows"], steps: int, *, nll: Float[Tensor, "*rows"] | None = None
 ) -> "matplotlib.figure.Figure":
-    """Where tokens leave: the share that leaves after each iteration, the share that runs it, and their mean NLL.
+    """Where tokens exit: the share that exits after each iteration, the share that runs it, and their mean NLL.
 
     Shapes: `depth` and `nll` alike, any shape.
     Arguments: `depth`, as in `trace.depth`, padding (0) left out; `steps`, those of the loop; `nll`, in nats: with
@@ -72,7 +72,7 @@ def plot_exits(
     runs = share.flip(0).cumsum(0).flip(0)
     with _panels([2.9] if nll is None else [2.9, 2.2], "iterations run") as (figure, axes):
         axes[0].bar(range(1, steps + 1), runs.tolist(), 0.86, color=RULE, label="run this iteration")
-        _bars(axes[0], share, "share of tokens, %", "{:.1f}", label="leave after it")
+        _bars(axes[0], share, "share of tokens, %", "{:.1f}", label="exit after it")
         if nll is not None:
             sums = torch.bincount(depth.flatten(), nll.detach().flatten().double(), steps + 1)[1:]
             _bars(axes[1], sums / left, "mean NLL, nats", "{:.2f}")

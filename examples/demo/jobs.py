@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adadepth.diagnostics import Measured, Score, measure
 
+from . import known
 from .exits import policy
 from .model import AdaptiveLM, Shape
 from .text import Text
@@ -81,7 +82,7 @@ def train_all(setup: Setup, text: Text, windows: Tensor, workers: int) -> Iterat
     torch.save((text, windows), setup.folder / "text.pt")
     context = get_context("spawn")
     shared = Shared(context.Queue(), context.Event())
-    todo = [TRUNK, *(fixed_name(depth) for depth in range(setup.shape.steps - 1, 0, -1))]
+    todo = [TRUNK, *(fixed_name(depth) for depth in range(setup.shape.steps - 1, 0, -1)), *known.NAMES]
     with ProcessPoolExecutor(workers, context, _start, shared) as pool:
         try:
             yield from _run_all(setup, todo, workers, pool, shared)
@@ -138,7 +139,15 @@ def _start(progress: Any, stop: Any) -> None:
     _shared[:] = [Shared(progress, stop)]
 
 
+def load_known(setup: Setup) -> dict[str, known.Known]:
+    """What was trained on programs to the end, by name."""
+    paths = {name: _path(setup, name) for name in known.NAMES}
+    return {name: torch.load(path, weights_only=False) for name, path in paths.items() if path.exists()}
+
+
 def _run(setup: Setup, name: str) -> None:
+    if name in known.NAMES:
+        return _run_known(setup, name)
     text, windows = torch.load(setup.folder / "text.pt", weights_only=False)
     training, recipe, history = Training(setup.shape, setup.recipe, setup.seed), setup.recipe, list[Progress]()
     if name in (EXITS, setup.deepest):
@@ -159,6 +168,17 @@ def _run(setup: Setup, name: str) -> None:
     torch.save(Trained(model, history, measured), _path(setup, name))
 
 
+def _run_known(setup: Setup, name: str) -> None:
+    model, history, steps = known.begin(setup.seed), list[Progress](), setup.recipe.programs
+    for now in known.train(name, steps, setup.seed, model):
+        history.append(now)
+        if now.step % 5 == 0 or now.step == sum(steps):
+            _shared[0].progress.put((name, now))
+        if _shared[0].stop.is_set():
+            return
+    torch.save(known.Known(history, known.judge(name, setup.seed, model)), _path(setup, name))
+
+
 def _step(training: Training, data: Tensor, setup: Setup, depth: int | None) -> Callable[[], Progress]:
     if depth is not None:
         return lambda: training.fixed(data, depth)
@@ -168,4 +188,4 @@ def _step(training: Training, data: Tensor, setup: Setup, depth: int | None) -> 
 
 
 def _path(setup: Setup, name: str) -> Path:
-    return setup.folder / f"{name.replace(' ', '-')}.pt"
+    return setup.folder / f"{name.replace(',', '').replace(' ', '-')}.pt"

@@ -1,41 +1,47 @@
 """What a reader sees in the terminal: progress bars while training, and the tables after it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import Tensor
 
 from adadepth.diagnostics import by_exit
 
-from . import train
+from . import known, train
 from .evaluate import Evaluation, Row
+from .jobs import TRUNK
 
-COLUMNS = ("exits", "depth", "FLOPs", "nats/byte", "more than exits")
+COLUMNS = ("model and exits", "depth", "FLOPs", "nats/byte", "more than exits")
 
 
 class Bars:
-    """A bar for each training, with its smoothed loss and mean depth."""
+    """A bar for each training, with its smoothed loss and mean depth; in a file or a pipe, a line for each quarter."""
 
-    def __init__(self, console: Console, steps: int) -> None:
+    def __init__(self, console: Console, recipe: train.Recipe) -> None:
         text = "{task.completed}/{task.total} loss {task.fields[loss]:.2f} depth {task.fields[depth]:.2f}"
         columns = TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn(text), TimeElapsedColumn()
-        self.progress, self.steps = Progress(*columns, console=console), steps
-        self.tasks: dict[str, tuple[TaskID, float]] = {}
+        self.progress, self.recipe = Progress(*columns, console=console), recipe
+        self.totals = {TRUNK: recipe.first, **dict.fromkeys(known.NAMES, sum(recipe.programs))}
+        self.tasks: dict[str, tuple[TaskID, float, int]] = {}
 
     def show(self, name: str, now: train.Progress) -> None:
         """Move the bar of `name`."""
+        total = self.totals.get(name, self.recipe.steps)
         if name not in self.tasks:
-            self.tasks[name] = self.progress.add_task(name, total=self.steps, loss=now.loss, depth=now.depth), now.loss
-        task, loss = self.tasks[name]
-        loss = 0.8 * loss + 0.2 * now.loss
-        self.tasks[name] = task, loss
+            self.tasks[name] = self.progress.add_task(name, total=total, loss=now.loss, depth=now.depth), now.loss, 0
+        task, loss, quarter = self.tasks[name]
+        loss, reached = 0.8 * loss + 0.2 * now.loss, 4 * now.step // total
+        self.tasks[name] = task, loss, reached
         self.progress.update(task, completed=now.step, loss=loss, depth=now.depth)
+        if reached > quarter and not self.progress.console.is_terminal:
+            self.progress.console.print(f"{name}: step {now.step} of {total}, loss {loss:.2f}, depth {now.depth:.2f}")
 
 
 def show(console: Console, result: Evaluation) -> None:
     """All tables, and what they do and do not say."""
-    table = Table(title="Held-out loss: who decides how deep a byte goes", title_justify="left")
+    table = Table(title="Held-out loss", title_justify="left")
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == COLUMNS[0] else "right")
     for rows in sections(result):
@@ -49,6 +55,21 @@ def show(console: Console, result: Evaluation) -> None:
     console.print(_exits(result))
     console.print("")
     console.print(_time(result))
+
+
+def show_known(console: Console, results: Mapping[str, known.Known], needed: Tensor) -> None:
+    """The same of the programs, if all of them were trained to the end."""
+    if len(results) < len(known.NAMES):
+        return
+    table = Table(title="Programs: gates that learn the depth", title_justify="left")
+    for column in known.COLUMNS:
+        table.add_column(column, justify="left" if column == known.COLUMNS[0] else "right")
+    for cells in known.rows(results):
+        table.add_row(*cells)
+    console.print("")
+    console.print(table)
+    for line in known.verdict(results, needed):
+        console.print(line)
 
 
 def sections(result: Evaluation) -> Iterable[list[Row]]:
@@ -75,9 +96,10 @@ def verdicts(result: Evaluation) -> Iterable[str]:
     """What the table says, in words."""
     exits, steps = result.exits, len(result.forced)
     yield (
-        "FLOPs are in passes of the model with one iteration. trained: models trained at that depth from the same "
-        "weights on the same batches; line: a mixture of two of them at the FLOPs of exits. All others but the last "
-        "are the weights of exits. ± is one standard error."
+        "“trained at n” is a model of its own, with n iterations for every byte. “line” is the best mixture of two of "
+        "these at the FLOPs of exits: this is what exits must beat. All other rows but the last are the weights of "
+        "exits, with other exits. FLOPs count passes of the model with one iteration. In the last column a minus is "
+        "better than exits; ± is one standard error."
     )
     saved = 1 - exits.measured.mean_depth / steps
     yield f"Exits run {exits.measured.mean_depth:.2f} of {steps} iterations: {saved:.0%} fewer."
@@ -93,11 +115,11 @@ def verdicts(result: Evaluation) -> Iterable[str]:
             yield f"They are {word} {name}: {more:+.4f} ± {error:.4f} nats."
     else:
         yield "Not all fixed depths were trained to the end, so there is no line to compare with."
-    yield f"Another depth than the last would have served {result.better:.0%} of the bytes better (oracle)."
+    yield f"For {result.better:.0%} of the bytes another depth than the last would have been better (oracle)."
 
 
 def _exits(result: Evaluation) -> Table:
-    table = Table(title="Exits: where bytes leave", title_justify="left")
+    table = Table(title="Exits: how many bytes at each depth", title_justify="left")
     for column in ("after iteration", "share of bytes", "nats/byte of these"):
         table.add_column(column, justify="right")
     groups = {group.name: group for group in by_exit(result.exits.measured)}

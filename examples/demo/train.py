@@ -20,7 +20,8 @@ class Recipe(NamedTuple):
     """`steps` of training on `batch` windows of `window` bytes, the share `open_share` of them without exits.
 
     `gate_lr` is a gate's part of the learning rate. A probe, from which a router is made, takes a tenth of the steps
-    on a copy that is then thrown away, and looks at `probed` windows.
+    on a copy that is then thrown away, and looks at `probed` windows. `programs` are the steps of both stages of
+    what is trained on programs.
     """
 
     steps: int
@@ -30,6 +31,7 @@ class Recipe(NamedTuple):
     open_share: float = 0.4
     gate_lr: float = 0.1
     probed: int = 1024
+    programs: tuple[int, int] = (1000, 600)
 
     @property
     def first(self) -> int:
