@@ -175,7 +175,7 @@ class NotBefore:
     """Applies `rule` from iteration `first` on; before it, no token exits.
 
     If a token exits after one iteration, others can read only the keys and values of its bare embedding. In small
-    language models this cost more quality than the iteration saves (docs: choosing exits).
+    language models this cost more quality than the iteration saves (docs: When adaptive depth helps).
     Arguments: `first`, the earliest iteration, from 1, after which a token may exit; `rule`.
     Raises: `ValueError` if `first` is not an int from 1, if `rule` is not a rule, or if it is a `TrainingOnly`: write
     `TrainingOnly(NotBefore(first, rule))`.
