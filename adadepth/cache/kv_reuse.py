@@ -1,4 +1,4 @@
-"""`KVReuseCache`: the keys and values of tokens seen before, as each iteration of the loop shows them."""
+"""`KVReuseCache`: the keys and values of tokens seen before, as each iteration of the loop reads them."""
 
 import copy
 import weakref
@@ -60,13 +60,13 @@ class KVReuseCache:
         self.steps: int | None = None
         self.layers = 0
         self._lengths: list[int] = []
-        self._begun: dict[int, int] = {}  # of each row, how many slots are taken by tokens of passes that wait
+        self._begun: dict[int, int] = {}  # for each row, how many slots are in use, also by tokens of unfinished passes
         self._depth = torch.zeros(0, 0, dtype=torch.int64)
         self._entries: Layout | None = None
         self._owner: weakref.ref[object] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_owner": None}  # who filled it is known in one process only
+        return {**self.__dict__, "_owner": None}  # which wrapper filled it can be told in one process only
 
     def __deepcopy__(self, memo: dict[int, object]) -> "KVReuseCache":
         new = copy.copy(self)
