@@ -1,4 +1,4 @@
-"""The arguments of a looped block: of the expected names, shapes and types, or an error that teaches."""
+"""Checks of a looped block's arguments: names, shapes and types, with errors that say what to do."""
 
 import functools
 import warnings
@@ -32,7 +32,7 @@ _MEANT = {
 
 
 def named(forward: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """`forward`, which says of an argument that it does not take which one is meant."""
+    """`forward`, with an error for each unknown argument that suggests the right one."""
 
     @functools.wraps(forward)
     def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -59,7 +59,7 @@ def _refuse(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
 
 
 def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
-    """The arguments of a looped block that come in rows."""
+    """Check the arguments of a looped block that are rows."""
     if isinstance(x, Output):
         raise ValueError(
             "RecurrentWrapper expected x of shape (batch, seq, dim), got the Output of another looped block. Pass its "
@@ -81,7 +81,7 @@ def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
 
 
 def looks(looped: Any, mask: Tensor | None, min_depth: Depth, max_depth: Depth) -> bool:
-    """Whether a pass may skip tokens, and so looks at the data; without exits and padding it does not."""
+    """Whether a pass may skip tokens, and so reads the data; without exits and padding it does not."""
     if not looped.skip or mask is not None or isinstance(max_depth, Tensor):
         return bool(looped.skip)
     forced = isinstance(min_depth, int) and min_depth >= looped.steps
@@ -89,7 +89,7 @@ def looks(looped: Any, mask: Tensor | None, min_depth: Depth, max_depth: Depth) 
 
 
 def check_can_look(looped: Any, x: Tensor, mask: Tensor | None, bounds: Bounds) -> None:
-    """That a pass whose shapes depend on the data has data to look at.
+    """Check that a pass whose shapes depend on the data can read the data.
 
     Raises: `ValueError` on the meta device and under `torch.vmap`.
     """
@@ -112,7 +112,7 @@ def check_can_look(looped: Any, x: Tensor, mask: Tensor | None, bounds: Bounds) 
 
 
 def check_given(given: Mapping[str, Any] | None, shape: tuple[int, int]) -> Mapping[str, Any]:
-    """What the block is given beside its input: tensors in it broadcast to the rows `shape (batch, seq)`."""
+    """Check the block's further arguments: tensors must broadcast to the rows `shape (batch, seq)`."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -144,9 +144,9 @@ def _check_broadcasts(name: str, value: Any, shape: tuple[int, int]) -> None:
 
 
 def check_cache(cache: object, looped: nn.Module) -> None:
-    """That a cache is one, and that the wrapper is one to decode with.
+    """Check that `cache` is a cache, and that the wrapper can decode with it.
 
-    Raises: `ValueError`. Warns, in training mode, of dropout: no two passes are then of one model.
+    Raises: `ValueError`. Warns of dropout in training mode: what the cache holds is then random.
     """
     if not isinstance(cache, KVReuseCache):
         got = f"the class {cache.__name__}" if isinstance(cache, type) else type(cache).__name__

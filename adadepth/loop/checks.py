@@ -1,4 +1,4 @@
-"""The pieces of a loop: that each stands in its place, goes with the others, and returns what is expected."""
+"""Checks of a loop's pieces: each is of the right kind, goes with the others, and returns the right shape."""
 
 import warnings
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _READ_SCORES = (Threshold, SurvivalThreshold, Survival, ACT)
 
 
 def check_part(name: str, part: Any) -> Any:
-    """What `looped.<name>` is to be, checked as in the constructor.
+    """The new value of `looped.<name>`, checked as in the constructor.
 
     Raises: `ValueError`.
     """
@@ -40,7 +40,7 @@ def _check_block(block: Any) -> None:
 
 
 def check_steps(steps: Any) -> int:
-    """The number of iterations, as an int of Python's own.
+    """The number of iterations, as a Python int.
 
     Raises: `ValueError`.
     """
@@ -52,7 +52,7 @@ def check_steps(steps: Any) -> int:
 
 
 def _holds(kind: type[nn.Module], part: object) -> bool:
-    """Whether it is one, or something that is wrapped around one: sharded, compiled."""
+    """Whether `part` is of this kind, or a wrapper around such a module, as after sharding or compiling."""
     return isinstance(part, kind) or (
         isinstance(part, nn.Module)
         and not isinstance(part, Gate | Update)
@@ -77,7 +77,7 @@ def _named(part: object) -> str:
 
 
 def warn_of(gate: nn.Module | None, rule: object, update: nn.Module, steps: int) -> None:
-    """Say of pieces that may be meant to stand together, but seldom are."""
+    """Warn of combinations of pieces that are allowed but seldom intended."""
     if gate is None and isinstance(rule, _READ_SCORES):
         warnings.warn(
             f"RecurrentWrapper has {type(rule).__name__} as its rule, which reads scores, but no gate: every score is "
@@ -99,7 +99,7 @@ def warn_of(gate: nn.Module | None, rule: object, update: nn.Module, steps: int)
 
 
 def check_together(gate: nn.Module | None, update: nn.Module) -> None:
-    """That the update does not scale by a score that is none.
+    """Check that the update does not multiply by the score of an exit criterion.
 
     Raises: `ValueError`.
     """
@@ -113,13 +113,13 @@ def check_together(gate: nn.Module | None, update: nn.Module) -> None:
 
 @final
 class Identity:
-    """What a cache knows its wrapper by: shared by copies of the wrapper that share its parts, and by no others."""
+    """The identity by which a cache recognizes its wrapper; copies of a wrapper that share its parts share it too."""
 
 
 def check_scores(looped: Any, step: int, least_and_most: list[float]) -> None:
-    """That scores, of which these are the least and the most, are numbers, and in [0, 1] where they scale.
+    """Check, from their minimum and maximum, that scores are not NaN, and are in [0, 1] if the update scales.
 
-    Raises: `ValueError`. Warns once of a scale outside [0, 1].
+    Raises: `ValueError`. Warns once of a score outside [0, 1] that scales.
     """
     low, high = least_and_most
     if low != low:
@@ -139,7 +139,7 @@ def check_scores(looped: Any, step: int, least_and_most: list[float]) -> None:
 
 
 def check_state(looped: nn.Module, state: Mapping[str, Any]) -> None:
-    """That weights are a wrapper's own, not those of its bare block.
+    """Check that weights are those of a wrapper, not of the block without the wrapper.
 
     Raises: `ValueError`.
     """
@@ -155,7 +155,7 @@ def check_state(looped: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def check_any_row(rule: Rule, what: str, device: torch.device) -> None:
-    """That a rule is one for any row: `what` it returns for a single token has the shape of one.
+    """Check that a rule accepts any row: for a single token, `what` it returns must have the shape of one.
 
     Raises: `ValueError`.
     """
@@ -164,7 +164,7 @@ def check_any_row(rule: Rule, what: str, device: torch.device) -> None:
 
 
 def check_result(piece: object, what: str, shape: torch.Size, result: Any, step: int) -> None:
-    """What a gate, a rule or an update returned at iteration `step`.
+    """Check what a gate, a rule or an update returned at iteration `step`.
 
     Raises: `ValueError`.
     """
