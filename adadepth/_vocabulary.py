@@ -74,8 +74,8 @@ def vocabulary_of(owner: str, head: nn.Module, nothing: Tensor) -> int:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
             f"{owner} expected a head that maps (n, dim) to logits (n, vocabulary) over at least 2 words, got {got} "
-            f"from {type(head).__name__} for {tuple(nothing.shape)}. Give it what makes logits, with the norm where "
-            "that stands outside the loop: nn.Sequential(norm, lm_head)."
+            f"from {type(head).__name__} for {tuple(nothing.shape)}. Give it the module that computes logits; if the "
+            "norm is outside the loop, include it: nn.Sequential(norm, lm_head)."
         )
     return logits.shape[1]
 

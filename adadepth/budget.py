@@ -75,7 +75,7 @@ class DepthBudget(nn.Module):
         if self.mean_depth > steps:
             raise ValueError(
                 f"DepthBudget(mean_depth={self.mean_depth}) expected a loop of at least as many iterations, got a "
-                f"trace of {steps}. Ask for less, or leave the budget out of passes whose max_depth is lower."
+                f"trace of {steps}. Set a lower mean_depth, or do not use the budget in passes with a lower max_depth."
             )
         if fixed and trace.scores.numel():
             raise ValueError(

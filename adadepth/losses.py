@@ -176,7 +176,9 @@ def depth_prior(
     if not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"depth_prior needs steps >= 1, got {named(steps)}. The order is kind, steps, rate.")
     if not 0 < rate < 1:
-        raise ValueError(f"depth_prior expected rate, the share that leaves, in (0, 1), got {rate}.")
+        raise ValueError(
+            f"depth_prior expected rate, the share that exits after each iteration, in (0, 1), got {rate}."
+        )
     if kind == "uniform":
         return torch.full((steps,), 1 / steps, device=device)
     if kind != "geometric":
@@ -200,8 +202,8 @@ def random_depth(prior: Float[Tensor, " steps"], at: int, seed: int = 0) -> int:
     weights = prior.tolist() if isinstance(prior, Tensor) and prior.dim() == 1 else []
     if not sum(weights) > 0 or min(weights) < 0:
         raise ValueError(
-            f"random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, "
-            f"got {prior}. Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7])."
+            f"random_depth expected prior, a tensor (steps,) of weights, none negative and not all 0, got {prior}. "
+            "Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7])."
         )
     return random.Random(f"{seed} {at}").choices(range(1, len(weights) + 1), weights)[0]
 

@@ -16,8 +16,8 @@ import adadepth as ad
 
 STEPS = 3
 NOTE = (
-    "RecurrentWrapper found this when it checked itself, once, on a few tokens before it first skipped some. "
-    "looped.self_check = False leaves that out."
+    "RecurrentWrapper found this in its self check, which runs once, on a few tokens, before it first skips any. "
+    "looped.self_check = False turns it off."
 )
 
 
@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
     "drop path": (
         Stochastic,
         True,
-        r"Stochastic draws noise that is neither of each token nor of the whole batch, in drop \(DropPath\): packed "
+        r"Stochastic draws noise that is neither for each token nor for the whole batch, in drop \(DropPath\): packed "
         r"tokens of different rows stand in one sequence and would share it. Draw it for each token, or one per row of "
         r"the batch and read it as noise\[adadepth.rows\(\)\].",
     ),

@@ -340,7 +340,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "a cache without a capacity": (
         lambda: DepthBatch(looped("attention").eval(), ad.KVReuseCache(), 2, 2),
         "Expected a new KVReuseCache with a capacity, the most tokens that a row may hold, got no capacity. Pass "
-        "adadepth.KVReuseCache(layout='filled', capacity=2048), say.",
+        "one, such as adadepth.KVReuseCache(layout='filled', capacity=2048).",
     ),
     "a training loop": (
         lambda: DepthBatch(looped("attention"), ad.KVReuseCache(capacity=4), 2, 2),
@@ -362,8 +362,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "one of two that began together": (
         lambda: flying().call({(0, 0)}),
-        "Rows that began together wait together, got wait=[(0, 0)], without (1, 0). Begin rows one by one that are to "
-        "wait by themselves.",
+        "Rows that began together must wait together, got wait=[(0, 0)], without (1, 0). Begin rows one by one if they "
+        "must wait separately.",
     ),
     "a token that would overtake": (
         lambda: overtaking().call({(0, 0)}),

@@ -34,7 +34,7 @@ def current_view(caller: str) -> TokenView:
     """The view of the block that this thread runs; outside a block, an error that names `caller`."""
     if active.view is None:
         raise RuntimeError(
-            f"{caller}() was called outside a looped block: only a RecurrentWrapper that runs one knows it."
+            f"{caller}() was called outside a looped block: it works only in a block that a RecurrentWrapper runs."
         )
     view: TokenView = active.view
     return view
@@ -138,8 +138,8 @@ def _is_fake(tensor: Tensor) -> bool:
 def _check_mask(view: TokenView, attn_mask: Tensor | None, is_causal: bool, queries: int) -> None:
     if attn_mask is not None and not is_causal:
         raise ValueError(
-            f"The block passes an attention mask of its own, of shape {tuple(attn_mask.shape)}. In a loop only the "
-            "wrapper knows which tokens run and which are padding: pass is_causal=True instead of a causal mask, and "
+            f"The block passes an attention mask of its own, of shape {tuple(attn_mask.shape)}. In a loop the wrapper "
+            "makes the mask, from the active tokens and the padding: pass is_causal=True instead of a causal mask, and "
             "padding as looped(x, mask=...). Other masks (windows, ALiBi, prefixes) cannot be looped."
         )
     if is_causal == view.causal or (view.causal and queries == 1):

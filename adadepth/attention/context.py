@@ -124,8 +124,8 @@ def here(caller: str) -> Here | Together:
     """The tokens that this thread runs; outside a looped block, an error that names `caller`."""
     if active.here is None:
         raise RuntimeError(
-            f"{caller}() was called outside a looped block: only a RecurrentWrapper that runs one knows it. It works "
-            "in the block, its submodules and hooks, and in gates and updates."
+            f"{caller}() was called outside a looped block, where it has no value. Call it in the block, its "
+            "submodules and hooks, or in gates and updates."
         )
     return active.here
 
@@ -181,7 +181,7 @@ def take(per_token: Shaped[Tensor, "batch seq *rest"]) -> Shaped[Tensor, "rows l
     if tuple(per_token.shape[:2]) != (batch, seq):
         raise ValueError(
             f"adadepth.take expected a tensor of shape (batch, seq, ...) = ({batch}, {seq}, ...), one entry for each "
-            f"token that the loop was given, got {tuple(per_token.shape)}. What is one per row is "
-            "c[adadepth.rows()]; with a cache the tokens are the new ones."
+            f"token that the loop was given, got {tuple(per_token.shape)}. For a tensor c with one entry per row, "
+            "write c[adadepth.rows()]; with a cache, pass entries of the new tokens."
         )
     return tokens.take(per_token if active.window is None else active.window.cut(per_token))

@@ -114,18 +114,18 @@ def ledger(number: int) -> Ledger:
     found = _ledgers.get(number)
     if found is None:
         raise ValueError(
-            "The backward pass reached a compiled layer of a loop whose output is no longer held. Keep the loop's "
-            "output until the backward pass is done, or run the layers without torch.compile."
+            "The backward pass reached a compiled layer of a loop whose output was freed. Keep the loop's output until "
+            "the backward pass is done, or run the layers without torch.compile."
         )
     return found
 
 
 def _refuse() -> NoReturn:
     raise ValueError(
-        "Gradients of the keys and values that a compiled layer keeps for the next iteration expected that the layer "
-        "reads the block's input and adds to its output, and that the backward pass goes through all of it; got a "
-        "layer that is cut off. Call loss.backward(), or pass the weights of all layers to torch.autograd.grad; do not "
-        "detach the layer's input or output. Or run that layer without torch.compile."
+        "A compiled layer keeps keys and values for the next iteration. For their gradients it must read the block's "
+        "input and add to its output, and the backward pass must go through all of it; got a layer that is cut off. "
+        "Call loss.backward(), or pass the weights of all layers to torch.autograd.grad; do not detach the layer's "
+        "input or output. Or run that layer without torch.compile."
     )
 
 

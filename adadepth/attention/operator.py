@@ -58,8 +58,8 @@ def attend(
     view: Any = active.view
     if view is None:
         raise RuntimeError(
-            "A graph that was compiled inside a looped block was called outside of it: only a RecurrentWrapper that "
-            "runs the block knows its tokens."
+            "A graph that was compiled inside a looped block was called outside of it. Call it only through the "
+            "RecurrentWrapper that runs the block."
         )
     how = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "window": window, "softcap": softcap}
     _check(view, grad)
@@ -80,15 +80,15 @@ def _check(view: Any, grad: bool) -> None:
     """Check that no gradient is cut."""
     if view.checkpointed:
         raise ValueError(
-            "A compiled layer attends in a loop with checkpoint=True, whose iterations are run again in the backward "
-            "pass; expected checkpoint=False. Or compile only submodules without attention."
+            "A compiled layer attends in a loop with checkpoint=True; expected checkpoint=False, because the backward "
+            "pass would run the iterations again. Set it, or compile only submodules without attention."
         )
     kept = view.past[view.calls] if view.past and view.calls < len(view.past) else ()
     if any(t.requires_grad for t in kept) and not (grad and view.ledger is not None and view.ledger.entered):
         raise ValueError(
-            "A compiled layer attends without gradients in a loop that has them: those of the keys and values of "
-            "earlier iterations would be cut. Put torch.no_grad() around the whole loop, compile the layer as a "
-            "module, layer.compile(), or run it without torch.compile."
+            "A compiled layer attends without gradients in a loop with gradients: those of earlier iterations' keys "
+            "and values would be cut. Put torch.no_grad() around the whole loop, compile the layer as a module, "
+            "layer.compile(), or run it without torch.compile."
         )
 
 
@@ -166,7 +166,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor, _turn: None) -> tuple[Tensor | None, ...]:
     if not ctx.grad:
-        raise ValueError("adadepth::attend was called with grad=False, and a gradient of it is asked: pass grad=True.")
+        raise ValueError("adadepth::attend was called with grad=False, but its gradient is needed. Pass grad=True.")
     q, k, v, sinks = torch.ops.adadepth.attend_backward(grad, *ctx.saved_tensors, *ctx.shapes)
     return q, k, v, *([None] * 7), sinks if ctx.learned else None
 

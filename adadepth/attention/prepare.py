@@ -63,8 +63,8 @@ def _multihead_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     of_memory = active.apart and given["key"] is not given["query"]
     if given["key_padding_mask"] is not None and not of_memory:
         raise ValueError(
-            "nn.MultiheadAttention was called with a key_padding_mask. In a loop only the wrapper knows which tokens "
-            "run: pass padding as looped(x, mask=...)."
+            "nn.MultiheadAttention was called with a key_padding_mask. In a loop the wrapper makes the mask: pass "
+            "padding as looped(x, mask=...)."
         )
     if not module.training and given["key"] is given["query"]:
         # The fast path is for self-attention only, which PyTorch tells by `key is query`.

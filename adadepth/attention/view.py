@@ -175,9 +175,9 @@ class TokenView(ABC):
             return
         if grad is self._grad or (self._grad and not torch.compiler.is_compiling() and _in_autograd_function()):
             raise ValueError(
-                "The block checkpoints its own attention. A recomputation in the backward pass would no longer know "
-                "which tokens ran. Switch checkpointing off inside the block and let the loop checkpoint whole "
-                "iterations: RecurrentWrapper(..., checkpoint=True)."
+                "The block checkpoints its own attention. The backward pass cannot recompute it, because the tokens "
+                "that ran are no longer known. Switch checkpointing off inside the block and let the loop checkpoint "
+                "whole iterations: RecurrentWrapper(..., checkpoint=True)."
             )
 
     def check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -201,7 +201,7 @@ class TokenView(ABC):
     def _uneven(self, calls: str) -> NoReturn:
         raise ValueError(
             f"Iteration {self.step} made {calls} the {self.expected} attention calls {self.known}. A looped block must "
-            "call attention equally often every time; which layer a call is, is told by their order."
+            "call attention equally often every time, because the order of the calls tells which layer each belongs to."
         )
 
     def _check_window(self, window: int) -> None:
@@ -221,8 +221,8 @@ class TokenView(ABC):
         raise ValueError(
             f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {shape}: queries, keys and "
             "values must be those of the block's own input, one per token. Cross-attention and keys of another length "
-            "cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. A "
-            "tensor of the batch's shape that the block adds to its input is passed as block_kwargs, which are packed."
+            "cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. If "
+            "the block adds a tensor of the batch's shape to its input, pass it as block_kwargs, so that it is packed."
         )
 
     @abstractmethod

@@ -123,8 +123,8 @@ def _check_entry(name: str, call: int, held: Tensor, new: Tensor) -> None:
     ):
         if have != got:
             raise ValueError(
-                f"The cache holds {name} of {what} {have} in attention call {call}, got {got}. A cache serves one "
-                "wrapper as it was when the cache was begun: cast and move first, then begin with a new cache or "
+                f"The cache holds {name} of {what} {have} in attention call {call}, got {got}. A cache belongs to one "
+                "wrapper, which must not change in between: cast and move it first, then begin with a new cache or "
                 "cache.reset()."
             )
 

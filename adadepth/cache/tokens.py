@@ -150,6 +150,6 @@ class JoinedTokens(TokenSet):
 
 def _in_no_rows() -> ValueError:
     return ValueError(
-        "Tokens of several passes run in one call of the block, and stand in no rows together. What holds one entry "
-        "for each token is passed as block_kwargs; adadepth.rows() gives each token's row of the cache."
+        "Tokens of several passes run in one call of the block, so they have no common rows (batch, seq). Pass a "
+        "tensor with one entry for each token as block_kwargs; adadepth.rows() gives each token's row of the cache."
     )

@@ -112,9 +112,9 @@ def _check_noise(looped: Any, case: Case) -> bool:
     dense, packed = drawn_by(False), drawn_by(True)
     if (draw := shared(dense, packed, case.mask.numel(), int(case.mask.sum()))) is not None:
         raise ValueError(
-            f"{type(looped.block).__name__} draws noise that is neither of each token nor of the whole batch, in "
-            f"{draw.where}: packed tokens of different rows stand in one sequence and would share it. Draw it for each "
-            "token, or one per row of the batch and read it as noise[adadepth.rows()]."
+            f"{type(looped.block).__name__} draws noise that is neither for each token nor for the whole batch, in "
+            f"{draw.where}: packed tokens of different rows are in one sequence and would share it. Draw it for each "
+            "token; or draw one for each row of the batch, and read noise[adadepth.rows()]."
         )
     return bool(dense)
 

@@ -21,13 +21,13 @@ R = TypeVar("R")
 NAMES = ("mask", "start", "min_depth", "max_depth", "block_kwargs", "states", "cache")
 _KNOWN = frozenset(NAMES)
 _MEANT = {
-    "attention_mask": "Real tokens are mask=, (batch, seq) bool.",
-    "padding_mask": "Real tokens are mask=, (batch, seq) bool.",
-    "key_padding_mask": "Real tokens are mask=, (batch, seq) bool, True for real tokens.",
-    "past_key_values": "A cache is cache=adadepth.KVReuseCache().",
+    "attention_mask": "Pass real tokens as mask=, (batch, seq) bool.",
+    "padding_mask": "Pass real tokens as mask=, (batch, seq) bool.",
+    "key_padding_mask": "Pass real tokens as mask=, (batch, seq) bool, True for real tokens.",
+    "past_key_values": "Pass a cache as cache=adadepth.KVReuseCache().",
     "position_ids": "The loop counts positions, from real tokens: read adadepth.positions() inside the block.",
-    "output_hidden_states": "Every iteration's state is states=True.",
-    "steps": "A call that is shorter than the loop is max_depth=.",
+    "output_hidden_states": "For the state of every iteration, pass states=True.",
+    "steps": "For a call with fewer iterations, pass max_depth=.",
 }
 
 
@@ -101,12 +101,12 @@ def check_can_look(looped: Any, x: Tensor, mask: Tensor | None, bounds: Bounds) 
     )
     if x.is_meta and looks:
         raise ValueError(
-            "RecurrentWrapper with skip=True looks at the data to skip tokens, and x is on the meta device, which has "
-            "none. Build it with skip=False for shapes alone, or give x a real device."
+            "RecurrentWrapper with skip=True reads the data to skip tokens, but x is on the meta device, which has "
+            "none. Set skip=False if you only need shapes, or put x on a real device."
         )
     if mapped and (looks or not looped.training):
         raise ValueError(
-            "RecurrentWrapper looks at the data, and torch.vmap does not let it. Put what is mapped over into the "
+            "RecurrentWrapper reads the data, which torch.vmap does not allow. Make the mapped axis a part of the "
             "batch: x.flatten(0, 1)."
         )
 
@@ -138,8 +138,8 @@ def _check_broadcasts(name: str, value: Any, shape: tuple[int, int]) -> None:
         raise ValueError(
             f"{name} expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), one per "
             f"row, or (1, seq, ...), the same for all rows, with (batch, seq) = ({batch}, {seq}), got "
-            f"{tuple(value.shape)}. Give one per row its second axis: c.unsqueeze(1). What is no token's belongs into "
-            "the block itself."
+            f"{tuple(value.shape)}. Give a tensor with one entry per row its second axis: c.unsqueeze(1). A tensor "
+            "without entries for tokens or rows must be a part of the block."
         )
 
 
@@ -155,8 +155,8 @@ def check_cache(cache: object, looped: nn.Module) -> None:
         )
     if isinstance(looped.rule, TrainingOnly):
         raise ValueError(
-            f"The rule {_name(looped.rule.rule)} is for training only: with a cache it sees the new tokens alone and "
-            "would decide otherwise. Decode with a rule that treats each token on its own, such as "
+            f"The rule {_name(looped.rule.rule)} is for training only: with a cache it gets the new tokens alone and "
+            "would decide differently. Decode with a rule that treats each token on its own, such as "
             "adadepth.Threshold(tau)."
         )
     if looped.training and any(isinstance(p, _DropoutNd) and p.p for p in looped.modules()):

@@ -59,8 +59,8 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
     """`block` on the tokens `x` of a view, with further arguments `given` in the order of these tokens."""
     if active.view is not None:
         raise ValueError(
-            "A RecurrentWrapper runs inside the block of another: it would take the packed tokens of all rows for one "
-            "row of its own. Let one loop hold the whole stack, or run one loop after the other."
+            "A RecurrentWrapper runs inside the block of another: it would treat the packed tokens of all rows as one "
+            "row. Put the whole stack into one loop, or run one loop after the other."
         )
     taken = takes_view(block)
     if not taken:
@@ -80,8 +80,8 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
         active.view, active.here, active.block = None, before, None
     if written is not None and x._version != written:
         raise ValueError(
-            f"{type(block).__name__} writes into its input, which the update reads after it. Write x = x + ... in "
-            "place of x += ..., or start with x = x.clone()."
+            f"{type(block).__name__} writes into its input, which the update reads later. Write x = x + ... instead of "
+            "x += ..., or start with x = x.clone()."
         )
     view.close()
     _check_output(block, x, out, view, taken)
@@ -146,8 +146,8 @@ def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView, tak
         )
     if not (view.calls or view.elsewhere or view.bare or taken):
         raise ValueError(
-            f"No attention call was seen in {type(block).__name__}, so its tokens would mix unseen or not at all. Its "
-            "attention must call F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention "
-            "with need_weights=True); a Hugging Face layer made by hand does so if its config has _attn_implementation "
-            "= 'sdpa'. If it mixes no tokens, say so: adadepth.Pointwise(block)."
+            f"No attention call was caught in {type(block).__name__}. Its attention must call "
+            "F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention with "
+            "need_weights=True); a Hugging Face layer made by hand does so if its config has _attn_implementation = "
+            "'sdpa'. If it mixes no tokens, wrap it: adadepth.Pointwise(block)."
         )

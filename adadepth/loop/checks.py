@@ -67,7 +67,7 @@ _FITS = {
 }
 _WANTED = {
     "gate": "an adadepth.Gate",
-    "rule": "a function or an object that is called like one",
+    "rule": "a function or a callable object",
     "update": "an adadepth.Update",
 }
 
@@ -87,13 +87,13 @@ def warn_of(gate: nn.Module | None, rule: object, update: nn.Module, steps: int)
     if gate is not None and rule is None and isinstance(update, Replace | InputInjection | Ungated):
         warnings.warn(
             f"RecurrentWrapper has a gate, but no rule, and {type(update).__name__} does not use the score: the gate "
-            "has no effect but on trace.scores. Give it a rule, such as adadepth.Threshold(0.5).",
+            "affects only trace.scores. Give it a rule, such as adadepth.Threshold(0.5).",
             stacklevel=3,
         )
     if isinstance(made_for := getattr(gate, "steps", None), int) and made_for > steps:
         warnings.warn(
-            f"{type(gate).__name__} was made for {made_for} steps, but the loop has {steps}: what it has for later "
-            "iterations is not used.",
+            f"{type(gate).__name__} was made for {made_for} steps, but the loop has {steps}: its parameters for later "
+            "iterations are not used.",
             stacklevel=3,
         )
 
@@ -105,7 +105,7 @@ def check_together(gate: nn.Module | None, update: nn.Module) -> None:
     """
     if gate is not None and getattr(gate, "measures", False) and getattr(update, "scales", False):
         raise ValueError(
-            f"{type(gate).__name__} is an exit criterion: its score measures a token and is no scale, but "
+            f"{type(gate).__name__} is an exit criterion: its score is a measurement, not a factor, but "
             f"{type(update).__name__} multiplies by it. Give the loop update=adadepth.Replace() or "
             f"adadepth.Ungated({type(update).__name__}(...))."
         )
@@ -125,15 +125,15 @@ def check_scores(looped: Any, step: int, least_and_most: list[float]) -> None:
     if low != low:
         raise ValueError(
             f"{type(looped.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the gate's "
-            "parameters, or in the block's output: without a gate, looped(x, states=True).states holds every "
-            "iteration's."
+            "parameters, or in the block's output: without a gate, looped(x, states=True).states holds the state of "
+            "every iteration."
         )
     if (low < 0 or high > 1) and getattr(looped.update, "scales", False) and not looped.__dict__.get("_warned"):
         looped.__dict__["_warned"] = True
         warnings.warn(
             f"{type(looped.gate).__name__} scored {low if low < 0 else high:.3g} at iteration {step}, and "
-            f"{type(looped.update).__name__} multiplies by it. Learned gates end in a sigmoid; a score that is no "
-            "scale takes adadepth.Replace() or adadepth.Ungated(...).",
+            f"{type(looped.update).__name__} multiplies by it. End a learned gate in a sigmoid; for a score that is "
+            "not in [0, 1], use adadepth.Replace() or adadepth.Ungated(...).",
             stacklevel=2,
         )
 

@@ -130,7 +130,7 @@ def _stays(
     stays = remaining
     if rule is not None and not bounds.forced(step):
         stays = rule(history, remaining, tokens.positions)
-        check_result(rule, "what stays of each token", remaining.shape, stays, step)
+        check_result(rule, "how much of each token continues", remaining.shape, stays, step)
     return bounds.clamp(stays, remaining, step)
 
 

@@ -48,8 +48,8 @@ def check_itself(looped: Any, x: Tensor, mask: Tensor | None, more: Mapping[str,
                     check(looped, case)
     except ValueError as error:
         error.add_note(
-            "RecurrentWrapper found this when it checked itself, once, on a few tokens before it first skipped some. "
-            "looped.self_check = False leaves that out."
+            "RecurrentWrapper found this in its self check, which runs once, on a few tokens, before it first skips "
+            "any. looped.self_check = False turns it off."
         )
         raise
     looped._checked |= {(looped.training, False), (looped.training, len(x) > 1)}

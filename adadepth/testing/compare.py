@@ -51,7 +51,7 @@ def agree(dim: int, steps: int, gate: Gate, rule: Rule, update: Update, like: Li
         for skip in (True, False)
     ]
     same("loop", "packed execution", outputs[0].hidden, outputs[1].hidden)
-    assert torch.equal(outputs[0].trace.live, outputs[1].trace.live), "Packed and dense execution ran other tokens."
+    assert torch.equal(outputs[0].trace.live, outputs[1].trace.live), "Packed and dense execution ran different tokens."
 
 
 def like(piece: nn.Module) -> Like:

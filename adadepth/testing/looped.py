@@ -52,9 +52,9 @@ def _check_cache(looped: RecurrentWrapper, case: Case) -> None:
     dtype = coarsest(looped, case.x)
     if (far := off(torch.cat(parts, 1), whole, case.mask, dtype)) > EXACT[dtype]:
         raise ValueError(
-            f"{type(looped.block).__name__} gives with a cache another result than without: a prompt and then later "
-            f"tokens differ from one pass by {far:.1e} relative. Positions must come from adadepth.positions() or "
-            "view.positions, and no token may depend on a later one but through attention."
+            f"{type(looped.block).__name__} gives another result with a cache than without: a prompt and later tokens "
+            f"differ from one pass by {far:.1e} relative. Positions must come from adadepth.positions() or "
+            "view.positions, and tokens may depend on each other only through attention."
         )
 
 

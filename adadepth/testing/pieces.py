@@ -16,7 +16,7 @@ from .compare import Like, agree, drawn, each_alone, like, untouched
 _LEADING = ((5,), (1, 5), (2, 3), (0,), (2, 0))
 _ROUNDING = 1e-4  # how far outside [0, 1] rounding may put a score
 
-_READS = "{0} has reads_step = False, but {1}. Leave the attribute out: it is True then."
+_READS = "{0} has reads_step = False, but {1}. Remove the attribute: it is True by default."
 _AXIS = "To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
 
 
@@ -74,9 +74,9 @@ def _of_their_unit(name: str, scores: list[Tensor], dim: int, update: Update | N
     update = copy.deepcopy(update).eval()
     low, high = (float(end) for end in torch.stack(scores).detach().aminmax())
     assert (low >= -_ROUNDING and high <= 1 + _ROUNDING) or not _scales(update, dim), (
-        f"A score that scales an update must be a share, in [0, 1]: {name} gave scores from {low:.2g} to {high:.2g} "
-        f"for {type(update).__name__}. If they are logits, end the gate in .sigmoid(). If they are only to cut, take "
-        "an update that does not use them, here and in the loop: check_gate(gate, dim, update=Ungated(Interpolate()))."
+        f"A score that scales an update must be in [0, 1]: {name} gave scores from {low:.2g} to {high:.2g} for "
+        f"{type(update).__name__}. If they are logits, end the gate in .sigmoid(). If they only decide exits, use an "
+        "update that ignores them, here and in the loop: check_gate(gate, dim, update=Ungated(Interpolate()))."
     )
     return update
 

@@ -72,11 +72,12 @@ def _stays(rule: Rule, rows: _Rows) -> Tensor:
     """The weight that continues by the rule; checks its shape and dtype."""
     stays = untouched(rule, *rows)
     assert stays.shape == rows.remaining.shape, (
-        f"A rule must say what stays of each token: expected shape {tuple(rows.remaining.shape)}, got "
+        f"A rule must return how much of each token continues: expected shape {tuple(rows.remaining.shape)}, got "
         f"{tuple(stays.shape)}."
     )
     assert stays.is_floating_point(), (
-        f"A rule must say how much stays, got {stays.dtype}. For a cut write torch.where(condition, remaining, 0)."
+        f"A rule must return how much of each token continues, in floating point, got {stays.dtype}. For hard exits, "
+        "write torch.where(condition, remaining, 0)."
     )
     assert bool(stays.isfinite().all()), (
         f"A rule must be finite, also for a row of padding alone, got {stays.tolist()}. Divide by counts that are at "

@@ -115,7 +115,9 @@ def _rows(owner: str, tokens: Tokens, depth: Tensor, steps: int, nll: Tensor | N
     rows: Sequence[Any] = [tokens] if depth.dim() == 1 else tokens
     depths = depth.unsqueeze(0) if depth.dim() == 1 else depth
     if len(rows) != len(depths):
-        raise ValueError(f"{owner} expected the tokens of {len(depths)} rows, one for each of depths, got {len(rows)}.")
+        raise ValueError(
+            f"{owner} expected the tokens of {len(depths)} rows, one for each row of depths, got {len(rows)}."
+        )
     losses = [None] * len(rows) if nll is None else nll.view_as(depths)
     return [_row(owner, *of_row) for of_row in zip(rows, depths, losses, strict=True)]
 
@@ -124,7 +126,7 @@ def _row(owner: str, tokens: Sequence[str], depth: Tensor, nll: Tensor | None) -
     if len(tokens) != len(depth):
         raise ValueError(
             f"{owner} expected as many tokens as depths, {len(depth)}, got {len(tokens)}. Only tokens that ran have a "
-            "depth: the newest of a generation has not."
+            "depth; the newest token of a generation has none."
         )
     if others := [token for token in tokens if not isinstance(token, str)]:
         raise ValueError(

@@ -123,7 +123,9 @@ def plot_frontier(
     if not points:
         raise ValueError("plot_frontier expected at least one named point, {name: (cost, loss)}, got none.")
     if lost := [name for name, place in points.items() if not all(map(math.isfinite, place))]:
-        raise ValueError(f"plot_frontier expected finite places, got {points[lost[0]]} for {lost[0]!r}. Leave it out.")
+        raise ValueError(
+            f"plot_frontier expected finite costs and losses, got {points[lost[0]]} for {lost[0]!r}. Leave it out."
+        )
     lines = lines or {}
     with _panels([4.2], x) as (figure, (axis,)):
         axis.set_ylabel(y)
