@@ -309,5 +309,5 @@ def test_a_score_in_another_unit_may_cut() -> None:
         GATE(_Raw(), DIM, update=update)
     criterion = _Raw().requires_grad_(False)
     GATE(criterion, DIM)
-    with pytest.raises(AssertionError, match="must be a share"):
+    with pytest.raises(AssertionError, match=r"must be in \[0, 1\]"):
         GATE(criterion, DIM, update=ad.Interpolate())

@@ -151,10 +151,9 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "no attention": (
         lambda: loop(nn.Linear(8, 8))(X),
-        "No attention call was caught in Linear. Its attention must call F.scaled_dot_product_attention (not a "
-        "compiled copy of it, nor nn.MultiheadAttention with need_weights=True); a Hugging Face layer made by hand "
-        "does so if its config has _attn_implementation = 'sdpa'. If it mixes no tokens, wrap it: "
-        "adadepth.Pointwise(block).",
+        "No attention call was seen in Linear. Its attention must call F.scaled_dot_product_attention (not a compiled "
+        "copy of it, nor nn.MultiheadAttention with need_weights=True); a Hugging Face layer made by hand does so if "
+        "its config has _attn_implementation = 'sdpa'. If it mixes no tokens, wrap it: adadepth.Pointwise(block).",
     ),
     "output shape": (
         lambda: loop(Block(lambda x: sdpa(x)[..., :3]))(X),

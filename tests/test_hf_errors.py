@@ -69,8 +69,8 @@ ADAPT = {
     ),
     "layers that convolve": (
         lambda: adapt(convolving(), 2, check=False),
-        "adapt expected layers that mix tokens by attention alone; those of LlamaForCausalLM are recurrent or convolve "
-        "(Conv1d): their state would lack the exited tokens. Loop layers of attention by hand: "
+        "adapt expected layers that mix tokens by attention alone; those of LlamaForCausalLM have a recurrence or a "
+        "convolution (Conv1d): their state would lack the exited tokens. Loop layers of attention by hand: "
         "adadepth.RecurrentWrapper(block, steps).",
     ),
     "windows in a mask": (

@@ -91,6 +91,6 @@ def test_other_mixing_is_found_and_named(name: str) -> None:
 
 
 def test_what_the_loop_refuses_is_refused() -> None:
-    with pytest.raises(ValueError, match="No attention call was caught in Linear"):
+    with pytest.raises(ValueError, match="No attention call was seen in Linear"):
         ad.check_block(nn.Linear(DIM, DIM), DIM)
     ad.check_block(ad.Pointwise(nn.Linear(DIM, DIM)), DIM)

@@ -102,8 +102,8 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
         Stochastic,
         True,
         r"Stochastic draws noise that is neither for each token nor for the whole batch, in drop \(DropPath\): packed "
-        r"tokens of different rows stand in one sequence and would share it. Draw it for each token, or one per row of "
-        r"the batch and read it as noise\[adadepth.rows\(\)\].",
+        r"tokens of different rows are in one sequence and would share it. Draw it for each token; or draw one for "
+        r"each row of the batch, and read noise\[adadepth.rows\(\)\].",
     ),
 }
 
@@ -342,7 +342,7 @@ def test_check_looped_finds_what_a_cache_does_otherwise() -> None:
             return super().forward(x + 0.1 * self.passes)
 
     loop = ad.RecurrentWrapper(Grows(DIM, True), 1)
-    with pytest.raises(ValueError, match=r"^Grows gives with a cache another result than without: a prompt and then"):
+    with pytest.raises(ValueError, match=r"^Grows gives another result with a cache than without: a prompt and later"):
         ad.check_looped(loop, torch.randn(2, 7, DIM))
     assert loop.block.passes == 0
     ad.check_looped(ad.RecurrentWrapper(Grows(DIM, False), 1, causal=False), torch.randn(2, 7, DIM))

@@ -135,7 +135,7 @@ def test_what_is_no_tensor_must_be_the_same_for_all() -> None:
     batch = batch_of(loop)
     batch.begin([0], x, block_kwargs={"c": x, "scale": 1.0})
     batch.begin([1], x, block_kwargs={"c": x, "scale": 2.0})
-    with pytest.raises(ValueError, match="Tokens that run together are given the same block_kwargs, but for tensors"):
+    with pytest.raises(ValueError, match="Tokens that run in one call must have the same block_kwargs"):
         batch.call()
 
 
@@ -367,8 +367,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a token that would overtake": (
         lambda: overtaking().call({(0, 0)}),
-        "The token at position 1 of row 0 reads what the one at 0, which is to wait at depth 1, has not written. Let "
-        "both wait, or neither.",
+        "The token at position 1 of row 0 attends to the one at 0, which must wait at depth 1, so its keys and values "
+        "are missing. Let both wait, or neither.",
     ),
     "a row that is too long": (
         lambda: batch_of(looped("attention")).begin([0], x_of(1, 9)),

@@ -111,7 +111,8 @@ def _check_backbone(name: str, backbone: Any, layers: str) -> None:
     recurrent = sorted({type(m).__name__ for m in getattr(backbone, layers).modules() if isinstance(m, _RECURRENT)})
     if recurrent or getattr(backbone, "_is_stateful", False):
         raise ValueError(
-            f"adapt expected layers that mix tokens by attention alone; those of {name} are recurrent or convolve"
+            f"adapt expected layers that mix tokens by attention alone; those of {name} have a recurrence or a "
+            "convolution"
             + (f" ({', '.join(recurrent)})" if recurrent else "")
             + f": their state would lack the exited tokens. {_INSTEAD}"
         )

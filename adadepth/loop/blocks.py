@@ -146,7 +146,7 @@ def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView, tak
         )
     if not (view.calls or view.elsewhere or view.bare or taken):
         raise ValueError(
-            f"No attention call was caught in {type(block).__name__}. Its attention must call "
+            f"No attention call was seen in {type(block).__name__}. Its attention must call "
             "F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention with "
             "need_weights=True); a Hugging Face layer made by hand does so if its config has _attn_implementation = "
             "'sdpa'. If it mixes no tokens, wrap it: adadepth.Pointwise(block)."
