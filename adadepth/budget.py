@@ -75,7 +75,8 @@ class DepthBudget(nn.Module):
         if self.mean_depth > steps:
             raise ValueError(
                 f"DepthBudget(mean_depth={self.mean_depth}) expected a loop of at least as many iterations, got a "
-                f"trace of {steps}. Set a lower mean_depth, or do not use the budget in passes with a lower max_depth."
+                f"trace of {steps}. Choose a smaller mean_depth, or do not call the budget in passes with a lower "
+                "max_depth."
             )
         if fixed and trace.scores.numel():
             raise ValueError(

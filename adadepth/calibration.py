@@ -205,8 +205,8 @@ def _mean(depths: Iterable[Tensor]) -> float:
     total, real = (sum(column) for column in zip(*counts, strict=True))
     if not real:
         raise ValueError(
-            "calibrate expected real tokens in both halves of the batches (every second one is a half), got only "
-            "padding in one. Remove batches of padding."
+            "calibrate expected real tokens in the batches 1, 3, 5, ... and in the batches 2, 4, 6, ..., got only "
+            "padding in one of these two parts. Remove batches without real tokens."
         )
     return total / real
 

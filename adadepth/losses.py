@@ -176,9 +176,7 @@ def depth_prior(
     if not isinstance(steps, Integral) or steps < 1:
         raise ValueError(f"depth_prior needs steps >= 1, got {named(steps)}. The order is kind, steps, rate.")
     if not 0 < rate < 1:
-        raise ValueError(
-            f"depth_prior expected rate, the share that exits after each iteration, in (0, 1), got {rate}."
-        )
+        raise ValueError(f"depth_prior expected rate, the share that exits, in (0, 1), got {rate}.")
     if kind == "uniform":
         return torch.full((steps,), 1 / steps, device=device)
     if kind != "geometric":

@@ -128,8 +128,8 @@ def test_a_loop_that_is_too_short() -> None:
     with pytest.raises(ValueError, match="DepthBudget") as error:
         ad.DepthBudget(2.5)(make_loop(ad.Survival(), 0.0)(torch.randn(2, 3, DIM), max_depth=2).trace)
     assert str(error.value) == (
-        "DepthBudget(mean_depth=2.5) expected a loop of at least as many iterations, got a trace of 2. Set a lower "
-        "mean_depth, or do not use the budget in passes with a lower max_depth."
+        "DepthBudget(mean_depth=2.5) expected a loop of at least as many iterations, got a trace of 2. Choose a "
+        "smaller mean_depth, or do not call the budget in passes with a lower max_depth."
     )
 
 

@@ -181,8 +181,8 @@ def test_nothing_but_padding(part: int) -> None:
     with pytest.raises(ValueError, match="calibrate") as error:
         ad.calibrate(make_loop(learned()), data)
     assert str(error.value) == (
-        "calibrate expected real tokens in both halves of the batches (every second one is a half), got only padding "
-        "in one. Remove batches of padding."
+        "calibrate expected real tokens in the batches 1, 3, 5, ... and in the batches 2, 4, 6, ..., got only padding "
+        "in one of these two parts. Remove batches without real tokens."
     )
 
 

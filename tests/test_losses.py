@@ -303,7 +303,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "rate": (
         lambda: ad.depth_prior("geometric", 4, 1.0),
-        "depth_prior expected rate, the share that exits after each iteration, in (0, 1), got 1.0.",
+        "depth_prior expected rate, the share that exits, in (0, 1), got 1.0.",
     ),
     "weights": (
         lambda: ad.random_depth(torch.tensor([0.5, -0.5, 1.0]), 0),

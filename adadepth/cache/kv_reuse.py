@@ -1,4 +1,4 @@
-"""`KVReuseCache`: the keys and values of tokens seen before, as each iteration of the loop reads them."""
+"""`KVReuseCache`: the keys and values of past tokens, as each iteration of the loop reads them."""
 
 import copy
 import weakref
