@@ -1,4 +1,4 @@
-"""What is installed, for a bug report: `python -m adadepth`."""
+"""Prints what is installed, for a bug report: `python -m adadepth`."""
 
 import platform
 import re
@@ -10,19 +10,19 @@ import torch
 
 from . import __version__
 
-# Of a requirement such as `lm_eval[hf]>=0.4.13; extra == 'lm-eval'`: the package and the extra.
+# Matches in a requirement such as `lm_eval[hf]>=0.4.13; extra == 'lm-eval'`: the package and the extra.
 REQUIREMENT = re.compile(r"""([\w.-]+).*;.*\bextra\s*==\s*["']([\w-]+)["']""")
 FOR_DEVELOPERS = {"dev", "docs"}
 
 
 def main() -> None:
-    """Print versions, the accelerator that torch sees, and the extras that are complete."""
+    """Print versions, the accelerators that torch can use, and for each extra what is installed or missing."""
     for name, value in report():
         print(textwrap.fill(f"{name:<14}{value}", 96, subsequent_indent=" " * 14, break_on_hyphens=False).rstrip())
 
 
 def report() -> Iterator[tuple[str, str]]:
-    """The lines, each a name and what is known of it."""
+    """The lines of the report, each a name and a value."""
     yield "adadepth", __version__
     yield "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "torch", torch.__version__
@@ -44,7 +44,7 @@ def gpu() -> str:
 
 
 def extras() -> dict[str, list[str]]:
-    """The packages of each extra; none where adadepth is run from a folder without having been installed."""
+    """The packages of each extra; none if adadepth runs from a folder and is not installed."""
     try:
         lines = requires("adadepth") or []
     except PackageNotFoundError:
@@ -57,7 +57,7 @@ def extras() -> dict[str, list[str]]:
 
 
 def describe(packages: list[str]) -> str:
-    """The versions of an extra's packages, or those that are missing."""
+    """The versions of an extra's packages, or the names of those that are missing."""
     versions = {package: found(package) for package in packages}
     missing = [package for package, number in versions.items() if number is None]
     if missing:
@@ -66,7 +66,7 @@ def describe(packages: list[str]) -> str:
 
 
 def found(package: str) -> str | None:
-    """The version of a package, if it is installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
 """`Called`: a module whose call has the type of its `forward`, for type checkers and editors.
 
-`nn.Module.__call__` is a `Callable[..., Any]` to them.
+Without it, they take `nn.Module.__call__` for a `Callable[..., Any]`.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ Made = TypeVar("Made", covariant=True)
 
 
 class Forward(Protocol[Given, Made]):
-    """What has a `forward`."""
+    """An object with a `forward`."""
 
     @property
     def forward(self) -> Callable[Given, Made]:
@@ -20,7 +20,7 @@ class Forward(Protocol[Given, Made]):
 
 
 class Called:
-    """To stand before `nn.Module` among the bases of a class; empty when it runs."""
+    """A base class to write before `nn.Module`; at run time it is empty."""
 
     if TYPE_CHECKING:
 

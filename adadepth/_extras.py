@@ -1,11 +1,11 @@
-"""Optional packages, each in an extra of ours."""
+"""Imports of optional packages, each of which an extra installs."""
 
 import importlib
 from types import ModuleType
 
 
 def need(module: str, extra: str) -> ModuleType:
-    """Import `module`, or say which extra brings it.
+    """Import `module`; if it is missing, the error names the extra that installs it.
 
     Raises: `ImportError` that names the extra.
     """

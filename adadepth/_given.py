@@ -1,4 +1,4 @@
-"""What an argument turned out to be, in the words of an error."""
+"""Describes a wrong argument in an error message."""
 
 import inspect
 from types import NoneType
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def named(given: object) -> str:
-    """What came: a number or a string itself, a class as one, a tensor by its shape, anything else by its type."""
+    """A description of what came: a number or string itself, a tensor by its shape, anything else by its type."""
     if isinstance(given, type):
         return f"the class {given.__name__}"
     if isinstance(given, Tensor):
@@ -16,7 +16,7 @@ def named(given: object) -> str:
 
 
 def unfit(expected: str, given: object, advice: str) -> ValueError:
-    """The error of an argument of another kind; where a class came it says to call that, and else the `advice`."""
+    """The error for an argument of a wrong kind, with the `advice`; or, if a class came, the advice to call it."""
     if isinstance(given, type):
         advice = f"Call it: {given.__name__}({'...' if _wants_arguments(given) else ''})."
     return ValueError(f"{expected}, got {named(given)}. {advice}")
@@ -25,6 +25,6 @@ def unfit(expected: str, given: object, advice: str) -> ValueError:
 def _wants_arguments(kind: type) -> bool:
     try:
         parameters = inspect.signature(kind).parameters.values()
-    except ValueError:  # of a class that is written in C
+    except ValueError:  # for a class that is written in C
         return False
     return any(p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

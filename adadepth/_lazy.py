@@ -1,4 +1,4 @@
-"""A cached property that Dynamo traces: before Python 3.12 that of functools holds a lock."""
+"""A cached property that Dynamo can trace; that of functools holds a lock before Python 3.12."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -7,7 +7,7 @@ T = TypeVar("T")
 
 
 class lazy(Generic[T]):
-    """Computed at the first access, an attribute from then on."""
+    """A property that is computed at the first access, and is then a plain attribute."""
 
     def __init__(self, compute: Callable[[Any], T]) -> None:
         self.compute = compute

@@ -1,4 +1,4 @@
-"""Evaluation, or full precision, for a while."""
+"""Contexts for evaluation mode and for full precision."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """All of `modules` in eval mode and without gradients; every part's mode is as before at the end."""
+    """A context with `modules` in eval mode and without gradients; at the end, every part has its mode from before."""
     before = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -23,7 +23,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Operators run in the dtypes that they are given; `kind` is a device's type."""
+    """A context without autocast, in which operators keep the dtypes of their inputs; `kind` is a device's type."""
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()

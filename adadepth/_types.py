@@ -1,7 +1,7 @@
 """The shapes of the library, named once.
 
-A name binds over all arguments of one call: where two arguments say `*tokens`, they have the same
-leading axes. `rows` are `(batch, seq, ...)` as a user sees them; `tokens` are whatever a block is run on.
+In one call, a name means the same size in all arguments: two arguments with `*tokens` have the same leading axes.
+Types named `...Rows` are `(batch, seq, ...)`, as a user passes them. `*tokens` are the axes of a block's input.
 """
 
 from jaxtyping import Bool, Float, Int

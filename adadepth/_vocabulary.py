@@ -1,9 +1,9 @@
-"""What passes over a vocabulary in tiles, so that no (tokens × vocabulary) matrix is ever held.
+"""Computations over a vocabulary in tiles, so that no (tokens × vocabulary) matrix is ever held in memory.
 
-`expected_embedding` is attention over the vocabulary with scale 1, and is computed like it: one pass
-with a running maximum, and a backward pass that makes each tile again. On a CPU tiles are small slices of the
-vocabulary for all tokens, which stay in its cache; elsewhere they are large, some tokens over the whole vocabulary, for
-there each operator has a price of its own. It is an operator itself: Dynamo takes it as one node and unrolls nothing.
+`expected_embedding` is attention over the vocabulary with scale 1, and is computed like attention: one pass with a
+running maximum, and a backward pass that computes each tile again. On a CPU, a tile is a small slice of the vocabulary
+for all tokens, which fits into the CPU's cache. On other devices a tile is large, some tokens over the whole
+vocabulary, because each operator call has a fixed cost. It is a custom operator: for Dynamo it is one node.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ._types import Hidden, Score
 
-# Logits held at a time: more are no faster on a CPU, measured with 256 to 2,048 words of 2,048 tokens.
+# Logits held at a time. On a CPU more are not faster, as measured with 256 to 2,048 words for 2,048 tokens.
 ON_CPU, ELSEWHERE = 2**21, 2**28
-# A tile on a CPU has at least so many words, however many tokens: it is then about as large as their states.
+# A tile on a CPU has at least this many words, for any number of tokens: it is then about as large as their states.
 _WORDS = 256
 
 
@@ -26,7 +26,7 @@ def logits_held(device: torch.device) -> int:
 
 
 def tile_of(tokens: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
-    """How many tokens, and how many words, a tile has."""
+    """The numbers of tokens and of words in a tile."""
     held = logits_held(device)
     if device.type == "cpu":
         return tokens, min(vocabulary, max(_WORDS, held // max(1, tokens)))
@@ -34,10 +34,10 @@ def tile_of(tokens: int, vocabulary: int, device: torch.device) -> tuple[int, in
 
 
 def referring(*names: str) -> Any:
-    """A module's `__setattr__` that holds the attributes `names` without registering them as its own.
+    """A `__setattr__` for a module that holds the attributes `names` without registering them as submodules.
 
-    A head that a model owns must not be saved, moved or counted twice. What is held so is deep-copied
-    and pickled together with its owner, and stays shared there.
+    A head that a model owns must not be saved, moved or counted twice. If the module is deep-copied or pickled
+    together with the model, the copies still share the head.
     """
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:
@@ -47,17 +47,17 @@ def referring(*names: str) -> Any:
 
 
 def described(module: nn.Module) -> str:
-    """The type of a module that is referred to, and the shape of its last matrix: `Linear (vocabulary, dim)`."""
+    """The type of a module and the shape of its last matrix, as in `Linear (vocabulary, dim)`."""
     shapes = [str(tuple(p.shape)) for p in module.parameters() if p.dim() == 2]
     return " ".join([type(module).__name__, *shapes[-1:]])
 
 
 @torch.no_grad()
 def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Module, *states: Hidden) -> Score:
-    """`measure` of each token's log-probabilities under `head`, without gradients.
+    """The `measure` of each token's log-probabilities from `head`, without gradients.
 
-    Shapes: `states`, each `(..., dim)`; `measure` gets for each of them `(n, vocabulary)`, in float32
-    or wider, and returns `(n,)`; the result is `(...)`.
+    Shapes: `states`, each `(..., dim)`. For each of them, `measure` gets log-probabilities `(n, vocabulary)` in
+    float32 or wider; it returns `(n,)`. The result is `(...)`.
     """
     dtype = torch.promote_types(states[0].dtype, torch.float32)
     tokens = [state.reshape(-1, state.shape[-1]) for state in states]
@@ -68,14 +68,14 @@ def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Modul
 
 
 def vocabulary_of(owner: str, head: nn.Module, nothing: Tensor) -> int:
-    """The size of the head's vocabulary, found by asking it about no tokens."""
+    """The size of the head's vocabulary, found by a call without tokens."""
     logits = head(nothing)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
             f"{owner} expected a head that maps (n, dim) to logits (n, vocabulary) over at least 2 words, got {got} "
-            f"from {type(head).__name__} for {tuple(nothing.shape)}. Give it what makes logits, with the norm where "
-            "that stands outside the loop: nn.Sequential(norm, lm_head)."
+            f"from {type(head).__name__} for {tuple(nothing.shape)}. Give it the module that computes logits; if the "
+            "norm is outside the loop, include it: nn.Sequential(norm, lm_head)."
         )
     return logits.shape[1]
 
@@ -83,9 +83,9 @@ def vocabulary_of(owner: str, head: nn.Module, nothing: Tensor) -> int:
 def expected_embedding(
     h: Hidden, head: nn.Linear, embedding: nn.Embedding, scale: float = 1.0, softcap: float | None = None
 ) -> Hidden:
-    """`softmax(c(head(h))) E` in float32 or wider; matrix products in the dtype of autocast, or else of `h`.
+    """`softmax(c(head(h))) E` in float32 or wider; matrix products are in the dtype of autocast, or else of `h`.
 
-    c scales the logits, and with `softcap` bounds them: `softcap · tanh(scale · logit / softcap)`.
+    c multiplies the logits by `scale`. With `softcap` it also bounds them: `softcap · tanh(scale · logit / softcap)`.
 
     Shapes: `h (..., dim)` to the same. Differentiable once.
     """
@@ -98,7 +98,7 @@ def expected_embedding(
 
 
 def _tiles(words: int, *tables: Tensor | None) -> Iterator[list[Any]]:
-    """The tables' rows, so many words at a time; None gives None."""
+    """The tables' rows, `words` at a time; None gives None."""
     vocabulary = next(table.shape[0] for table in tables if table is not None)
     for start in range(0, vocabulary, words):
         yield [None if table is None else table[start : start + words] for table in tables]
@@ -106,7 +106,7 @@ def _tiles(words: int, *tables: Tensor | None) -> Iterator[list[Any]]:
 
 def _product(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
     """`out = a b` or `out += a b`, where `out` may be wider than the product."""
-    if out.dtype == a.dtype:  # in place, and so no business of autocast
+    if out.dtype == a.dtype:  # in place, so autocast does not apply
         return out.addmm_(a, b, beta=int(add))
     return out.add_(a @ b) if add else out.copy_(a @ b)
 
@@ -126,14 +126,14 @@ def _logits(space: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor) -> Te
 
 
 def _shaped(logits: Tensor, scale: float, cap: float) -> Tensor:
-    """Scaled, and bounded by `cap` where it is not 0; in place."""
+    """Logits, scaled, and bounded by `cap` if it is not 0; in place."""
     if cap:
         return logits.mul_(scale / cap).tanh_().mul_(cap)
     return logits if scale == 1.0 else logits.mul_(scale)
 
 
 def _slope(shaped: Tensor, scale: float, cap: float) -> Tensor | float:
-    """The derivative of `_shaped` by the logits, from what it gave."""
+    """The derivative of `_shaped` by the logits, computed from its result."""
     return scale * (1 - (shaped / cap).square()) if cap else scale
 
 
@@ -153,7 +153,7 @@ def _mix(
 
 def _mix_some(mixed: Tensor, total: Tensor, x: Tensor, tiles: Iterator[list[Any]], shape: tuple[float, float]) -> None:
     """The same for the tokens `x (T, dim)`, written into `mixed` and `total`, which are 0."""
-    top = torch.full_like(total, torch.finfo(total.dtype).min)  # not -inf, which may be all that a tile holds
+    top = torch.full_like(total, torch.finfo(total.dtype).min)  # not -inf, because a whole tile may be -inf
     space: Tensor | None = None
     for w, b, e in tiles:
         space = mixed.new_empty(w.shape[0], x.shape[0]) if space is None else space
@@ -197,9 +197,9 @@ def _unmix(
 def _unmix_some(
     dh: Tensor, given: tuple[Tensor, ...], tiles: Iterator[list[Any]], shape: tuple[float, float], more: bool
 ) -> None:
-    """The same for some tokens, whose state, gradient, denominator and share of it are given.
+    """The same for some tokens: `given` are their states, gradients, log denominators, and `grad · mixed` sums.
 
-    `more`: the gradients of the tables hold those of other tokens, to which these are added.
+    With `more`, the gradients of the tables already hold those of other tokens, and these are added.
     """
     x, g, log_total, own = given
     spaces: Tensor | None = None

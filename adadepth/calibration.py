@@ -97,13 +97,13 @@ def fit(
     """The work of `calibrate`, for a loop in the model, the arguments of each batch and a goal."""
     if looped.gate is None:
         raise ValueError(
-            "calibrate needs a gate: without one every score is 1 and no threshold can choose. Give the loop a gate or "
-            "an exit criterion."
+            "calibrate needs a gate: without one, every score is 1 and no threshold can separate tokens. Give the loop "
+            "a gate or an exit criterion."
         )
     if len(batches) < 2:
         raise ValueError(
-            f"calibrate expected at least 2 batches, since every second one is kept unseen, got {len(batches)}. Cut "
-            "the data into more batches."
+            "calibrate expected at least 2 batches, because it measures the result on every second one, got "
+            f"{len(batches)}. Split the data into more batches."
         )
     with _measuring(model, looped) as traces:
         full = traces(None, batches[::2])
@@ -123,8 +123,8 @@ def _within(goal: Goal, ends: list[float]) -> float:
     low, high = ends
     if not low - _ROUNDING <= goal.depth <= high + _ROUNDING:
         raise OutOfReach(
-            f"calibrate expected {goal.name} from {goal.of(low):.4g}, where all tokens exit as early as the rule lets "
-            f"them, to {goal.of(high):.4g}, where all exit as late, got {goal.asked}."
+            f"calibrate expected {goal.name} from {goal.of(low):.4g}, where all tokens exit as early as the rule "
+            f"allows, to {goal.of(high):.4g}, where all exit as late as it allows, got {goal.asked}."
         )
     return min(max(goal.depth, low), high)
 
@@ -216,8 +216,9 @@ def arguments(batch: Any, model: nn.Module) -> tuple[tuple[Tensor, ...], dict[st
     """What the model is called with for one batch, by place and by name, on the device of the model."""
     if not isinstance(batch, Tensor | Mapping):
         raise ValueError(
-            f"calibrate expected data to be batches, each a tensor or a mapping of the model's arguments, got a "
-            f"{type(batch).__name__}. One batch alone goes into a list; split it for a part that is kept unseen."
+            "calibrate expected data to be batches, each a tensor or a mapping of the model's arguments, got a "
+            f"{type(batch).__name__}. Put a single batch into a list, split in two: the result is measured on every "
+            "second batch."
         )
     device = next((p.device for p in model.parameters()), None)
     moved = _moved(batch, device)

@@ -88,7 +88,7 @@ def measure(score: Score, data: Iterable[Any], **depths: Any) -> Measured:
     parts = [score(batch, **depths) for batch in data]
     if not parts:
         raise ValueError(
-            "measure expected at least one batch, got none. A generator that has run once is empty: list it."
+            "measure expected at least one batch, got none. A generator is empty after one use: make it a list."
         )
     for part in parts:
         if not isinstance(part, tuple | list) or [isinstance(each, Tensor) for each in part] != [True, True]:
@@ -195,6 +195,6 @@ def _check_curve(owner: str, fixed: object) -> None:
     if not isinstance(fixed, list | tuple) or not fixed or not all(isinstance(each, Measured) for each in fixed):
         got = "an empty list" if fixed == [] else named(fixed)
         raise ValueError(
-            f"{owner} expected fixed, a list of what was Measured at depth 1, 2, and so on, got {got}. Pass "
-            "forced(score, data, steps)."
+            f"{owner} expected fixed, a list with a Measured for each depth from 1 on, got {got}. Pass forced(score, "
+            "data, steps)."
         )

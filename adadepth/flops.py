@@ -92,8 +92,8 @@ class TokenFlops:
         """
         if not isinstance(looped, RecurrentWrapper):
             raise ValueError(
-                f"TokenFlops.measure expected looped, a RecurrentWrapper, got {named(looped)}. Of a model pass the "
-                "wrapper that it holds, and as once= what runs around it."
+                f"TokenFlops.measure expected looped, a RecurrentWrapper, got {named(looped)}. For a model, pass the "
+                "wrapper that it holds, and pass as once= the modules around it."
             )
         modules = [looped, *(part for part in once if isinstance(part, nn.Module))]
         some = next((weight for module in modules for weight in module.parameters()), torch.empty(0))
@@ -140,12 +140,12 @@ class TokenFlops:
         if not isinstance(live, Tensor) or live.dim() != 3 or live.dtype != torch.bool:
             raise ValueError(
                 f"TokenFlops.count expected live of shape (batch, seq, steps), bool, got {named(live)}. Pass "
-                "out.trace.live, or of depths adadepth.depth_mask(depth, steps)."
+                "out.trace.live or, for given depths, adadepth.depth_mask(depth, steps)."
             )
         if not 1 <= live.shape[-1] <= steps:
             raise ValueError(
                 f"TokenFlops.count expected live of 1 to {steps} iterations, those of the loop that was measured, got "
-                f"shape {tuple(live.shape)}. Measure the loop that the trace is of."
+                f"shape {tuple(live.shape)}. Measure the loop that made the trace."
             )
 
 

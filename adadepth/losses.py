@@ -201,8 +201,8 @@ def random_depth(prior: Float[Tensor, " steps"], at: int, seed: int = 0) -> int:
     weights = prior.tolist() if isinstance(prior, Tensor) and prior.dim() == 1 else []
     if not sum(weights) > 0 or min(weights) < 0:
         raise ValueError(
-            f"random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, "
-            f"got {prior}. Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7])."
+            f"random_depth expected prior, a tensor (steps,) of weights, none negative and not all 0, got {prior}. "
+            "Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7])."
         )
     return random.Random(f"{seed} {at}").choices(range(1, len(weights) + 1), weights)[0]
 

@@ -42,7 +42,8 @@ def _check_tau(owner: str, tau: float | Tensor) -> None:
     if isinstance(tau, Tensor):
         if tau.dim() not in (0, 2):
             raise ValueError(
-                f"{owner} expected tau a number or of shape (batch, 1) or (batch, seq), got shape {tuple(tau.shape)}."
+                f"{owner} expected tau to be a number or a tensor of shape (batch, 1) or (batch, seq), got shape "
+                f"{tuple(tau.shape)}."
             )
         if not tau.is_meta and bool(tau.isnan().any()):
             raise ValueError(f"{owner} expected tau to be a number, got NaN in {tau}.")
@@ -58,7 +59,7 @@ def _check_rule(owner: str, rule: object) -> None:
         raise unfit(f"{owner} expected rule to be a rule", rule, "Give it one, such as Threshold(0.5).")
     if isinstance(rule, TrainingOnly):
         raise ValueError(
-            f"{owner} expected a rule that may decode, got TrainingOnly. Mark the whole instead: "
+            f"{owner} expected a rule that can decode, got TrainingOnly. Mark the whole instead: "
             f"TrainingOnly({owner}(...))."
         )
 

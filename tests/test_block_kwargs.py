@@ -295,15 +295,17 @@ def test_noise_that_seldom_acts_is_no_difference() -> None:
     [
         (
             {"c": torch.ones(3, DIM)},
-            "block_kwargs['c'] expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), one "
-            "per row, or (1, seq, ...), the same for all rows, with (batch, seq) = (3, 4), got (3, 8). Give one per row "
-            "its second axis: c.unsqueeze(1). What is no token's belongs into the block itself.",
+            "block_kwargs['c'] expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), "
+            "one per row, or (1, seq, ...), the same for all rows, with (batch, seq) = (3, 4), got (3, 8). Give a "
+            "tensor with one entry per row its second axis: c.unsqueeze(1). A tensor without entries for tokens or "
+            "rows must be a part of the block.",
         ),
         (
             {"c": [torch.ones(3)]},
-            "block_kwargs['c'] expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), one "
-            "per row, or (1, seq, ...), the same for all rows, with (batch, seq) = (3, 4), got (3,). Give one per row "
-            "its second axis: c.unsqueeze(1). What is no token's belongs into the block itself.",
+            "block_kwargs['c'] expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), "
+            "one per row, or (1, seq, ...), the same for all rows, with (batch, seq) = (3, 4), got (3,). Give a tensor "
+            "with one entry per row its second axis: c.unsqueeze(1). A tensor without entries for tokens or rows must "
+            "be a part of the block.",
         ),
         (torch.ones(3), "block_kwargs expected a mapping of the block's arguments by name, got Tensor."),
         (

@@ -98,23 +98,33 @@ ERRORS: dict[str, tuple[Callable[[ad.KVReuseCache], object], str]] = {
     ),
     "fewer layers": (
         lambda cache: deep_loop(layers=1)(X, cache=cache),
-        "Iteration 0 made 1 instead of the 2 attention calls that the cache holds (a cache belongs to one wrapper). A looped block must call attention equally often every time; which layer a call is, is told by their order.",
+        "Iteration 0 made 1 instead of the 2 attention calls that the cache holds (a cache belongs to one wrapper). A "
+        "looped block must call attention equally often every time, because the order of the calls tells which layer "
+        "each belongs to.",
     ),
     "more layers": (
         lambda cache: deep_loop(layers=3)(X, cache=cache),
-        "Iteration 0 made more than the 2 attention calls that the cache holds (a cache belongs to one wrapper). A looped block must call attention equally often every time; which layer a call is, is told by their order.",
+        "Iteration 0 made more than the 2 attention calls that the cache holds (a cache belongs to one wrapper). A "
+        "looped block must call attention equally often every time, because the order of the calls tells which layer "
+        "each belongs to.",
     ),
     "dtype": (
         lambda cache: deep_loop().float()(X.float(), cache=cache),
-        "The cache holds keys of dtype torch.float64 in attention call 0, got torch.float32. A cache serves one wrapper as it was when the cache was begun: cast and move first, then begin with a new cache or cache.reset().",
+        "The cache holds keys of dtype torch.float64 in attention call 0, got torch.float32. A cache belongs to one "
+        "wrapper, which must not change in between: cast and move it first, then begin with a new cache or "
+        "cache.reset().",
     ),
     "heads": (
         lambda cache: deep_loop(block=Narrow(4, 2))(X, cache=cache),
-        "The cache holds keys of (kv_heads, head_dim) (2, 4) in attention call 0, got (4, 2). A cache serves one wrapper as it was when the cache was begun: cast and move first, then begin with a new cache or cache.reset().",
+        "The cache holds keys of (kv_heads, head_dim) (2, 4) in attention call 0, got (4, 2). A cache belongs to one "
+        "wrapper, which must not change in between: cast and move it first, then begin with a new cache or "
+        "cache.reset().",
     ),
     "head_dim": (
         lambda cache: deep_loop(block=Narrow(2, 2))(X, cache=cache),
-        "The cache holds keys of (kv_heads, head_dim) (2, 4) in attention call 0, got (2, 2). A cache serves one wrapper as it was when the cache was begun: cast and move first, then begin with a new cache or cache.reset().",
+        "The cache holds keys of (kv_heads, head_dim) (2, 4) in attention call 0, got (2, 2). A cache belongs to one "
+        "wrapper, which must not change in between: cast and move it first, then begin with a new cache or "
+        "cache.reset().",
     ),
     "capacity": (
         lambda cache: LOOP(X.expand(3, 3, DIM), cache=cache),
@@ -122,7 +132,8 @@ ERRORS: dict[str, tuple[Callable[[ad.KVReuseCache], object], str]] = {
     ),
     "causal": (
         lambda cache: ad.RecurrentWrapper(PreNorm(DIM, False).double(), 4, causal=False)(X, cache=cache),
-        "A KVReuseCache expected RecurrentWrapper(causal=True): without causality the tokens that it holds would have had to see the new ones. Run without a cache.",
+        "A KVReuseCache expected RecurrentWrapper(causal=True), got causal=False: the tokens that it holds would have "
+        "to attend to the new ones. Run without a cache.",
     ),
     "gradients": (
         with_gradients,
@@ -215,7 +226,9 @@ NEW: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "layers of a block that does not attend": (
         lambda: LOOP(X, cache=pointwise_cache()),
-        "Iteration 0 made more than the 0 attention calls that the cache holds (a cache belongs to one wrapper). A looped block must call attention equally often every time; which layer a call is, is told by their order.",
+        "Iteration 0 made more than the 0 attention calls that the cache holds (a cache belongs to one wrapper). A "
+        "looped block must call attention equally often every time, because the order of the calls tells which layer "
+        "each belongs to.",
     ),
     "first pass": (
         lambda: LOOP(X.expand(3, 3, DIM), cache=ad.KVReuseCache(capacity=2)),

@@ -149,8 +149,8 @@ def test_without_a_gate() -> None:
     with pytest.raises(ValueError, match="calibrate") as error:
         ad.calibrate(make_loop(None), text())
     assert str(error.value) == (
-        "calibrate needs a gate: without one every score is 1 and no threshold can choose. Give the loop a gate or an "
-        "exit criterion."
+        "calibrate needs a gate: without one, every score is 1 and no threshold can separate tokens. Give the loop a "
+        "gate or an exit criterion."
     )
 
 
@@ -158,8 +158,8 @@ def test_too_few_batches() -> None:
     with pytest.raises(ValueError, match="calibrate") as error:
         ad.calibrate(make_loop(learned()), text(1))
     assert str(error.value) == (
-        "calibrate expected at least 2 batches, since every second one is kept unseen, got 1. Cut the data into more "
-        "batches."
+        "calibrate expected at least 2 batches, because it measures the result on every second one, got 1. Split the "
+        "data into more batches."
     )
 
 
@@ -169,8 +169,8 @@ def test_out_of_reach(wanted: float, rule: Callable[[float], ad.Rule], low: int)
     with pytest.raises(ad.OutOfReach, match="calibrate") as error:
         ad.calibrate(make_loop(learned()), text(), wanted, rule)
     assert str(error.value) == (
-        f"calibrate expected mean_depth from {low}, where all tokens exit as early as the rule lets them, to 4, "
-        f"where all exit as late, got {wanted}."
+        f"calibrate expected mean_depth from {low}, where all tokens exit as early as the rule allows, to 4, "
+        f"where all exit as late as it allows, got {wanted}."
     )
 
 
@@ -191,8 +191,8 @@ def test_data_that_is_one_batch() -> None:
     with pytest.raises(ValueError, match="calibrate") as error:
         ad.calibrate(make_loop(learned()), text()[0])  # type: ignore[arg-type]
     assert str(error.value) == (
-        "calibrate expected data to be batches, each a tensor or a mapping of the model's arguments, got a str. One "
-        "batch alone goes into a list; split it for a part that is kept unseen."
+        "calibrate expected data to be batches, each a tensor or a mapping of the model's arguments, got a str. Put a "
+        "single batch into a list, split in two: the result is measured on every second batch."
     )
 
 

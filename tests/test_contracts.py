@@ -218,9 +218,9 @@ ONLY_LIVE = "Padding has remaining 0: count and average only where remaining > 0
 TRAINING = "If it is for training only, say so: TrainingOnly(rule)."
 AXIS = "To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
 LOGITS = (
-    "A score that scales an update must be a share, in [0, 1]: _Raw gave scores from # to # for {}. If they are "
-    "logits, end the gate in .sigmoid(). If they are only to cut, take an update that does not use them, here and in "
-    "the loop: check_gate(gate, dim, update=Ungated(Interpolate()))."
+    "A score that scales an update must be in [0, 1]: _Raw gave scores from # to # for {}. If they are logits, end the "
+    "gate in .sigmoid(). If they only decide exits, use an update that ignores them, here and in the loop: "
+    "check_gate(gate, dim, update=Ungated(Interpolate()))."
 )
 OFF = "The {} gave another result for {}: off by # of #.{}"
 GATE, RULE, UPDATE = ad.testing.check_gate, ad.testing.check_rule, ad.testing.check_update
@@ -259,7 +259,8 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a rule that says whether": (
         lambda: RULE(lambda scores, remaining, positions: scores[..., -1] > 0.5),
-        "A rule must say how much stays, got torch.bool. For a cut write torch.where(condition, remaining, 0).",
+        "A rule must return how much of each token continues, in floating point, got torch.bool. For hard exits, write "
+        "torch.where(condition, remaining, 0).",
     ),
     "a forgotten return": (
         lambda: RULE(lambda scores, remaining, positions: None),  # type: ignore[arg-type]
@@ -308,5 +309,5 @@ def test_a_score_in_another_unit_may_cut() -> None:
         GATE(_Raw(), DIM, update=update)
     criterion = _Raw().requires_grad_(False)
     GATE(criterion, DIM)
-    with pytest.raises(AssertionError, match="must be a share"):
+    with pytest.raises(AssertionError, match=r"must be in \[0, 1\]"):
         GATE(criterion, DIM, update=ad.Interpolate())

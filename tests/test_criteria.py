@@ -270,6 +270,6 @@ def test_a_head_that_makes_no_logits_is_refused(kind: type[ad.Gate], head: nn.Mo
         kind(head)(h, previous, 1)
     assert str(caught.value) == (
         f"{kind.__name__} expected a head that maps (n, dim) to logits (n, vocabulary) over at least 2 words, got "
-        f"{got} for (0, 6). Give it what makes logits, with the norm where that stands outside the loop: "
+        f"{got} for (0, 6). Give it the module that computes logits; if the norm is outside the loop, include it: "
         "nn.Sequential(norm, lm_head)."
     )

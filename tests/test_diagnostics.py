@@ -138,7 +138,7 @@ def test_deciles_are_tenths_in_order() -> None:
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "no batch": (
         lambda: measure(Model().score, []),
-        "measure expected at least one batch, got none. A generator that has run once is empty: list it.",
+        "measure expected at least one batch, got none. A generator is empty after one use: make it a list.",
     ),
     "shapes": (
         lambda: measure(lambda ids: (torch.zeros(2, 3), torch.ones(2, 4)), [None]),
@@ -161,12 +161,12 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "one depth": (
         lambda: oracle(random_curve(0)[0]),  # type: ignore[arg-type]
-        "oracle expected fixed, a list of what was Measured at depth 1, 2, and so on, got Measured. Pass forced(score, "
+        "oracle expected fixed, a list with a Measured for each depth from 1 on, got Measured. Pass forced(score, "
         "data, steps).",
     ),
     "no depth": (
         lambda: mixture([], 1.0),
-        "mixture expected fixed, a list of what was Measured at depth 1, 2, and so on, got an empty list. Pass "
+        "mixture expected fixed, a list with a Measured for each depth from 1 on, got an empty list. Pass "
         "forced(score, data, steps).",
     ),
     "mean": (lambda: mixture(random_curve(0), 4.5), "mixture expected a mean depth from 1 to 4, got 4.5."),

@@ -230,7 +230,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "ends and no padding": (
         lambda: run(stopping_criteria=[Uneven()], eos_token_id=None, pad_token_id=None),
         "Rows of a batch have ended at different lengths without an end-of-text token. Without drafts, generate would "
-        "go on writing in those that have ended. Pass eos_token_id, or one row at a time.",
+        "continue the rows that have ended. Pass eos_token_id, or one row at a time.",
     ),
 }
 

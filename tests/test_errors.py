@@ -138,12 +138,12 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "gate NaN": (
         lambda: loop(gate=Bad(lambda h: h.sum(-1) * torch.nan))(X),
-        "Bad scored NaN at iteration 0. Look for inf or NaN in the gate's parameters, or in the block's output: without a "
-        "gate, looped(x, states=True).states holds every iteration's.",
+        "Bad scored NaN at iteration 0. Look for inf or NaN in the gate's parameters, or in the block's output: "
+        "without a gate, looped(x, states=True).states holds the state of every iteration.",
     ),
     "rule shape": (
         lambda: loop(rule=lambda scores, remaining, positions: remaining[:1])(X),
-        "<lambda> expected to return what stays of each token, shape (2, 5), got (1, 5) at iteration 0.",
+        "<lambda> expected to return how much of each token continues, shape (2, 5), got (1, 5) at iteration 0.",
     ),
     "update shape": (
         lambda: loop(update=BadUpdate())(X),
@@ -151,10 +151,9 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "no attention": (
         lambda: loop(nn.Linear(8, 8))(X),
-        "No attention call was seen in Linear, so its tokens would mix unseen or not at all. Its attention must call "
-        "F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention with "
-        "need_weights=True); a Hugging Face layer made by hand does so if its config has _attn_implementation = 'sdpa'. "
-        "If it mixes no tokens, say so: adadepth.Pointwise(block).",
+        "No attention call was seen in Linear. Its attention must call F.scaled_dot_product_attention (not a compiled "
+        "copy of it, nor nn.MultiheadAttention with need_weights=True); a Hugging Face layer made by hand does so if "
+        "its config has _attn_implementation = 'sdpa'. If it mixes no tokens, wrap it: adadepth.Pointwise(block).",
     ),
     "output shape": (
         lambda: loop(Block(lambda x: sdpa(x)[..., :3]))(X),
@@ -168,9 +167,9 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "own mask": (
         lambda: loop(Block(lambda x: sdpa(x, is_causal=False, attn_mask=torch.ones(5, 5).tril().bool())))(X),
-        "The block passes an attention mask of its own, of shape (5, 5). In a loop only the wrapper knows which tokens run "
-        "and which are padding: pass is_causal=True instead of a causal mask, and padding as looped(x, mask=...). Other "
-        "masks (windows, ALiBi, prefixes) cannot be looped.",
+        "The block passes an attention mask of its own, of shape (5, 5). In a loop the wrapper makes the mask, from "
+        "the active tokens and the padding: pass is_causal=True instead of a causal mask, and padding as looped(x, "
+        "mask=...). Other masks (windows, ALiBi, prefixes) cannot be looped.",
     ),
     "not causal": (
         lambda: loop(Block(lambda x: sdpa(x, is_causal=False)))(X),
@@ -185,27 +184,27 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "cross-attention": (
         lambda: loop(Block(cross), causal=False)(X),
-        "Attention expected k of shape (2, heads, 5, head_dim), got (2, 2, 3, 4): queries, keys and values must be those of "
-        "the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a memory can, "
-        "behind adadepth.RowPerToken); batch and heads must be separate axes. A tensor of the batch's shape that the block "
-        "adds to its input is passed as block_kwargs, which are packed.",
+        "Attention expected k of shape (2, heads, 5, head_dim), got (2, 2, 3, 4): queries, keys and values must be "
+        "those of the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a "
+        "memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. If the block adds a tensor "
+        "of the batch's shape to its input, pass it as block_kwargs, so that it is packed.",
     ),
     "heads merged": (
         lambda: loop(Block(merged))(X),
-        "Attention expected q of shape (2, heads, 5, head_dim), got (2, 5, 8): queries, keys and values must be those of the "
-        "block's own input, one per token. Cross-attention and keys of another length cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads must "
-        "be separate axes. A tensor of the batch's shape that the block adds to its input is passed as block_kwargs, which "
-        "are packed.",
+        "Attention expected q of shape (2, heads, 5, head_dim), got (2, 5, 8): queries, keys and values must be those "
+        "of the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a "
+        "memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. If the block adds a tensor "
+        "of the batch's shape to its input, pass it as block_kwargs, so that it is packed.",
     ),
     "more calls": (
         lambda: loop(Uneven(1, 2))(X, max_depth=torch.tensor([[3], [2]])),
-        "Iteration 1 made more than the 1 attention calls seen before. A looped block must call attention equally often "
-        "every time; which layer a call is, is told by their order.",
+        "Iteration 1 made more than the 1 attention calls seen before. A looped block must call attention equally "
+        "often every time, because the order of the calls tells which layer each belongs to.",
     ),
     "fewer calls": (
         lambda: loop(Uneven(2, 1))(X, max_depth=torch.tensor([[3], [2]])),
-        "Iteration 1 made 1 instead of the 2 attention calls seen before. A looped block must call attention equally often "
-        "every time; which layer a call is, is told by their order.",
+        "Iteration 1 made 1 instead of the 2 attention calls seen before. A looped block must call attention equally "
+        "often every time, because the order of the calls tells which layer each belongs to.",
     ),
     "batch first": (
         lambda: loop(nn.MultiheadAttention(8, 2)),
@@ -224,8 +223,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "key_padding_mask": (
         lambda: loop(Multihead(need_weights=False, key_padding_mask=torch.zeros(2, 5).bool()), causal=False)(X),
-        "nn.MultiheadAttention was called with a key_padding_mask. In a loop only the wrapper knows which tokens run: pass "
-        "padding as looped(x, mask=...).",
+        "nn.MultiheadAttention was called with a key_padding_mask. In a loop the wrapper makes the mask: pass padding "
+        "as looped(x, mask=...).",
     ),
     "gate width": (
         lambda: ad.LinearGate(7)(X, X, 0),
@@ -252,8 +251,8 @@ def test_outside_a_loop_there_is_no_iteration(name: str) -> None:
     with pytest.raises(RuntimeError) as error:
         getattr(ad, name)()
     assert str(error.value) == (
-        f"{name}() was called outside a looped block: only a RecurrentWrapper that runs one knows it. It works in the "
-        "block, its submodules and hooks, and in gates and updates."
+        f"{name}() was called outside a looped block, where it has no value. Call it in the block, its submodules and "
+        "hooks, or in gates and updates."
     )
 
 
@@ -278,11 +277,11 @@ PIECES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a number as rule": (
         {"rule": 0.5},
-        f"RecurrentWrapper expected rule to be a function or an object that is called like one, got float. {ORDER}",
+        f"RecurrentWrapper expected rule to be a function or a callable object, got float. {ORDER}",
     ),
     "a gate as rule": (
         {"rule": ad.LinearGate(8)},
-        f"RecurrentWrapper expected rule to be a function or an object that is called like one, got LinearGate. {ORDER}",
+        f"RecurrentWrapper expected rule to be a function or a callable object, got LinearGate. {ORDER}",
     ),
     "a class": (
         {"update": ad.Interpolate},

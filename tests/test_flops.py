@@ -118,23 +118,23 @@ TRACE = ad.Trace(torch.ones(1, 2, 4, dtype=torch.bool), torch.zeros(1, 2, 3), to
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "the trace": (
         lambda: FOUR.count(TRACE),  # type: ignore[arg-type]
-        "TokenFlops.count expected live of shape (batch, seq, steps), bool, got Trace. Pass out.trace.live, or of "
-        "depths adadepth.depth_mask(depth, steps).",
+        "TokenFlops.count expected live of shape (batch, seq, steps), bool, got Trace. Pass out.trace.live or, for "
+        "given depths, adadepth.depth_mask(depth, steps).",
     ),
     "depths": (
         lambda: FOUR.count(TRACE.depth),
         "TokenFlops.count expected live of shape (batch, seq, steps), bool, got a tensor of shape (1, 2) torch.int64. "
-        "Pass out.trace.live, or of depths adadepth.depth_mask(depth, steps).",
+        "Pass out.trace.live or, for given depths, adadepth.depth_mask(depth, steps).",
     ),
     "another loop": (
         lambda: FOUR.count(torch.ones(1, 2, 5, dtype=torch.bool)),
-        "TokenFlops.count expected live of 1 to 4 iterations, those of the loop that was measured, got shape "
-        "(1, 2, 5). Measure the loop that the trace is of.",
+        "TokenFlops.count expected live of 1 to 4 iterations, those of the loop that was measured, got shape (1, 2, "
+        "5). Measure the loop that made the trace.",
     ),
     "a block": (
         lambda: ad.TokenFlops.measure(nn.Linear(DIM, DIM), DIM),  # type: ignore[arg-type]
-        "TokenFlops.measure expected looped, a RecurrentWrapper, got Linear. Of a model pass the wrapper that it "
-        "holds, and as once= what runs around it.",
+        "TokenFlops.measure expected looped, a RecurrentWrapper, got Linear. For a model, pass the wrapper that it "
+        "holds, and pass as once= the modules around it.",
     ),
 }
 

@@ -312,5 +312,5 @@ def test_a_threshold_for_another_rule(saved: Saved, tmp_path: Path) -> None:
         AdaptiveLM(str(tmp_path), device="cpu", threshold=0.5)
     assert str(error.value) == (
         "threshold expected a model whose rule is Threshold or SurvivalThreshold, got ACT(eps=0.1). Save the model "
-        "with one of them as its loop's rule, or leave threshold away."
+        "with one of them as its loop's rule, or omit threshold."
     )

@@ -69,15 +69,15 @@ ADAPT = {
     ),
     "layers that convolve": (
         lambda: adapt(convolving(), 2, check=False),
-        "adapt expected layers that mix tokens by attention alone; those of LlamaForCausalLM recur or convolve "
-        "(Conv1d): their state would miss the tokens that exited. Loop layers of attention by hand: "
+        "adapt expected layers that mix tokens by attention alone; those of LlamaForCausalLM have a recurrence or a "
+        "convolution (Conv1d): their state would lack the exited tokens. Loop layers of attention by hand: "
         "adadepth.RecurrentWrapper(block, steps).",
     ),
     "windows in a mask": (
         lambda: adapt(windows_in_a_mask(), 2),
         "PhimoeForCausalLM cannot be looped as it is: its layers see a window, but 0 of 4 attention calls name one: it "
-        "is in a mask, and only the loop makes masks. Its layers may mix tokens elsewhere than in attention, or place "
-        "them by something else than position_ids. Loop its layers by hand: adadepth.RecurrentWrapper(layers, steps).",
+        "is in a mask, and only the loop makes masks. Its layers may mix tokens outside of attention, or count "
+        "positions without position_ids. Loop its layers by hand: adadepth.RecurrentWrapper(layers, steps).",
     ),
     "meta": (
         lambda: adapt(original("llama").to("meta"), 2),
@@ -91,13 +91,13 @@ ADAPT = {
     ),
     "cross-attention": (
         lambda: adapt(base_with("gpt2", add_cross_attention=True), 2),
-        "adapt expected a decoder in which a token sees itself and what stands before it, got "
+        "adapt expected a decoder in which a token attends only to itself and to earlier tokens, got "
         "config.add_cross_attention=True. Set it to False.",
     ),
     "no causality": (
         lambda: adapt(base_with(is_causal=False), 2),
-        "adapt expected a decoder in which a token sees itself and what stands before it, got config.is_causal=False. "
-        "Set it to True.",
+        "adapt expected a decoder in which a token attends only to itself and to earlier tokens, got "
+        "config.is_causal=False. Set it to True.",
     ),
     "layers by number": (
         lambda: adapt(original("llama"), 2, layers=2),  # type: ignore[arg-type]
@@ -165,8 +165,8 @@ FORWARD: dict[str, tuple[dict[str, Any], str]] = {
     "two inputs": ({"inputs_embeds": torch.ones(3, 9, DIM)}, "Expected either input_ids or inputs_embeds, got both."),
     "positions": (
         {"position_ids": POSITIONS + 1},
-        "position_ids expected what an adapted model counts, the place of each token among its row's real tokens, from "
-        "0. Leave them away, and pass padding as attention_mask.",
+        "position_ids expected the position of each token among the real tokens of its row, from 0, as an adapted "
+        "model counts them. Omit them, and pass padding as attention_mask.",
     ),
     "attentions": (
         {"output_attentions": True},
@@ -183,7 +183,7 @@ FORWARD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a typo": (
         {"max_dept": 2},
-        "An adapted model does not take max_dept. Beside its own arguments it knows those of the loss: "
+        "An adapted model does not take max_dept. Beside its own arguments it takes those of the loss: "
         "num_items_in_batch, ignore_index, shift_labels.",
     ),
     "a mask of four axes": (
@@ -224,7 +224,8 @@ def test_forward_refuses(name: str) -> None:
 def test_more_tokens_than_the_model_has_positions_are_refused() -> None:
     """Real tokens count, however much padding stands before them, and those that a cache holds."""
     message = (
-        "The model knows 64 positions, but with these tokens a row holds 65. Pass fewer, or take a model with more."
+        "The model has 64 positions, but with these tokens a row holds 65. Pass fewer tokens, or use a model with more "
+        "positions."
     )
     ids = torch.randint(3, VOCAB, (2, 80), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(80).expand(2, 80) >= torch.tensor([[16], [40]])
@@ -263,27 +264,27 @@ def test_attention_refuses_what_it_cannot_honour() -> None:
     with pytest.raises(RuntimeError) as error:
         model.base(IDS)
     assert str(error.value) == (
-        "The attention of an adapted LlamaAttention() was called outside a looped block: only a RecurrentWrapper that "
-        "runs one knows it."
+        "The attention of an adapted LlamaAttention() was called outside a looped block: it works only in a block that "
+        "a RecurrentWrapper runs."
     )
     attention = model.base.model.layers[0].self_attn
     plain = attention.forward
     for given, message in (
         (
             {"attention_mask": MASK},
-            "LlamaAttention passes an attention mask of its own. In an adapted model a token sees itself and what "
-            "stands before it, and only the loop knows what is padding. Pass padding as attention_mask to the model, "
-            "and set config.is_causal to True or None.",
-        ),
-        (
-            {"is_causal": False},
-            "LlamaAttention passes is_causal=False. In an adapted model a token sees itself and what stands before it, "
-            "and only the loop knows what is padding. Pass padding as attention_mask to the model, and set "
+            "LlamaAttention passes an attention mask of its own. In an adapted model, a token attends only to itself "
+            "and to earlier tokens, and the loop masks padding. Pass padding as attention_mask to the model, and set "
             "config.is_causal to True or None.",
         ),
         (
+            {"is_causal": False},
+            "LlamaAttention passes is_causal=False. In an adapted model, a token attends only to itself and to earlier "
+            "tokens, and the loop masks padding. Pass padding as attention_mask to the model, and set config.is_causal "
+            "to True or None.",
+        ),
+        (
             {"indices": torch.ones(4), "position_bias": torch.ones(4)},
-            "LlamaAttention attends with indices, position_bias, which an adapted model cannot honour. Known are "
+            "LlamaAttention attends with indices, position_bias, which an adapted model does not support. It supports "
             "scaling, dropout, sliding_window, softcap and s_aux (sinks).",
         ),
     ):
@@ -346,7 +347,7 @@ SAVING: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a rule that keeps nothing": (
         {"rule": ad.Lookahead(Nothing(1.0))},
-        "Nothing takes tau, but keeps no attribute of that name to save it by. Write self.tau = tau in its "
+        "Nothing takes tau, but has no attribute of that name, so it cannot be saved. Write self.tau = tau in its "
         "constructor.",
     ),
 }

@@ -281,12 +281,12 @@ def test_the_rule_of_a_call(model: AdaptiveForCausalLM) -> None:
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "short": (
         {"max_depth": torch.full((3, 11), 2)},
-        "max_depth gives the depths of 11 columns, but this pass needs those of 12, prompt and padding among them. "
-        "Give one for every token to be generated but the last, or one per row, (batch, 1).",
+        "max_depth gives the depths of 11 columns, but this pass needs those of 12, for prompt, padding and new "
+        "tokens. Give one for each of these columns (the last new token needs none), or one per row, (batch, 1).",
     ),
     "chunks": (
         {"min_depth": lambda ids: ids, "prefill_chunk_size": 4},
-        "min_depth is a function of all ids so far, but of 8 only 4 are known here. Pass all ids, not embeddings, and "
+        "min_depth is a function of all ids so far, but got only 4 of 8. Pass all ids, not embeddings, and "
         "no prefill_chunk_size.",
     ),
     "implementation": (
@@ -326,7 +326,7 @@ def test_a_cache_is_cropped_reordered_and_forgotten(model: AdaptiveForCausalLM) 
     assert torch.equal(cache.depth, depth[[2, 0]]) and cache.batch_size == 2
     assert cache.to("cpu") is cache
     message = (
-        "crop expected how many of the 9 columns held to forget, as a number below 0, or how many to keep, got -10."
+        "crop expected how many of the 9 columns held to remove, as a negative number, or how many to keep, got -10."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         cache.crop(-10)

@@ -182,14 +182,14 @@ INVALID: list[tuple[dict[str, Any], str]] = [
     (
         {"prompt": "a" * CAPACITY},
         "The request needs room for 2007 tokens, of its prompt and of all new ones but the last, got a capacity of "
-        "2000. Pass a larger capacity=, as far as the model knows positions, or ask for fewer new tokens.",
+        "2000. Pass a larger capacity=, within the positions of the model, or ask for fewer new tokens.",
     ),
     ({"prompt": "abc", "max_depth": 9, "stream": True}, "max_depth expected an int from 1 to steps=3, got 9."),
     ({"prompt": "abc", "max_depth": "two"}, "A request expected max_depth to be of type int, got 'two'."),
     ({"prompt": "abc", "max_tokens": 0}, "A request expected 1 or more new tokens, got 0."),
     (
         {"prompt": "abc", "stop": ["a"]},
-        "Requests are served greedily or by sampling, got stop_strings. Call model.generate for all else.",
+        "Requests use greedy search or sampling, got stop_strings. Call model.generate for other modes.",
     ),
     ({"prompt": ""}, "A request expected the ids of a prompt, each from 0 to 36, got none."),
 ]

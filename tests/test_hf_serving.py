@@ -209,8 +209,7 @@ def test_one_request_fails_alone(model: AdaptiveForCausalLM) -> None:
             [3] * 20,
             {},
             f"The request needs room for {19 + NEW} tokens, of its prompt and of all new ones but the last, got a "
-            "capacity of 24. Pass a larger capacity=, as far as the model knows positions, or ask for fewer new "
-            "tokens.",
+            "capacity of 24. Pass a larger capacity=, within the positions of the model, or ask for fewer new tokens.",
         ),
         "nan": ([3, broken, 4], {}, "scored NaN"),
         "deep": ([3, 4], {"max_depth": STEPS + 1}, f"max_depth expected an int from 1 to steps={STEPS}, got"),
@@ -307,12 +306,12 @@ def test_a_pause_and_a_manager_that_is_kept(model: AdaptiveForCausalLM) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "beams": (
         {"num_beams": 2, **GREEDY},
-        "Requests are served greedily or by sampling, got beam_search. Call model.generate for all else.",
+        "Requests use greedy search or sampling, got beam_search. Call model.generate for other modes.",
     ),
     "guidance and strings": (
         {"guidance_scale": 2.0, "stop_strings": ["a"], **GREEDY},
-        "Requests are served greedily or by sampling, got stop_strings, guidance_scale. Call model.generate for all "
-        "else.",
+        "Requests use greedy search or sampling, got stop_strings, guidance_scale. Call model.generate for other "
+        "modes.",
     ),
     "a misspelling": (
         {"max_dpeth": 2, **GREEDY},

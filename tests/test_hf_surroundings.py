@@ -313,7 +313,7 @@ def test_positions_that_do_not_count_are_refused(model: AdaptiveForCausalLM) -> 
         "position_ids begin again, so a row holds several texts, but within one they do not count its real tokens from "
         "0. Pass those of each text as 0, 1, 2, ...; an adapted model takes no others."
     )
-    with pytest.raises(ValueError, match="position_ids expected what an adapted model counts"):
+    with pytest.raises(ValueError, match="position_ids expected the position of each token"):
         model(ids, attention_mask=mask, position_ids=positions, past_key_values=AdaptiveCache())
 
 

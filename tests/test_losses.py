@@ -307,18 +307,18 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "weights": (
         lambda: ad.random_depth(torch.tensor([0.5, -0.5, 1.0]), 0),
-        "random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, got "
-        "tensor([ 0.5000, -0.5000,  1.0000]). Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
+        "random_depth expected prior, a tensor (steps,) of weights, none negative and not all 0, got tensor([ 0.5000, "
+        "-0.5000,  1.0000]). Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
     ),
     "no weights": (
         lambda: ad.random_depth(torch.zeros(2), 0),
-        "random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, got "
-        "tensor([0., 0.]). Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
+        "random_depth expected prior, a tensor (steps,) of weights, none negative and not all 0, got tensor([0., 0.]). "
+        "Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
     ),
     "a list": (
         lambda: wrong.random_depth([0.5, 0.5], 0),
-        "random_depth expected prior, a tensor (steps,) of weights of which none is negative and not all are 0, got "
-        "[0.5, 0.5]. Take depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
+        "random_depth expected prior, a tensor (steps,) of weights, none negative and not all 0, got [0.5, 0.5]. Take "
+        "depth_prior(...), or make one: torch.tensor([0.0, 0.3, 0.7]).",
     ),
     "a mean": (
         lambda: ad.loss_gain(torch.tensor(1.5)),

@@ -105,9 +105,12 @@ def test_thresholds_per_row() -> None:
     tau = torch.tensor([[0.4], [0.6]])
     for rule in (ad.Threshold(tau), ad.SurvivalThreshold(tau)):
         assert rule(scores, remaining, positions).tolist() == [[1.0] * 3, [0.0] * 3]
-    with pytest.raises(ValueError, match="expected tau a number") as error:
+    with pytest.raises(ValueError, match="expected tau to be a number or a tensor") as error:
         ad.Threshold(torch.ones(3))
-    assert str(error.value) == "Threshold expected tau a number or of shape (batch, 1) or (batch, seq), got shape (3,)."
+    assert (
+        str(error.value)
+        == "Threshold expected tau to be a number or a tensor of shape (batch, 1) or (batch, seq), got shape (3,)."
+    )
     with pytest.raises(ValueError, match="got NaN"):
         ad.SurvivalThreshold(torch.tensor(math.nan))
     with pytest.raises(ValueError, match="expected tau to be a number, got nan"):

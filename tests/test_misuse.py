@@ -100,12 +100,12 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "assigned rule": (
         assigned("rule", "x"),
-        f"RecurrentWrapper expected rule to be a function or an object that is called like one, got str. {ORDER}",
+        f"RecurrentWrapper expected rule to be a function or a callable object, got str. {ORDER}",
     ),
     "assigned class": (
         assigned("rule", ad.Survival),
-        "RecurrentWrapper expected rule to be a function or an object that is called like one, got the class Survival; "
-        f"call it. {ORDER}",
+        "RecurrentWrapper expected rule to be a function or a callable object, got the class Survival; call it. "
+        f"{ORDER}",
     ),
     "assigned gate": (
         assigned("gate", ad.Replace()),
@@ -125,8 +125,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "rule returns nothing": (
         lambda: loop(ad.LinearGate(DIM), forgets)(X),
-        "forgets expected to return what stays of each token, shape (4, 4), got a NoneType at iteration 0. Does it end "
-        "without a return?",
+        "forgets expected to return how much of each token continues, shape (4, 4), got a NoneType at iteration 0. "
+        "Does it end without a return?",
     ),
     "update loses an axis": (
         lambda: loop(ad.LinearGate(DIM), ad.Threshold(0.5), NoAxis())(X),
@@ -140,7 +140,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "criterion that scales": (
         lambda: loop(ad.ConvergenceGate(), ad.Threshold(0.5), ad.Interpolate())(X),
-        "ConvergenceGate is an exit criterion: its score measures a token and is no scale, but Interpolate multiplies by "
+        "ConvergenceGate is an exit criterion: its score is a measurement, not a factor, but Interpolate multiplies by "
         "it. Give the loop update=adadepth.Replace() or adadepth.Ungated(Interpolate(...)).",
     ),
     "a depth per row with one axis": (
@@ -163,18 +163,18 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a rule for training with a cache": (
         lambda: with_cache(loop(ad.LinearGate(DIM), ad.TrainingOnly(best)), ad.KVReuseCache()),
-        "The rule best is for training only: with a cache it sees the new tokens alone and would decide otherwise. "
+        "The rule best is for training only: with a cache it gets the new tokens alone and would decide differently. "
         "Decode with a rule that treats each token on its own, such as adadepth.Threshold(tau).",
     ),
     "attention_mask": (
         lambda: loop()(X, attention_mask=torch.ones(4, 4)),  # type: ignore[call-arg]
-        "RecurrentWrapper does not take attention_mask. Real tokens are mask=, (batch, seq) bool. It takes x, mask, "
-        "start, min_depth, max_depth, block_kwargs, states, cache.",
+        "RecurrentWrapper does not take attention_mask. Pass real tokens as mask=, (batch, seq) bool. It takes x, "
+        "mask, start, min_depth, max_depth, block_kwargs, states, cache.",
     ),
     "past_key_values": (
         lambda: loop()(X, past_key_values=None),  # type: ignore[call-arg]
-        "RecurrentWrapper does not take past_key_values. A cache is cache=adadepth.KVReuseCache(). It takes x, mask, "
-        "start, min_depth, max_depth, block_kwargs, states, cache.",
+        "RecurrentWrapper does not take past_key_values. Pass a cache as cache=adadepth.KVReuseCache(). It takes x, "
+        "mask, start, min_depth, max_depth, block_kwargs, states, cache.",
     ),
     "an argument of the block": (
         lambda: loop()(X, cos=X),  # type: ignore[call-arg]
@@ -197,19 +197,19 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a tensor of the batch's shape": (
         lambda: ad.RecurrentWrapper(AddsBatch(DIM, True), 3)(X, max_depth=torch.tensor([[1], [2], [3], [1]])),
-        "Attention expected q of shape (1, heads, 8, head_dim), got (4, 2, 8, 4): queries, keys and values must be those "
-        "of the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a memory "
-        "can, behind adadepth.RowPerToken); batch and heads must be separate axes. A tensor of the batch's shape that the block adds to its input is passed as "
-        "block_kwargs, which are packed.",
+        "Attention expected q of shape (1, heads, 8, head_dim), got (4, 2, 8, 4): queries, keys and values must be "
+        "those of the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a "
+        "memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. If the block adds a tensor "
+        "of the batch's shape to its input, pass it as block_kwargs, so that it is packed.",
     ),
     "meta": (
         lambda: loop(ad.LinearGate(DIM), ad.Threshold(0.5)).to("meta")(X.to("meta")),
-        "RecurrentWrapper with skip=True looks at the data to skip tokens, and x is on the meta device, which has none. "
-        "Build it with skip=False for shapes alone, or give x a real device.",
+        "RecurrentWrapper with skip=True reads the data to skip tokens, but x is on the meta device, which has none. "
+        "Set skip=False if you only need shapes, or put x on a real device.",
     ),
     "vmap": (
         lambda: torch.vmap(HALTS)(X[None]),
-        "RecurrentWrapper looks at the data, and torch.vmap does not let it. Put what is mapped over into the batch: "
+        "RecurrentWrapper reads the data, which torch.vmap does not allow. Make the mapped axis a part of the batch: "
         "x.flatten(0, 1).",
     ),
     "weights of the bare block": (
@@ -257,17 +257,18 @@ WARNINGS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "gate without a rule": (
         lambda: loop(ad.LinearGate(DIM)),
-        "RecurrentWrapper has a gate, but no rule, and Replace does not use the score: the gate has no effect but on "
+        "RecurrentWrapper has a gate, but no rule, and Replace does not use the score: the gate affects only "
         "trace.scores. Give it a rule, such as adadepth.Threshold(0.5).",
     ),
     "gate of more steps": (
         lambda: loop(ad.PerIterationMLPGate(DIM, 5), ad.Threshold(0.5)),
-        "PerIterationMLPGate was made for 5 steps, but the loop has 3: what it has for later iterations is not used.",
+        "PerIterationMLPGate was made for 5 steps, but the loop has 3: its parameters for later iterations are not "
+        "used.",
     ),
     "logits that scale": (
         lambda: loop(Says(lambda h: h.sum(-1).abs() + 1.5), ad.Threshold(0.5), ad.Interpolate()).eval()(X * 0),
-        "Says scored 1.67 at iteration 0, and Interpolate multiplies by it. Learned gates end in a sigmoid; a score that "
-        "is no scale takes adadepth.Replace() or adadepth.Ungated(...).",
+        "Says scored 1.67 at iteration 0, and Interpolate multiplies by it. End a learned gate in a sigmoid; for a "
+        "score that is not in [0, 1], use adadepth.Replace() or adadepth.Ungated(...).",
     ),
     "dropout with a cache": (
         lambda: with_cache(ad.RecurrentWrapper(nn.Sequential(block(), nn.Dropout(0.1)), 2), ad.KVReuseCache()),

@@ -243,10 +243,10 @@ def test_a_compiled_block_without_attention_is_not_refused(compiled: str) -> Non
 
 
 CUT = (
-    "Gradients of the keys and values that a compiled layer keeps for the next iteration expected that the layer reads "
-    "the block's input and adds to its output, and that the backward pass goes through all of it; got a layer that is "
-    "cut off. Call loss.backward(), or pass the weights of all layers to torch.autograd.grad; do not detach the "
-    "layer's input or output. Or run that layer without torch.compile."
+    "A compiled layer keeps keys and values for the next iteration. For their gradients it must read the block's input "
+    "and add to its output, and the backward pass must go through all of it; got a layer that is cut off. Call "
+    "loss.backward(), or pass the weights of all layers to torch.autograd.grad; do not detach the layer's input or "
+    "output. Or run that layer without torch.compile."
 )
 
 
@@ -285,11 +285,11 @@ def test_gradients_of_layers_whose_loop_is_forgotten_are_refused() -> None:
     fast(**given(7))  # the first call is held by the compiler for a while
     second.register_forward_pre_hook(lambda _, args: None if seen else seen.append(args[0]))
     fast(**given(7))
-    with pytest.raises(ValueError, match="no longer held") as error:
+    with pytest.raises(ValueError, match="was freed") as error:
         seen[0].sum().backward()
     assert str(error.value) == (
-        "The backward pass reached a compiled layer of a loop whose output is no longer held. Keep the loop's output "
-        "until the backward pass is done, or run the layers without torch.compile."
+        "The backward pass reached a compiled layer of a loop whose output was freed. Keep the loop's output until the "
+        "backward pass is done, or run the layers without torch.compile."
     )
 
 
@@ -298,8 +298,8 @@ def test_a_loop_that_checkpoints_is_refused() -> None:
     with pytest.raises(ValueError, match="checkpoint") as error:
         fast(**given(7))
     assert str(error.value) == (
-        "A compiled layer attends in a loop with checkpoint=True, whose iterations are run again in the backward pass; "
-        "expected checkpoint=False. Or compile only submodules without attention."
+        "A compiled layer attends in a loop with checkpoint=True; expected checkpoint=False, because the backward pass "
+        "would run the iterations again. Set it, or compile only submodules without attention."
     )
 
 
@@ -315,8 +315,8 @@ def test_gradients_that_an_operator_would_cut_are_refused() -> None:
     with pytest.raises(ValueError, match="would be cut") as error:
         fast(**given(7))
     assert str(error.value) == (
-        "A compiled layer attends without gradients in a loop that has them: those of the keys and values of earlier "
-        "iterations would be cut. Put torch.no_grad() around the whole loop, compile the layer as a module, "
+        "A compiled layer attends without gradients in a loop with gradients: those of earlier iterations' keys and "
+        "values would be cut. Put torch.no_grad() around the whole loop, compile the layer as a module, "
         "layer.compile(), or run it without torch.compile."
     )
 
@@ -327,6 +327,6 @@ def test_the_operator_alone() -> None:
     with pytest.raises(RuntimeError, match="outside of it") as error:
         torch.ops.adadepth.attend(q, q, q, turn, False)
     assert str(error.value) == (
-        "A graph that was compiled inside a looped block was called outside of it: only a RecurrentWrapper that runs "
-        "the block knows its tokens."
+        "A graph that was compiled inside a looped block was called outside of it. Call it only through the "
+        "RecurrentWrapper that runs the block."
     )

@@ -16,8 +16,8 @@ import adadepth as ad
 
 STEPS = 3
 NOTE = (
-    "RecurrentWrapper found this when it checked itself, once, on a few tokens before it first skipped some. "
-    "looped.self_check = False leaves that out."
+    "RecurrentWrapper found this in its self check, which runs once, on a few tokens, before it first skips any. "
+    "looped.self_check = False turns it off."
 )
 
 
@@ -101,9 +101,9 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], bool, str]] = {
     "drop path": (
         Stochastic,
         True,
-        r"Stochastic draws noise that is neither of each token nor of the whole batch, in drop \(DropPath\): packed "
-        r"tokens of different rows stand in one sequence and would share it. Draw it for each token, or one per row of "
-        r"the batch and read it as noise\[adadepth.rows\(\)\].",
+        r"Stochastic draws noise that is neither for each token nor for the whole batch, in drop \(DropPath\): packed "
+        r"tokens of different rows are in one sequence and would share it. Draw it for each token; or draw one for "
+        r"each row of the batch, and read noise\[adadepth.rows\(\)\].",
     ),
 }
 
@@ -342,7 +342,7 @@ def test_check_looped_finds_what_a_cache_does_otherwise() -> None:
             return super().forward(x + 0.1 * self.passes)
 
     loop = ad.RecurrentWrapper(Grows(DIM, True), 1)
-    with pytest.raises(ValueError, match=r"^Grows gives with a cache another result than without: a prompt and then"):
+    with pytest.raises(ValueError, match=r"^Grows gives another result with a cache than without: a prompt and later"):
         ad.check_looped(loop, torch.randn(2, 7, DIM))
     assert loop.block.passes == 0
     ad.check_looped(ad.RecurrentWrapper(Grows(DIM, False), 1, causal=False), torch.randn(2, 7, DIM))

@@ -135,7 +135,7 @@ def test_what_is_no_tensor_must_be_the_same_for_all() -> None:
     batch = batch_of(loop)
     batch.begin([0], x, block_kwargs={"c": x, "scale": 1.0})
     batch.begin([1], x, block_kwargs={"c": x, "scale": 2.0})
-    with pytest.raises(ValueError, match="Tokens that run together are given the same block_kwargs, but for tensors"):
+    with pytest.raises(ValueError, match="Tokens that run in one call must have the same block_kwargs"):
         batch.call()
 
 
@@ -340,7 +340,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "a cache without a capacity": (
         lambda: DepthBatch(looped("attention").eval(), ad.KVReuseCache(), 2, 2),
         "Expected a new KVReuseCache with a capacity, the most tokens that a row may hold, got no capacity. Pass "
-        "adadepth.KVReuseCache(layout='filled', capacity=2048), say.",
+        "one, such as adadepth.KVReuseCache(layout='filled', capacity=2048).",
     ),
     "a training loop": (
         lambda: DepthBatch(looped("attention"), ad.KVReuseCache(capacity=4), 2, 2),
@@ -362,13 +362,13 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "one of two that began together": (
         lambda: flying().call({(0, 0)}),
-        "Rows that began together wait together, got wait=[(0, 0)], without (1, 0). Begin rows one by one that are to "
-        "wait by themselves.",
+        "Rows that began together must wait together, got wait=[(0, 0)], without (1, 0). Begin rows one by one if they "
+        "must wait separately.",
     ),
     "a token that would overtake": (
         lambda: overtaking().call({(0, 0)}),
-        "The token at position 1 of row 0 reads what the one at 0, which is to wait at depth 1, has not written. Let "
-        "both wait, or neither.",
+        "The token at position 1 of row 0 attends to the one at 0, which must wait at depth 1, so its keys and values "
+        "are missing. Let both wait, or neither.",
     ),
     "a row that is too long": (
         lambda: batch_of(looped("attention")).begin([0], x_of(1, 9)),

@@ -149,8 +149,8 @@ class Checkpointing(nn.Module):
 
 
 CHECKPOINTS_ITSELF = (
-    "The block checkpoints its own attention. A recomputation in the backward pass would no longer know which tokens "
-    "ran. Switch checkpointing off inside the block and let the loop checkpoint whole iterations: "
+    "The block checkpoints its own attention. The backward pass cannot recompute it, because the tokens that ran are "
+    "no longer known. Switch checkpointing off inside the block and let the loop checkpoint whole iterations: "
     "RecurrentWrapper(..., checkpoint=True)."
 )
 
@@ -250,8 +250,8 @@ def test_outside_a_looped_block_there_is_no_iteration() -> None:
         with pytest.raises(RuntimeError) as error:
             function()
         assert str(error.value) == (
-            f"{function.__name__}() was called outside a looped block: only a RecurrentWrapper that runs one knows it. "
-            "It works in the block, its submodules and hooks, and in gates and updates."
+            f"{function.__name__}() was called outside a looped block, where it has no value. Call it in the block, "
+            "its submodules and hooks, or in gates and updates."
         )
 
 
@@ -348,8 +348,8 @@ def test_a_loop_inside_a_looped_block_is_refused(skip: bool, inner: bool) -> Non
     with pytest.raises(ValueError, match="inside the block of another") as error:
         ad.RecurrentWrapper(Nesting(inner), 2, skip=skip)(rows(torch.float32), max_depth=torch.tensor([[1], [2], [2]]))
     assert str(error.value) == (
-        "A RecurrentWrapper runs inside the block of another: it would take the packed tokens of all rows for one row "
-        "of its own. Let one loop hold the whole stack, or run one loop after the other."
+        "A RecurrentWrapper runs inside the block of another: it would treat the packed tokens of all rows as one row. "
+        "Put the whole stack into one loop, or run one loop after the other."
     )
 
 
@@ -395,8 +395,8 @@ def test_a_block_that_writes_into_its_input_is_refused_or_given_a_copy(skip: boo
     with torch.no_grad(), pytest.raises(ValueError, match="writes into its input") as error:
         loop(x.clone(), mask=mask)
     assert str(error.value) == (
-        "InPlace writes into its input, which the update reads after it. Write x = x + ... in place of x += ..., or "
-        "start with x = x.clone()."
+        "InPlace writes into its input, which the update reads later. Write x = x + ... instead of x += ..., or start "
+        "with x = x.clone()."
     )
     with torch.inference_mode():
         torch.testing.assert_close(loop(x.clone(), mask=mask).hidden, want, rtol=1e-10, atol=1e-12)

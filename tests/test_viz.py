@@ -404,12 +404,12 @@ DEPTH = torch.tensor([1, 2])
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "too many tokens": (
         lambda: viz.heat_map(["a", "b", "c"], DEPTH, 2),
-        "heat_map expected as many tokens as depths, 2, got 3. Only tokens that ran have a depth: the newest of a "
-        "generation has not.",
+        "heat_map expected as many tokens as depths, 2, got 3. Only tokens that ran have a depth; the newest token of "
+        "a generation has none.",
     ),
     "too few rows": (
         lambda: viz.terminal([["a"]], torch.ones(2, 1).long(), 2),
-        "terminal expected the tokens of 2 rows, one for each of depths, got 1.",
+        "terminal expected the tokens of 2 rows, one for each row of depths, got 1.",
     ),
     "three axes": (
         lambda: viz.heat_map("a", torch.ones(1, 1, 1).long(), 2),
@@ -441,7 +441,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "a diverged policy": (
         lambda: viz.plot_frontier({"a": (1, 2), "b": (2, float("nan"))}),
-        "plot_frontier expected finite places, got (2, nan) for 'b'. Leave it out.",
+        "plot_frontier expected finite costs and losses, got (2, nan) for 'b'. Leave it out.",
     ),
     "no point": (
         lambda: viz.plot_frontier({}),

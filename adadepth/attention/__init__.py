@@ -1,1 +1,1 @@
-"""The bridge between a block's attention and the loop: token sets, views, and how attention calls are caught."""
+"""The connection between a block's attention and the loop: token sets, views, and the catch of attention calls."""

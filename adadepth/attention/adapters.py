@@ -1,4 +1,4 @@
-"""Adapters for blocks whose attention is not caught as it is."""
+"""Adapters for blocks whose attention the loop cannot catch as it is."""
 
 from typing import Any, final
 
@@ -10,10 +10,10 @@ from .view import TokenView
 
 @final
 class Pointwise(nn.Module):
-    """Says of a block that it mixes no tokens, so that no attention call is expected of it.
+    """Marks a block that mixes no tokens, so that the loop expects no attention call from it.
 
     Shapes: those of `block`, which is called as `block(x, **block_kwargs)`.
-    Raises: `ValueError` at its first call if it does attend.
+    Raises: `ValueError` if the block calls attention after all.
     """
 
     takes_view = True
@@ -23,7 +23,7 @@ class Pointwise(nn.Module):
         self.block = block
 
     def forward(self, x: Hidden, view: TokenView, **given: Any) -> Hidden:
-        """`block(x, **given)`; the view is not needed."""
+        """`block(x, **given)`, without the view."""
         del view
         return self.block(x, **given)
 
@@ -32,8 +32,8 @@ class Pointwise(nn.Module):
 class CausalEncoder(nn.Module):
     """Makes an `nn.TransformerEncoderLayer` or a stack of them, `nn.TransformerEncoder`, causal.
 
-    Those layers are causal only if a mask is passed beside the hint `is_causal`; under the hint its
-    values are not read, so one zero stands in for the usual `(seq, seq)`.
+    These layers are causal only if they get a mask together with the hint `is_causal`. With the hint, the values of
+    the mask are not read, so a mask of one zero replaces the usual `(seq, seq)`.
 
     Shapes: `x (rows, length, dim)` to the same.
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3 (the decoder's mask).
@@ -44,5 +44,5 @@ class CausalEncoder(nn.Module):
         self.encoder = encoder
 
     def forward(self, x: Hidden) -> Hidden:
-        """`encoder(x)`, each token seeing itself and what stands before it."""
+        """`encoder(x)`, where each token attends to itself and to earlier tokens."""
         return self.encoder(x, x.new_zeros(1, 1), is_causal=True)

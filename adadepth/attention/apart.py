@@ -1,4 +1,4 @@
-"""`RowPerToken`: how blocks are looped that take one condition, or one memory, for each row of their batch."""
+"""`RowPerToken`: a wrapper for blocks that take one condition, or one memory, for each row of their batch."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,16 +13,17 @@ from .context import active
 
 @final
 class RowPerToken(nn.Module):
-    """Shows a block every token as a row of its own, of length 1.
+    """Calls a block with every token as a row of its own, of length 1.
 
-    For blocks that are conditioned by row, `x * (1 + scale[:, None])`, or attend to a memory `(batch, entries, dim)`.
-    Attention of the block to its own input is over the token's whole row, as ever; whether later tokens are seen is
-    the wrapper's `causal` alone. Attention to other keys is the block's own, with its masks. Positions that the
-    block counts itself are all 0, and a memory of one entry would be taken for the token itself: give it two.
+    Use it for blocks that are conditioned by row, as in `x * (1 + scale[:, None])`, or that attend to a memory
+    `(batch, entries, dim)`. When the block attends to its own input, each token still attends to its whole row. Only
+    the wrapper's `causal` decides whether it attends to later tokens. Attention to other keys is computed as the
+    block calls it, with the block's masks. Positions that the block counts itself are all 0. A memory of one entry
+    would be mistaken for the token itself: give it two entries.
 
-    Shapes: `x (rows, length, dim)` to the same; the block sees `(tokens, 1, dim)`, and of `block_kwargs` each tensor
-    `(batch or 1, seq or 1, ...)` as `(tokens, ...)`: a time `(batch, 1)`, a condition `(batch, 1, dim)`, a memory
-    `(batch, 1, entries, dim)`, what pads it `(batch, 1, entries)`.
+    Shapes: `x (rows, length, dim)` to the same; the block gets `(tokens, 1, dim)`. It gets each tensor of
+    `block_kwargs`, `(batch or 1, seq or 1, ...)`, as `(tokens, ...)`: a time `(batch, 1)`, a condition
+    `(batch, 1, dim)`, a memory `(batch, 1, entries, dim)`, the padding mask of a memory `(batch, 1, entries)`.
     Raises: `ValueError` if the block attends to its own input in another shape.
     """
 
@@ -31,11 +32,11 @@ class RowPerToken(nn.Module):
         self.block = block
 
     def forward(self, x: Hidden, **given: Any) -> Hidden:
-        """`block` on every token alone, but for its attention."""
+        """The block on every token by itself; only its attention reads other tokens."""
         view, before = current_view("RowPerToken"), active.apart
         active.apart = True
         try:
-            # The loop does not catch calls where it takes the block's own attention for all there is to do.
+            # In a bare view the loop catches no calls, so they are caught here.
             with catching() if view.bare else nullcontext():
                 out = self.block(x.flatten(0, 1).unsqueeze(1), **_apart(given, (x.shape[0], x.shape[1])))
         finally:
@@ -44,7 +45,7 @@ class RowPerToken(nn.Module):
 
 
 def _apart(given: Any, shape: tuple[int, int]) -> Any:
-    """`given` with the tensors in it, which broadcast to `shape`, as one entry for each token."""
+    """`given`, where each tensor, which broadcasts to `shape`, becomes one entry for each token."""
     if isinstance(given, Tensor):
         return given.expand(*shape, *given.shape[2:]).flatten(0, 1) if given.dim() else given
     if isinstance(given, Mapping):

@@ -1,10 +1,10 @@
 """How the attention calls of an unmodified block are caught.
 
-Such a block calls `F.scaled_dot_product_attention`, and what catches that call must see nothing else,
-must not care how the block got hold of the function, and must be safe under threads, nesting and
-compilation. In eager this is a kernel on a dispatch key that no tensor has and that is included, for
-this thread only, while the block runs: all other operators fall through it at no cost. Dynamo does
-not trace dispatch keys; there a `TorchFunctionMode` sees every call, at trace time only.
+Such a block calls `F.scaled_dot_product_attention`. The catch must intercept this call and no other, must work
+however the block imported the function, and must be safe with threads, nesting and compilation. In eager mode it is
+a kernel on a dispatch key that no tensor has. The key is included while the block runs, for this thread only; all
+other operators fall through it at no cost. Dynamo does not trace dispatch keys. When it traces, a `TorchFunctionMode`
+intercepts every call, at trace time only.
 """
 
 import math
@@ -31,22 +31,22 @@ COMPILED = (
 
 
 def current_view(caller: str) -> TokenView:
-    """The view under which this thread runs a block; an error that names `caller` if it does not."""
+    """The view of the block that this thread runs; outside a block, an error that names `caller`."""
     if active.view is None:
         raise RuntimeError(
-            f"{caller}() was called outside a looped block: only a RecurrentWrapper that runs one knows it."
+            f"{caller}() was called outside a looped block: it works only in a block that a RecurrentWrapper runs."
         )
     view: TokenView = active.view
     return view
 
 
 def catching() -> AbstractContextManager[Any]:
-    """A context in which this thread's attention calls go to the active view."""
+    """A context in which the active view answers this thread's attention calls."""
     return _AttentionMode() if torch.compiler.is_compiling() else caught()
 
 
 def takes_view(block: nn.Module | None) -> bool:
-    """Whether a block is written for adadepth."""
+    """Whether a block is written for adadepth: it then takes the view as its second argument."""
     return getattr(block, "takes_view", False)
 
 
@@ -61,7 +61,7 @@ def _caught(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What an unmodified block's `F.scaled_dot_product_attention` does; the names are those of its arguments."""
+    """Replaces `F.scaled_dot_product_attention` in an unmodified block, with the same argument names."""
     view, (q, k, v) = current_view("attend"), (query, key, value)
     check_caller(view, q)
     if (active.apart and _own_keys(k, view)) or active.takes_view:
@@ -77,12 +77,12 @@ def _caught(
 
 
 def _own_keys(k: Tensor, view: TokenView) -> bool:
-    """Whether tokens that are rows of their own have keys of their own, so that no two of them mix."""
+    """Whether each token, as a row of its own, has several keys of its own: then no two tokens mix."""
     return k.dim() == 4 and k.shape[0] == math.prod(view.tokens.shape) and k.shape[2] != 1
 
 
 def _together(t: Tensor, view: TokenView) -> Tensor:
-    """Queries, keys or values of tokens that are rows of their own, `(tokens, heads, 1, dim)`, in the view's rows."""
+    """Queries, keys or values of tokens as rows of their own, `(tokens, heads, 1, dim)`, back in the view's rows."""
     rows, length = view.tokens.shape
     if t.dim() != 4 or t.shape[0] != rows * length or t.shape[2] != 1:
         raise ValueError(
@@ -93,7 +93,11 @@ def _together(t: Tensor, view: TokenView) -> Tensor:
 
 
 def check_caller(view: TokenView, q: Tensor) -> None:
-    """A block that takes the view attends by it, maybe in a graph of its own; no other attends in a graph."""
+    """Refuse attention that a block may not call.
+
+    A block that takes the view must attend through it, which may happen in a compiled graph of its own. Any other
+    block must not attend inside a compiled graph.
+    """
     if not active.takes_view:
         if _is_fake(q) and not _is_fake(view.tokens.live):
             raise ValueError(f"A submodule of the block {COMPILED}")
@@ -102,9 +106,9 @@ def check_caller(view: TokenView, q: Tensor) -> None:
 
 
 def refuse_beside_view() -> NoReturn:
-    """The running block takes the view, and attends without it.
+    """Refuse a block that takes the view but attends without it.
 
-    Raises: `ValueError`.
+    Raises: `ValueError`, always.
     """
     name = type(active.block).__name__
     raise ValueError(
@@ -119,7 +123,7 @@ def refuse_beside_view() -> NoReturn:
 
 
 def _in_graph() -> bool:
-    """Whether a graph makes this call, as it does for a compiled `view.attend`: by itself or through an operator."""
+    """Whether this call comes from a graph, directly or through an operator, as with a compiled `view.attend`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") in (__name__, "torch._ops"):
         frame = frame.f_back
@@ -127,19 +131,19 @@ def _in_graph() -> bool:
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    """Whether a compiler traces with it; by name, for the import brings all of Dynamo."""
+    """Whether a compiler traces with this tensor; told by the name, because the import would load all of Dynamo."""
     return type(tensor) is not Tensor and type(tensor).__name__ == "FakeTensor"
 
 
 def _check_mask(view: TokenView, attn_mask: Tensor | None, is_causal: bool, queries: int) -> None:
     if attn_mask is not None and not is_causal:
         raise ValueError(
-            f"The block passes an attention mask of its own, of shape {tuple(attn_mask.shape)}. In a loop only the "
-            "wrapper knows which tokens run and which are padding: pass is_causal=True instead of a causal mask, and "
+            f"The block passes an attention mask of its own, of shape {tuple(attn_mask.shape)}. In a loop the wrapper "
+            "makes the mask, from the active tokens and the padding: pass is_causal=True instead of a causal mask, and "
             "padding as looped(x, mask=...). Other masks (windows, ALiBi, prefixes) cannot be looped."
         )
     if is_causal == view.causal or (view.causal and queries == 1):
-        return  # one query sees all that stands before it: blocks leave the flag out there
+        return  # one query attends to all earlier tokens: for it, blocks do not set the flag
     said = "causal" if view.causal else "not causal"
     raise ValueError(
         f"RecurrentWrapper(causal={view.causal}) expected {said} attention, but the block calls it with "
@@ -154,7 +158,7 @@ def _caught_kernel(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _register() -> list[torch.library.Library]:
-    """The registrations, which hold as long as the returned libraries live."""
+    """The registrations; they last as long as the returned libraries exist."""
     every = torch.library.Library("_", "IMPL", NAME)
     every.fallback(torch.library.fallthrough_kernel)
     aten = torch.library.Library("aten", "IMPL", NAME)
@@ -167,7 +171,7 @@ _libraries = _register()
 
 @final
 class _AttentionMode(TorchFunctionMode):
-    """The catch for Dynamo, which traces function modes and so leaves nothing of it in the graph."""
+    """The catch for Dynamo, which traces through function modes, so that the graph contains no trace of it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if active.takes_view and func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
@@ -176,7 +180,7 @@ class _AttentionMode(TorchFunctionMode):
             return _caught(*args, **(kwargs or {}))
         if func is F.multi_head_attention_forward:
             return _multihead(*args, **(kwargs or {})), None
-        if func is Tensor.unflatten:  # its super() call is beyond Dynamo
+        if func is Tensor.unflatten:  # Dynamo cannot trace its super() call
             return torch.unflatten(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -205,7 +209,7 @@ def _multihead(
     key_padding_mask: Tensor | None = None,
     **checked: Any,
 ) -> Tensor:
-    """`F.multi_head_attention_forward`, whose inner attention call a function mode does not see."""
+    """Replaces `F.multi_head_attention_forward`: a function mode cannot intercept its inner attention call."""
     del embed_dim, bias_k, bias_v, add_zero_attn, checked
     weights = [q_proj_weight, k_proj_weight, v_proj_weight] if weight is None else list(weight.chunk(3))
     biases = [None] * 3 if bias is None else list(bias.chunk(3))
@@ -213,7 +217,7 @@ def _multihead(
         rearrange(F.linear(x, w, b), "length rows (heads dim) -> rows heads length dim", heads=heads)  # type: ignore[arg-type]
         for x, w, b in zip((query, key, value), weights, biases, strict=True)
     )
-    if key_padding_mask is not None:  # of a memory, by now something added to the scores
+    if key_padding_mask is not None:  # of a memory; PyTorch has already made it a term that is added to the scores
         attn_mask = key_padding_mask[:, None, None]
     out = _caught(q, k, v, attn_mask, dropout_p if training else 0.0, is_causal)
     return F.linear(rearrange(out, "rows heads length dim -> length rows (heads dim)"), out_weight, out_bias)

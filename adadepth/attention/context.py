@@ -1,4 +1,4 @@
-"""What blocks, gates and updates may know of the pass that runs them: which iteration, and where its tokens stand."""
+"""What blocks, gates and updates can read about the current pass: the iteration, positions and rows of its tokens."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -26,17 +26,17 @@ class Here:
 
     @lazy
     def iteration(self) -> Int[Tensor, "rows length"]:
-        """The iteration that each token is in, int64, from 0."""
+        """The iteration of each token, int64, from 0."""
         return torch.full(self.tokens.shape, self.step, dtype=torch.int64, device=self.tokens.live.device)
 
     @lazy
     def positions(self) -> Int[Tensor, "rows length"]:
-        """The place of each token among its row's real tokens, int64, from 0."""
+        """The position of each token among the real tokens of its row, int64, from 0."""
         return self.tokens.take(self.tokens.positions)
 
     @lazy
     def rows(self) -> Int[Tensor, "rows length"]:
-        """The row of the batch, or of the cache, that each token stands in, int64, from 0."""
+        """The row of each token, in the batch or in the cache, int64, from 0."""
         return self.tokens.spread(self.tokens.numbers.unsqueeze(1)).expand(self.tokens.shape)
 
 
@@ -49,26 +49,26 @@ class Together:
 
     @lazy
     def iteration(self) -> Int[Tensor, "1 length"]:
-        """As of one pass."""
+        """The iteration of each token, as in `Here`."""
         return torch.cat([part.iteration for part in self.parts], 1)
 
     @lazy
     def positions(self) -> Int[Tensor, "1 length"]:
-        """As of one pass."""
+        """The position of each token, as in `Here`."""
         return torch.cat([part.positions for part in self.parts], 1)
 
     @lazy
     def rows(self) -> Int[Tensor, "1 length"]:
-        """The rows of the cache."""
+        """The row of each token in the cache."""
         return torch.cat([part.rows for part in self.parts], 1)
 
 
 @final
 class Window(NamedTuple):
-    """The part of a batch that a pass is about, where it is not about all of it.
+    """The part of a batch on which a pass runs, if it does not run on the whole batch.
 
-    `shape (batch, seq)` of the whole; the pass has its first `rows` and its columns from `first` to `last`. No
-    rows at all: the pass is about one token of zeros, which stands in.
+    `shape (batch, seq)` is that of the whole batch. The pass runs on the first `rows` rows, and on the columns from
+    `first` to `last`. With 0 rows, the pass runs on one token of zeros as a placeholder.
     """
 
     shape: tuple[int, int]
@@ -77,7 +77,7 @@ class Window(NamedTuple):
     last: int
 
     def cut(self, whole: Tensor) -> Tensor:
-        """The part of a tensor that broadcasts to the whole `(batch, seq, ...)`."""
+        """The same part of a tensor `(batch, seq, ...)`, or of one that broadcasts to it."""
         if not self.rows:
             return whole.new_zeros(1, 1, *whole.shape[2:])
         rows = whole if whole.shape[0] == 1 != self.shape[0] else whole[: self.rows]
@@ -86,32 +86,33 @@ class Window(NamedTuple):
 
 @final
 class Active(threading.local):
-    """What this thread runs: a piece on the tokens of `here`, and a block whose attention goes to `view`.
+    """What this thread runs: a piece on the tokens of `here`, and a block whose attention calls `view` answers.
 
-    `apart` is True where the block sees every token as a row of its own; `attends` while the view answers.
+    `apart` is True if the block gets every token as a row of its own; `attends` is True while the view computes
+    attention.
     """
 
-    def __init__(self) -> None:  # in every thread: Dynamo guards on what the instance holds
+    def __init__(self) -> None:  # sets all of them in every thread: Dynamo guards on the attributes of the instance
         self.here: Here | Together | None = None
         self.view: Any = None  # a TokenView
         self.block: nn.Module | None = None
-        self.takes_view = False  # whether the block does
+        self.takes_view = False  # whether the block takes the view
         self.window: Window | None = None
         self.apart = False
         self.attends = False
-        self.turn = torch.zeros(2, dtype=torch.int64)  # of the last call of attention that a graph made
+        self.turn = torch.zeros(2, dtype=torch.int64)  # from the last attention call of a compiled graph
 
 
 active = Active()
 
 
 def checking() -> bool:
-    """Whether a wrapper checks itself on a part of the batch: what is seen now is not of the pass."""
+    """Whether a self check runs now, on a part of the batch: this is not the real pass."""
     return active.window is not None and active.window.rows > 0
 
 
 def asked(piece: Callable[..., T], here: Here | Together, *args: Any) -> T:
-    """What a piece gives, which may ask where the tokens stand."""
+    """The result of a piece, which may call `iteration()`, `positions()`, `rows()` and `take()`."""
     before, active.here = active.here, here
     try:
         return piece(*args)
@@ -120,11 +121,11 @@ def asked(piece: Callable[..., T], here: Here | Together, *args: Any) -> T:
 
 
 def here(caller: str) -> Here | Together:
-    """Where the tokens stand that this thread runs; an error that names `caller` if it runs none."""
+    """The tokens that this thread runs; outside a looped block, an error that names `caller`."""
     if active.here is None:
         raise RuntimeError(
-            f"{caller}() was called outside a looped block: only a RecurrentWrapper that runs one knows it. It works "
-            "in the block, its submodules and hooks, and in gates and updates."
+            f"{caller}() was called outside a looped block, where it has no value. Call it in the block, its "
+            "submodules and hooks, or in gates and updates."
         )
     return active.here
 
@@ -132,18 +133,18 @@ def here(caller: str) -> Here | Together:
 def iteration() -> Int[Tensor, "rows length"]:
     """The iteration of each token of the block's input, int64, from 0; in blocks, gates and updates.
 
-    Shapes: `(rows, length)`, the first two axes of the block's input. In an update: the iteration that has
-    just run, for the tokens that go on.
+    Shapes: `(rows, length)`, the first two axes of the block's input. In an update, it is the iteration that has just
+    run, and it has an entry for each token that continues.
     Raises: `RuntimeError` outside a looped block.
     """
     return here("iteration").iteration
 
 
 def positions() -> Int[Tensor, "rows length"]:
-    """The position of each token of the block's input among its row's real tokens, int64, from 0.
+    """The position of each token of the block's input among the real tokens of its row, int64, from 0.
 
-    A block that runs on packed tokens cannot count positions by the length of its input: rotary or
-    learned positions are read from here. Works in blocks, gates and updates.
+    A block that runs on packed tokens cannot count positions by the length of its input. It reads rotary or learned
+    positions from here. Works in blocks, gates and updates.
 
     Shapes: `(rows, length)`, the first two axes of the block's input.
     Raises: `RuntimeError` outside a looped block.
@@ -152,10 +153,10 @@ def positions() -> Int[Tensor, "rows length"]:
 
 
 def rows() -> Int[Tensor, "rows length"]:
-    """The row of the batch in which each token of the block's input stands, int64, from 0.
+    """The row of the batch that each token of the block's input belongs to, int64, from 0.
 
-    Packed tokens of all rows stand in one sequence: what is one per row, `c (batch, ...)`, is read as
-    `c[adadepth.rows()]`, and noise per row likewise. Works in blocks, gates and updates.
+    Packed tokens of all rows form one sequence. So read a tensor with one entry for each row, `c (batch, ...)`, as
+    `c[adadepth.rows()]`, and noise for each row in the same way. Works in blocks, gates and updates.
 
     Shapes: `(rows, length)`, the first two axes of the block's input.
     Raises: `RuntimeError` outside a looped block.
@@ -164,11 +165,12 @@ def rows() -> Int[Tensor, "rows length"]:
 
 
 def take(per_token: Shaped[Tensor, "batch seq *rest"]) -> Shaped[Tensor, "rows length *rest"]:
-    """A tensor of all tokens in the order of the block's input; in blocks, gates and updates.
+    """Brings a tensor with one entry for each token into the order of the block's input.
 
-    Arguments: `per_token (batch, seq, ...)`, of the shape of the wrapper's `x`; with a cache, of the new tokens.
-    Shapes: `(rows, length, ...)`, the first two axes those of the block's input. What it holds for tokens that are
-    skipped or padding is not read.
+    Works in blocks, gates and updates.
+    Arguments: `per_token (batch, seq, ...)`, with the first two axes of the wrapper's `x`; with a cache, these are
+    the new tokens. Entries of skipped tokens and of padding are not read.
+    Shapes: `(rows, length, ...)`; the first two axes are those of the block's input.
     Raises: `RuntimeError` outside a looped block, `ValueError` for another batch or length.
     """
     at = here("take")
@@ -179,7 +181,7 @@ def take(per_token: Shaped[Tensor, "batch seq *rest"]) -> Shaped[Tensor, "rows l
     if tuple(per_token.shape[:2]) != (batch, seq):
         raise ValueError(
             f"adadepth.take expected a tensor of shape (batch, seq, ...) = ({batch}, {seq}, ...), one entry for each "
-            f"token that the loop was given, got {tuple(per_token.shape)}. What is one per row is "
-            "c[adadepth.rows()]; with a cache the tokens are the new ones."
+            f"token that the loop was given, got {tuple(per_token.shape)}. For a tensor c with one entry per row, "
+            "write c[adadepth.rows()]; with a cache, pass entries of the new tokens."
         )
     return tokens.take(per_token if active.window is None else active.window.cut(per_token))

@@ -1,4 +1,4 @@
-"""The views under which the block sees the rows as they are: everything runs, or what runs is selected."""
+"""The views for a block that gets the rows as they are: all tokens run, or the results of active ones are selected."""
 
 from typing import final
 
@@ -12,7 +12,7 @@ from .view import KV, TokenView, bias, seen
 
 @final
 class WholeView(TokenView):
-    """Everything runs: the block's own attention."""
+    """All tokens run: attention is computed as the block calls it."""
 
     tokens: WholeTokens
 
@@ -34,7 +34,7 @@ class WholeView(TokenView):
 
 @final
 class DenseView(TokenView):
-    """All tokens ask and are computed."""
+    """All tokens are computed, also skipped ones; the loop then selects."""
 
     tokens: DenseTokens
 
@@ -47,7 +47,7 @@ class DenseView(TokenView):
         return how.ask(q, k, v, self._allowed(how.window, q.dtype), self.causal)
 
     def _allowed(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What may be seen, added to the scores, `(batch, 1, seq, seq)`; None: what `is_causal` says."""
+        """The mask as a term to add to the scores, `(batch, 1, seq, seq)`; None if `is_causal` is enough."""
         mask, seq = self.tokens.mask, self.tokens.live.shape[1]
         if mask is None and (window is None or window >= seq):
             return None
@@ -61,5 +61,5 @@ class DenseView(TokenView):
         real = mask[:, None, None]
         if self.causal:
             real = real & seen(positions.unsqueeze(-1), positions.unsqueeze(-2), window)
-        # A padded query sees itself: a row of nothing would be NaN.
+        # A query at padding attends to itself: without any key, softmax would give NaN.
         return real | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)

@@ -1,7 +1,7 @@
-"""The dispatch key under which the attention calls of a block are caught.
+"""The dispatch key by which the attention calls of a block are caught.
 
-No tensor has it and no mode of torch's own uses it. While it is included, for one thread, every operator
-falls through it at no cost, but the one that has a kernel for it.
+No tensor has this key, and no mode of torch uses it. While it is included, for one thread, every operator falls
+through it at no cost, except the one that has a kernel for it.
 """
 
 from contextlib import AbstractContextManager
@@ -15,10 +15,10 @@ _KEYS = torch._C.DispatchKeySet(_KEY)
 
 
 def caught() -> AbstractContextManager[Any]:
-    """A context in which this thread's operators are looked for under the key."""
+    """A context in which the key is included for this thread: attention calls are caught."""
     return torch._C._IncludeDispatchKeyGuard(_KEY)
 
 
 def uncaught() -> AbstractContextManager[Any]:
-    """A context in which they are not."""
+    """A context in which the key is excluded: attention calls run as usual."""
     return torch._C._ExcludeDispatchKeyGuard(_KEYS)

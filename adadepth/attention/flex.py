@@ -1,4 +1,4 @@
-"""The view of packed tokens whose queries are answered by one call of flex attention, however rows differ."""
+"""The view that answers all packed queries by one call of flex attention, however the rows differ."""
 
 from functools import cache
 from typing import Any, final
@@ -11,15 +11,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from .how import How, answering
 from .packed import PackedView
 
-BLOCK = 128  # queries, and slots, that a block of the mask has
+BLOCK = 128  # the queries, and the slots, of one block of the mask
 
 
 @final
 class FlexView(PackedView):
-    """All queries ask the whole grid in one call, and a mask says which slots each of them sees.
+    """One call attends from all queries to the whole grid, with a mask of the slots that each query reads.
 
-    The mask is made without a wait for the device, once for all layers of an iteration. What flex attention has not,
-    dropout and sinks, and a loop that is not causal, are left to groups of rows.
+    The mask is made without waiting for the device, once for all layers of an iteration. Flex attention has no
+    dropout and no sinks. With these, and in a loop that is not causal, groups of rows are called as in `PackedView`.
     """
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -40,7 +40,7 @@ class FlexView(PackedView):
 
 
 def intervals(first: Tensor, last: Tensor, slots: int) -> BlockMask:
-    """The mask under which query t sees the slots from `first[t]` to `last[t]`, of so many; no look at the data.
+    """The mask with which query t reads the slots from `first[t]` to `last[t]`; it never waits for the device.
 
     Shapes: `(T,)` int64.
     """
@@ -49,7 +49,7 @@ def intervals(first: Tensor, last: Tensor, slots: int) -> BlockMask:
     start = torch.arange(columns, device=device) * BLOCK
     end = (start + BLOCK - 1).clamp_max(slots - 1)
     fill = rows * BLOCK - queries
-    # A query that is none sees nothing, and hinders no block from being whole.
+    # Queries that only fill the last block read no slot, and do not prevent a block from being whole.
     low, high = (
         F.pad(each, (0, fill), value=value).view(rows, BLOCK, 1) for each, value in ((first, slots), (last, -1))
     )
@@ -66,7 +66,7 @@ def intervals(first: Tensor, last: Tensor, slots: int) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row how many blocks, and which, these first: `(1, 1, rows)` and `(1, 1, rows, columns)` int32."""
+    """How many blocks each row has, `(1, 1, rows)`, and all blocks, its own first, `(1, 1, rows, columns)`; int32."""
     blocks = blocks[None, None]
     order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
@@ -89,5 +89,5 @@ def _capped(softcap: float | None) -> Any:
 
 @cache
 def _attention(kind: str) -> Any:
-    """Compiled where it is fast only then; on a CPU, where it has no backward pass, as it is."""
+    """Flex attention, compiled on a GPU, where it is slow otherwise; compiled for a CPU it has no backward pass."""
     return flex_attention if kind == "cpu" else torch.compile(flex_attention, dynamic=True)

@@ -1,7 +1,7 @@
-"""Packed queries regrouped by row for the attention itself.
+"""Packed queries, grouped by row for the attention call.
 
-Rows that have about as many queries to ask form a group, padded to the longest of them. All groups are
-gathered, and their answers put back, by one index each.
+Rows with about equally many queries form a group, padded to the longest of them. One index gathers the queries of
+all groups, and another puts the results back.
 """
 
 from typing import NamedTuple
@@ -14,10 +14,10 @@ FILL = 0.75
 
 
 class Group(NamedTuple):
-    """Rows that ask together.
+    """Rows that share one attention call.
 
-    `rows (n,)` int64, None for all rows in order; `queries` per row, padded; `whole` is True where
-    in every row the j-th query stands in slot j and no slot after the last query holds a token.
+    `rows (n,)` int64, None for all rows in order; `queries` is their number per row, padded. `whole` is True if in
+    every row the j-th query is in slot j and no slot after the last query holds a token.
     """
 
     rows: Tensor | None
@@ -27,7 +27,7 @@ class Group(NamedTuple):
 
 
 class RowGroups(NamedTuple):
-    """`gather` packs tokens into the groups, `back` takes the answers to the tokens; None: no move."""
+    """`gather` puts the queries into groups, `back` puts the results into the order of the tokens; None: no change."""
 
     groups: list[Group]
     gather: Tensor | None
@@ -35,10 +35,10 @@ class RowGroups(NamedTuple):
 
 
 def group_rows(asked: list[int], lengths: list[int], counts: Tensor, row: Tensor) -> RowGroups:
-    """Group rows by what they ask; each asks something.
+    """Group rows by their number of queries, which is at least 1.
 
-    `asked`: how many of the packed tokens are of each row, in order; `lengths`: real tokens of each row. The device has
-    the first as `counts (rows,)`, and of each token its `row (T,)`.
+    Arguments: `asked`, the number of packed tokens of each row, in order; `lengths`, the real tokens of each row;
+    `counts (rows,)`, `asked` on the device; `row (T,)`, the row of each token.
     """
     parts, device = _partition(asked, lengths), row.device
     if len(parts) == 1:
@@ -65,7 +65,7 @@ def group_rows(asked: list[int], lengths: list[int], counts: Tensor, row: Tensor
 
 
 def _partition(asked: list[int], lengths: list[int]) -> list[list[int]]:
-    """Row numbers, split into whole rows and others and each of them by size."""
+    """Row numbers, split into rows in which every token runs and others, and each of these by size."""
     parts: list[list[int]] = []
     key = None
     for r in sorted(range(len(asked)), key=lambda r: (asked[r] == lengths[r], -asked[r], r)):

@@ -1,4 +1,4 @@
-"""What a block asks of attention beside queries, keys and values, and what answers it."""
+"""The options of an attention call beside queries, keys and values, and the computation itself."""
 
 from typing import Any, NamedTuple, final
 
@@ -12,7 +12,7 @@ from .dispatch import uncaught
 
 @final
 class answering:
-    """A context in which the view answers: attention calls are its own, and are not caught."""
+    """A context in which the view itself computes attention: its calls are not caught."""
 
     def __enter__(self) -> None:
         active.attends = True
@@ -35,9 +35,9 @@ class How(NamedTuple):
     sinks: Tensor | None
 
     def ask(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
-        """The answers `(rows, heads, queries, head_dim)`, with `allowed` in place of `causal` where it is given.
+        """The attended values `(rows, heads, queries, head_dim)`; if `allowed` is given, it replaces `causal`.
 
-        PyTorch's attention, in a call that is not caught; or, for what it does not know, a softmax written out.
+        Calls PyTorch's attention, uncaught. For options that PyTorch does not have, it computes the softmax itself.
         """
         if torch.compiler.is_compiling():
             return self.answer(q, k, v, allowed, causal)
@@ -45,17 +45,17 @@ class How(NamedTuple):
             return self.answer(q, k, v, allowed, causal)
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
-        """The same where no call is caught, as in `answering`."""
+        """The same, where calls are not caught anyway, as in `answering`."""
         causal = causal and allowed is None
         if self.softcap is not None or self.sinks is not None:
             return self._written_out(q, k, v, _tril(q, k) if causal else allowed)
         more: Any = {"scale": self.scale, "enable_gqa": self.enable_gqa}
-        if torch.compiler.is_compiling():  # a function mode sees the one, and not the other
+        if torch.compiler.is_compiling():  # a function mode catches the function below, but not this operator
             return torch.ops.aten.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
         return F.scaled_dot_product_attention(q, k, v, allowed, self.dropout_p, causal, **more)
 
     def _written_out(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
-        """The scores are held, `(rows, heads, queries, keys)`; the softmax is float32 or wider."""
+        """Attention that holds all scores, `(rows, heads, queries, keys)`; the softmax is in float32 or wider."""
         dtype, kv_heads = torch.promote_types(q.dtype, torch.float32), k.shape[1]
         k, v = k.unsqueeze(2), v.unsqueeze(2)
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -73,5 +73,5 @@ class How(NamedTuple):
 
 
 def _tril(q: Tensor, k: Tensor) -> Tensor:
-    """`(1, 1, queries, keys)` bool: the j-th query sees the first j keys."""
+    """`(1, 1, queries, keys)` bool: the j-th query reads the first j keys."""
     return torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()

@@ -1,9 +1,9 @@
-"""Gradients around a graph: those of keys and values that a compiled layer's attention keeps for the next iteration.
+"""Gradients of the keys and values that a compiled layer keeps for the next iteration, passed around its graph.
 
-A graph has gradients of its inputs and outputs only, and these keys and values are neither. `leave` receives theirs
-together with that of the block's output, so before any layer of the iteration runs backward. `enter` passes on those
-of what the iteration before had kept, after all of them have. That holds as long as each layer stands between the
-block's input and its output; where one does not, the backward pass raises.
+A graph has gradients of its inputs and outputs only, and these keys and values are neither. `leave`, at the block's
+output, receives their gradients before any layer of this iteration runs backward. `enter`, at the block's input,
+passes on the gradients of what the iteration before had kept, after all layers of this iteration have run backward.
+This works if each layer reads from the block's input and adds to its output; otherwise the backward pass raises.
 """
 
 import itertools
@@ -21,19 +21,19 @@ Gradients = Sequence[Tensor | None]
 
 @final
 class Asked:
-    """One call of attention: its `inputs`, the `kept` keys and values of the iteration before, and the `answers`.
+    """One attention call: its `inputs`, the `kept` keys and values of the iteration before, and the `answers`.
 
-    These are the attended values and, where the next iteration may need them, all tokens' keys and values. All have a
-    graph of their own, from the answers to the others.
+    The answers are the attended values and, if the next iteration may need them, all tokens' keys and values. A
+    separate autograd graph connects the answers with the inputs and with what was kept.
     """
 
     def __init__(self, inputs: Sequence[Tensor], kept: Sequence[Tensor], answers: Sequence[Tensor]) -> None:
         self.inputs, self.kept, self.answers = inputs, kept, answers
-        self.due: Gradients = ()  # of what was kept for the next iteration
-        self.ran = -1  # the backward pass in which it did
+        self.due: Gradients = ()  # gradients of what was kept for the next iteration
+        self.ran = -1  # the backward pass in which this call ran backward
 
     def backward(self, grad: Tensor) -> list[Tensor | None]:
-        """The gradients of the inputs and of what was kept, given that of the attended values."""
+        """The gradients of the inputs and of what was kept, from the gradient of the attended values."""
         self.ran = torch._C._current_graph_task_id()
         given, self.due = [grad, *self.due], ()
         pairs = [(a, g) for a, g in zip(self.answers, given, strict=False) if g is not None and a.requires_grad]
@@ -52,20 +52,21 @@ class Asked:
 
 @final
 class Ledger:
-    """What the compiled layers of one iteration asked, by the number of the call, and the gradients that go back.
+    """The attention calls of the compiled layers of one iteration, by number, and the gradients to pass back.
 
-    `entered`: whether they have a way back, at the block's input. What holds the iteration's output holds the ledger.
+    `entered`: whether the block's input went through `enter`, which passes the gradients back. The autograd graph of
+    the iteration's output keeps the ledger in memory.
     """
 
     def __init__(self, entered: bool) -> None:
         self.number, self.entered = next(_numbers), entered
         self.calls: dict[int, Asked] = {}
         self.back: dict[int, Gradients] = {}
-        self.closed = -1  # the backward pass in which they went
+        self.closed = -1  # the backward pass in which the gradients were passed back
         _ledgers[self.number] = self
 
     def backward(self, call: int, grad: Tensor) -> Gradients:
-        """The gradients of a call's inputs; those of what was kept before it wait for the block's input."""
+        """The gradients of a call's inputs; those of what was kept before are stored until `enter` runs backward."""
         if self.closed == torch._C._current_graph_task_id():
             _refuse()
         asked = self.calls[call]
@@ -76,7 +77,7 @@ class Ledger:
         return gradients[: len(asked.inputs)]
 
     def deliver(self, call: int, due: Gradients) -> None:
-        """The gradients of the keys and values that a call kept."""
+        """Store the gradients of the keys and values that a call kept."""
         asked = self.calls[call]
         if asked.ran == torch._C._current_graph_task_id():
             _refuse()
@@ -84,7 +85,7 @@ class Ledger:
         self._check_later()
 
     def give_back(self, calls: int) -> list[Tensor | None]:
-        """The gradients of what was kept before each of so many calls."""
+        """The gradients of what was kept, for the first `calls` calls."""
         self.closed = torch._C._current_graph_task_id()
         return [gradient for call in range(calls) for gradient in self.back.pop(call, (None, None))]
 
@@ -92,7 +93,7 @@ class Ledger:
         torch.autograd.Variable._execution_engine.queue_callback(self._check)
 
     def _check(self) -> None:
-        """At the end of a backward pass no gradient waits any more."""
+        """At the end of a backward pass, check that no stored gradient is left over."""
         waiting = bool(self.back) or any(asked.due for asked in self.calls.values())
         self.back = {}
         for asked in self.calls.values():
@@ -106,32 +107,32 @@ _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary
 
 
 def ledger(number: int) -> Ledger:
-    """The one of this number.
+    """The ledger of this number.
 
-    Raises: `ValueError` where its iteration's output is no longer held.
+    Raises: `ValueError` if the output of its iteration was freed.
     """
     found = _ledgers.get(number)
     if found is None:
         raise ValueError(
-            "The backward pass reached a compiled layer of a loop whose output is no longer held. Keep the loop's "
-            "output until the backward pass is done, or run the layers without torch.compile."
+            "The backward pass reached a compiled layer of a loop whose output was freed. Keep the loop's output until "
+            "the backward pass is done, or run the layers without torch.compile."
         )
     return found
 
 
 def _refuse() -> NoReturn:
     raise ValueError(
-        "Gradients of the keys and values that a compiled layer keeps for the next iteration expected that the layer "
-        "reads the block's input and adds to its output, and that the backward pass goes through all of it; got a "
-        "layer that is cut off. Call loss.backward(), or pass the weights of all layers to torch.autograd.grad; do not "
-        "detach the layer's input or output. Or run that layer without torch.compile."
+        "A compiled layer keeps keys and values for the next iteration. For their gradients it must read the block's "
+        "input and add to its output, and the backward pass must go through all of it; got a layer that is cut off. "
+        "Call loss.backward(), or pass the weights of all layers to torch.autograd.grad; do not detach the layer's "
+        "input or output. Or run that layer without torch.compile."
     )
 
 
 def enter(view: Any, block: nn.Module, x: Tensor) -> Tensor:
-    """The block's input `x (rows, length, dim)`, at which gradients go to what the iteration before had kept.
+    """The block's input `x (rows, length, dim)`; its backward pass also reaches what the iteration before had kept.
 
-    Only where a part of the block is compiled.
+    If no part of the block is compiled, this is `x` itself.
     """
     if not (view.links and view.past and "torch._dynamo" in sys.modules and any(map(is_compiled, block.modules()))):
         return x
@@ -144,7 +145,9 @@ def enter(view: Any, block: nn.Module, x: Tensor) -> Tensor:
 
 
 def leave(view: Any, h: Tensor) -> Tensor:
-    """The block's output `h (rows, length, dim)`; what compiled layers kept in `view.present` now has gradients too."""
+    """The block's output `h (rows, length, dim)`; it also gives gradients to what compiled layers kept in
+    `view.present`.
+    """
     book: Ledger = view.ledger
     calls = [call for call, asked in book.calls.items() if len(asked.answers) > 1]
     if not book.calls:
@@ -159,7 +162,7 @@ def leave(view: Any, h: Tensor) -> Tensor:
 
 
 def is_compiled(part: nn.Module) -> bool:
-    """Whether a module is compiled by itself, in place or wrapped."""
+    """Whether a module was compiled by itself, in place or as a wrapper."""
     return part._compiled_call_impl is not None or type(part).__name__ == "OptimizedModule"
 
 
@@ -191,5 +194,5 @@ class _Leave(Function):
             pair = due[2 * i : 2 * i + 2]
             if any(gradient is not None for gradient in pair):
                 ctx.book.deliver(call, pair)
-        # The layers run backward even where only what they kept was read.
+        # The layers must run backward even if only what they kept was read.
         return None, None, ctx.zeros if grad is None else grad, *([None] * len(due))

@@ -1,9 +1,9 @@
-"""Attention of a layer that is compiled by itself: what its graph asks of the view that is active when it runs.
+"""Attention of a layer that is compiled by itself: its graph calls the view that is active when the graph runs.
 
-`adadepth::attend` is opaque to compilers, so a layer is one graph whatever the view, the number of tokens and the
-iteration. Which layer a call is, is told by the order of calls, and a compiler may change the order of what does not
-depend on each other. Each call therefore takes a small tensor that the call before it gave, its `turn`, which also
-says in the backward pass which call a gradient is of.
+Compilers do not look into `adadepth::attend`, so a layer is one graph for every view, number of tokens and iteration.
+The order of the calls tells which layer a call belongs to, but a compiler may reorder independent calls. So each call
+takes a small tensor that the call before it returned, its `turn`. In the backward pass, `turn` tells which call a
+gradient belongs to.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .linked import Asked, Ledger, ledger
 
 
 def asked_in_graph(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> Tensor:
-    """What a layer that is traced puts into its graph in place of `view.attend(q, k, v, **how)`."""
+    """What a traced layer calls in its graph instead of `view.attend(q, k, v, **how)`."""
     q, k, v = _autocast(q, k, v)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     answer: Tensor
@@ -27,7 +27,7 @@ def asked_in_graph(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> Tens
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """What autocast makes of the inputs of attention; a graph runs without it."""
+    """The inputs of attention, cast as autocast would; a graph runs without autocast."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
@@ -50,16 +50,16 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """`attend` of the view that is active in this thread, and the turn of the next call.
 
-    Shapes: those of `view.attend`; the answers lie in memory token by token. `turn (2,)` int64, on the CPU.
-    Arguments: `grad`, whether a gradient is asked of the answers; the others are those of `view.attend`.
-    Raises: what `view.attend` does; `RuntimeError` outside a looped block; `ValueError` in a loop with
-    `checkpoint=True`, and where a gradient would be cut.
+    Shapes: those of `view.attend`; the result is in memory token by token. `turn (2,)` int64, on the CPU.
+    Arguments: `grad`, whether the result needs a gradient; the others are those of `view.attend`.
+    Raises: what `view.attend` raises; `RuntimeError` outside a looped block; `ValueError` in a loop with
+    `checkpoint=True`, and if a gradient would be cut.
     """
     view: Any = active.view
     if view is None:
         raise RuntimeError(
-            "A graph that was compiled inside a looped block was called outside of it: only a RecurrentWrapper that "
-            "runs the block knows its tokens."
+            "A graph that was compiled inside a looped block was called outside of it. Call it only through the "
+            "RecurrentWrapper that runs the block."
         )
     how = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa, "window": window, "softcap": softcap}
     _check(view, grad)
@@ -77,18 +77,18 @@ def _(q: Tensor, k: Tensor, v: Tensor, turn: Tensor, *_how: Any, **_more: Any) -
 
 
 def _check(view: Any, grad: bool) -> None:
-    """No gradient is cut."""
+    """Check that no gradient is cut."""
     if view.checkpointed:
         raise ValueError(
-            "A compiled layer attends in a loop with checkpoint=True, whose iterations are run again in the backward "
-            "pass; expected checkpoint=False. Or compile only submodules without attention."
+            "A compiled layer attends in a loop with checkpoint=True; expected checkpoint=False, because the backward "
+            "pass would run the iterations again. Set it, or compile only submodules without attention."
         )
     kept = view.past[view.calls] if view.past and view.calls < len(view.past) else ()
     if any(t.requires_grad for t in kept) and not (grad and view.ledger is not None and view.ledger.entered):
         raise ValueError(
-            "A compiled layer attends without gradients in a loop that has them: those of the keys and values of "
-            "earlier iterations would be cut. Put torch.no_grad() around the whole loop, compile the layer as a "
-            "module, layer.compile(), or run it without torch.compile."
+            "A compiled layer attends without gradients in a loop with gradients: those of earlier iterations' keys "
+            "and values would be cut. Put torch.no_grad() around the whole loop, compile the layer as a module, "
+            "layer.compile(), or run it without torch.compile."
         )
 
 
@@ -102,12 +102,12 @@ def _without_gradients(view: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor
 
 
 def _storages(*tensors: Tensor) -> set[int]:
-    """Where tensors lie. A graph writes over what it gave an operator, and over what it was given by one."""
+    """The memory of tensors. A graph may overwrite the inputs and the outputs of an operator."""
     return {t.untyped_storage().data_ptr() for t in tensors}
 
 
 def _with_gradients(view: Any, inputs: Sequence[Tensor], how: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The answers; what leads from them to the inputs is held by the view's ledger."""
+    """The result; the view's ledger holds the autograd graph from it to the inputs."""
     view.ledger = Ledger(entered=False) if view.ledger is None else view.ledger
     inputs, number, past = [t.detach().clone().requires_grad_() for t in inputs], view.calls, view.past
     kept: list[Tensor] = []
@@ -129,7 +129,7 @@ def _with_gradients(view: Any, inputs: Sequence[Tensor], how: dict[str, Any]) ->
 
 
 def _autograd() -> AbstractContextManager[Any]:
-    """A context in which operators have gradients although one that has its own runs them."""
+    """A context in which operators have gradients, also inside an operator with a gradient of its own."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
         key: Any = torch._C._parse_dispatch_key(name)
@@ -166,7 +166,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor, _turn: None) -> tuple[Tensor | None, ...]:
     if not ctx.grad:
-        raise ValueError("adadepth::attend was called with grad=False, and a gradient of it is asked: pass grad=True.")
+        raise ValueError("adadepth::attend was called with grad=False, but its gradient is needed. Pass grad=True.")
     q, k, v, sinks = torch.ops.adadepth.attend_backward(grad, *ctx.saved_tensors, *ctx.shapes)
     return q, k, v, *([None] * 7), sinks if ctx.learned else None
 

@@ -1,4 +1,4 @@
-"""The view under which only the tokens that run ask, of a grid that is made for the pass."""
+"""The view of packed execution: active tokens attend to a grid of keys and values, which is made for the pass."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from .view import KV, TokenView, bias, seen
 
 
 class PackedView(TokenView):
-    """What is asked is a grid in which each row's real tokens stand at its left."""
+    """Attends to a grid of keys and values; in each of its rows, the real tokens are at the left."""
 
     tokens: PackedTokens
 
@@ -19,14 +19,14 @@ class PackedView(TokenView):
         return self._scatter(k, old_k), self._scatter(v, old_v)
 
     def _scatter(self, new: Tensor, old: Tensor | None) -> Tensor:
-        """The grid `(batch, kv_heads, width, head_dim)`, token by token in memory: one copy is one run."""
+        """The grid `(batch, kv_heads, width, head_dim)`; in memory token by token, so that one entry is contiguous."""
         rows, width, slots = len(self.tokens.grid_rows), self.tokens.width, self.tokens.slots
         new = new.squeeze(0).transpose(0, 1)
         if old is None:
             flat = new.new_zeros(rows * width, *new.shape[1:]).index_copy_(0, slots, new)
         elif old.shape[0] == rows:
             flat = old.transpose(1, 2).flatten(0, 1).index_copy(0, slots, new)
-        else:  # rows in which nothing runs any more are dropped, which makes a copy to write into
+        else:  # rows without active tokens are dropped, and this copy can be written into
             kept = old.transpose(1, 2).index_select(0, self.tokens.inherited)
             flat = kept.flatten(0, 1).index_copy_(0, slots, new)
         return flat.unflatten(0, (rows, width)).transpose(1, 2)
@@ -36,7 +36,7 @@ class PackedView(TokenView):
         q = q.squeeze(0).transpose(0, 1)
         if gather is not None:
             q = q.index_select(0, gather)
-        # The gradient of a split is a copy of all its parts: one group needs none.
+        # The backward pass of a split copies all its parts, so one group is not split.
         parts = [q] if len(groups) == 1 else q.split([group.size * group.queries for group in groups])
         answers = [self._ask(g, part, k, v, how) for g, part in enumerate(parts)]
         out = answers[0] if len(answers) == 1 else torch.cat(answers)
@@ -55,7 +55,7 @@ class PackedView(TokenView):
         return how.ask(q, k, v, allowed, self.causal).transpose(1, 2).flatten(0, 1)
 
     def _allowed(self, g: int, group: Group, dtype: torch.dtype, window: int | None) -> Tensor | None:
-        """What the group's queries may see, added to the scores; None: what `is_causal` says."""
+        """The mask of the group as a term to add to the scores; None if `is_causal` is enough."""
         if not self.causal and self.tokens.mask is None:
             return None
         if self.causal and group.whole and (window is None or window >= group.queries):

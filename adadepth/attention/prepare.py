@@ -1,4 +1,4 @@
-"""What is checked of a block before any data, and what keeps PyTorch's fused layers off their fast path."""
+"""Checks of a block before it gets data, and hooks that keep PyTorch's fused layers off their fast path."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .linked import is_compiled
 
 
 def prepare(block: nn.Module) -> None:
-    """Check what can be checked before any data, and keep PyTorch's fused layers off their fast path."""
+    """Check what can be checked without data, and keep PyTorch's fused layers off their fast path."""
     if not takes_view(block):
         refuse_compiled(block)
     for name, module in block.named_modules():
@@ -34,7 +34,7 @@ def prepare(block: nn.Module) -> None:
 
 
 def refuse_compiled(block: nn.Module) -> None:
-    """A whole block may not be compiled by itself, unless it takes the view."""
+    """Refuse a block that is compiled as a whole; the caller has checked that it does not take the view."""
     if is_compiled(block):
         raise ValueError(f"The block {COMPILED}")
 
@@ -63,10 +63,10 @@ def _multihead_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     of_memory = active.apart and given["key"] is not given["query"]
     if given["key_padding_mask"] is not None and not of_memory:
         raise ValueError(
-            "nn.MultiheadAttention was called with a key_padding_mask. In a loop only the wrapper knows which tokens "
-            "run: pass padding as looped(x, mask=...)."
+            "nn.MultiheadAttention was called with a key_padding_mask. In a loop the wrapper makes the mask: pass "
+            "padding as looped(x, mask=...)."
         )
     if not module.training and given["key"] is given["query"]:
-        # The fast path is for self-attention, which it tells by identity.
+        # The fast path is for self-attention only, which PyTorch tells by `key is query`.
         given["key"] = given["value"] = given["query"].view_as(given["query"])
     return (), given

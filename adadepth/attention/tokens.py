@@ -1,9 +1,9 @@
-"""Which tokens run, and how they sit in the block's input: where rows and tokens meet.
+"""Which tokens run, and where they are in the block's input.
 
-Rows are `(batch, seq, ...)`, as a user sees them. Tokens are what the block sees. While everything
-runs, `WholeTokens`, both are the same. Then, for `DenseTokens`, the block still sees the rows, and
-those that run are selected; for `PackedTokens` and, with a cache, `CachedTokens` it sees the running
-ones alone, as one sequence `(1, T, ...)`. All are immutable; the loop narrows one into the next.
+*Rows* are `(batch, seq, ...)`, as a user passes them. *Tokens* are the block's input. While all tokens run, both are
+the same (`WholeTokens`). In dense execution (`DenseTokens`) the block still gets the rows, and results of active
+tokens are selected. In packed execution (`PackedTokens`, with a cache `CachedTokens`) it gets only the active tokens,
+as one sequence `(1, T, ...)`. All of these are immutable: the loop narrows one into the next.
 """
 
 from abc import ABC, abstractmethod
@@ -18,13 +18,13 @@ from .._types import MaskRows, PositionRows
 from .groups import RowGroups, group_rows
 
 Select = Callable[[Tensor], Tensor]
-Read = Callable[[Tensor], list[int]]  # integers of the device, for the host
+Read = Callable[[Tensor], list[int]]  # reads integers from the device
 
 
 class TokenSet(ABC):
     """The tokens that run in one iteration.
 
-    `live (batch, seq)` bool says which; `mask` are the real tokens, None where nothing is padded.
+    `live (batch, seq)` bool marks them; `mask` marks the real tokens and is None without padding.
     """
 
     live: MaskRows
@@ -37,7 +37,7 @@ class TokenSet(ABC):
 
     @property
     def empty(self) -> bool:
-        """True where it is known that nothing is left to run."""
+        """True if it is known, without reading the device, that no token runs."""
         return self.live.numel() == 0
 
     @abstractmethod
@@ -46,19 +46,19 @@ class TokenSet(ABC):
 
     @abstractmethod
     def spread(self, rows: Tensor) -> Tensor:
-        """What broadcasts to the rows `(batch, seq, ...)`, as something that broadcasts to the block's input."""
+        """A tensor that broadcasts to the rows `(batch, seq, ...)`, made to broadcast to the block's input."""
 
     @abstractmethod
     def settle(self, new: Tensor, old: Tensor) -> Tensor:
-        """`new` for the tokens that run, `old` for those that are merely present."""
+        """`new` for the tokens that run, `old` for others that are in the block's input."""
 
     @abstractmethod
     def rows(self, tokens: Tensor) -> Tensor:
-        """Tokens back in rows, 0 where nothing runs."""
+        """Tokens put back into rows; 0 for tokens that do not run."""
 
     @abstractmethod
     def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """`rows`, replaced by `tokens` where these run."""
+        """`rows`, replaced by `tokens` for the tokens that run."""
 
     def add(self, rows: Tensor, weight: Tensor, tokens: Tensor) -> Tensor:
         """`rows + weight * tokens`, with `weight (batch, seq)` in rows."""
@@ -66,34 +66,34 @@ class TokenSet(ABC):
 
     @abstractmethod
     def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple["TokenSet", Select]:
-        """The tokens of `go`, which are some of these, and what takes a tensor of these tokens to a tensor of those.
+        """The tokens of `go`, a part of these, and a function that selects them from a tensor of these tokens.
 
-        The others leave after iteration `step`; None: they are dropped, and nothing of them is seen. It is `read` how
-        many go on, at most once: on a GPU the host then waits.
+        The others exit after iteration `step`. If it is None, they are dropped, and no token can read them. `read` is
+        called at most once, for the number of tokens that continue: on a GPU the host then waits.
         """
 
     def finish(self, step: int) -> None:
-        """All leave after iteration `step`."""
+        """All tokens exit after iteration `step`."""
         del step
 
     @lazy
     def positions(self) -> PositionRows:
-        """The place of each token among its row's real tokens, from 0; before the first, that of the first."""
+        """The position of each token among the real tokens of its row, from 0; also 0 at padding before the first."""
         return positions_of(self.live, self.mask)
 
     @lazy
     def numbers(self) -> Tensor:
-        """What each row is called, `(batch,)` int64."""
+        """The number of each row, `(batch,)` int64."""
         return torch.arange(len(self.live), device=self.live.device)
 
 
 def places(mask: MaskRows) -> PositionRows:
-    """The place of each token among its row's real tokens, from 0; before the first, that of the first."""
+    """The position of each token among the real tokens of its row, from 0; also 0 at padding before the first."""
     return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def positions_of(live: MaskRows, mask: MaskRows | None) -> PositionRows:
-    """`places(mask)`, where None means that all tokens of the rows `live` are real."""
+    """`places(mask)`; if `mask` is None, all tokens of the rows `live` are real."""
     if mask is None:
         batch, seq = live.shape
         return torch.arange(seq, device=live.device).expand(batch, seq)
@@ -101,7 +101,7 @@ def positions_of(live: MaskRows, mask: MaskRows | None) -> PositionRows:
 
 
 def all_tokens(x: Tensor, mask: MaskRows | None, skip: bool) -> TokenSet:
-    """The real tokens of the rows `x (batch, seq, dim)`; `skip` packs them as soon as some do not run."""
+    """The real tokens of the rows `x (batch, seq, dim)`; with `skip` they are packed once some do not run."""
     if mask is None:
         return WholeTokens(torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), skip)
     if not skip:
@@ -113,13 +113,13 @@ def all_tokens(x: Tensor, mask: MaskRows | None, skip: bool) -> TokenSet:
 
 
 def same(tokens: Tensor) -> Tensor:
-    """What takes tokens to themselves."""
+    """The identity, for a selection of all tokens."""
     return tokens
 
 
 @final
 class WholeTokens(TokenSet):
-    """Everything runs and nothing is padded: the block sees the rows as they are."""
+    """All tokens run and there is no padding: the block gets the rows as they are."""
 
     mask = None
 
@@ -156,7 +156,7 @@ class WholeTokens(TokenSet):
 
 @final
 class DenseTokens(TokenSet):
-    """All tokens are computed, those that run are selected: static shapes, the reference."""
+    """All tokens are computed, and active ones are selected: static shapes, and the reference for packed execution."""
 
     def __init__(self, live: MaskRows, mask: MaskRows | None) -> None:
         self.live, self.mask = live, mask
@@ -165,11 +165,11 @@ class DenseTokens(TokenSet):
         return self.rows(rows)
 
     def spread(self, rows: Tensor) -> Tensor:
-        # What is not of this form holds nothing of padding.
+        # A tensor of another shape has one entry for a row or a column, so no entries of padding.
         return self.rows(rows) if rows.shape[:2] == self.live.shape else rows
 
     def settle(self, new: Tensor, old: Tensor) -> Tensor:
-        # Nothing reads what is merely present, so its graph need not be kept.
+        # No token reads the state of one that does not run, so its graph is not kept.
         return torch.where(_like(self.live, new), new, old.detach())
 
     def rows(self, tokens: Tensor) -> Tensor:
@@ -184,9 +184,9 @@ class DenseTokens(TokenSet):
 
 
 class Packed(TokenSet):
-    """Only the tokens that run, over the whole batch as one sequence: no padding anywhere.
+    """Only the tokens that run, of the whole batch, as one sequence without padding.
 
-    `index (T,)` are their places in the flattened rows, ascending.
+    `index (T,)` holds their places in the flattened rows, ascending.
     """
 
     index: Tensor
@@ -235,14 +235,14 @@ class Packed(TokenSet):
 
 
 class Asked(NamedTuple):
-    """What the host knows of packed tokens: of each row of the batch, how many run, and how many are `real`."""
+    """The counts of packed tokens that are on the host: for each row, how many tokens run, and how many are `real`."""
 
     each: list[int]
     real: list[int]
 
     @property
     def rows(self) -> list[int]:
-        """The rows in which something runs."""
+        """The rows in which a token runs."""
         return [row for row, number in enumerate(self.each) if number]
 
 
@@ -250,9 +250,9 @@ class Asked(NamedTuple):
 class PackedTokens(Packed):
     """Packed, with keys and values in a grid that is made for the pass.
 
-    It has `width` slots a row, in which each row's real tokens stand at its left, so that a token's
-    slot is its position and causality is the order of slots. The grid has the rows in which something runs;
-    in the grid of the iteration before, which may have more, these were `inherited`.
+    Each row of the grid has `width` slots. Its real tokens are at the left, so a token's slot is its position, and a
+    token attends causally to earlier slots. The grid has only the rows in which a token runs. The grid of the
+    iteration before may have more rows; `inherited` are their places in it.
     """
 
     def __init__(
@@ -261,7 +261,7 @@ class PackedTokens(Packed):
         self.live, self.mask, self.index, self.asked = live, mask, index, asked
         self.width = max(asked.real, default=0)
         self.grid_rows = asked.rows
-        # Where everything ran before, there was a row for each of the batch.
+        # If all tokens ran before, the grid before has a row for each row of the batch.
         self._inherited = self.grid_rows if inherited is None else inherited
 
     def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
@@ -277,7 +277,7 @@ class PackedTokens(Packed):
 
     @property
     def inherited(self) -> Tensor:
-        """Which rows of the grid before are those of this one, `(rows,)` int64."""
+        """The places of this grid's rows in the grid of the iteration before, `(rows,)` int64."""
         return self._sent[0]
 
     @property
@@ -287,12 +287,12 @@ class PackedTokens(Packed):
 
     @lazy
     def _known(self) -> Asked:
-        """What is asked, of the rows of the grid alone."""
+        """The counts of `asked`, for the rows of the grid only."""
         return Asked(*([numbers[row] for row in self.grid_rows] for numbers in self.asked))
 
     @lazy
     def _sent(self) -> tuple[Tensor, ...]:
-        """What the device is told of the rows of the grid, at once; the last is how many tokens of each run."""
+        """`inherited`, `lengths` and the number of active tokens of each row, sent to the device together."""
         each, real = self._known
         return torch.tensor([self._inherited, real, each], dtype=torch.int64, device=self.index.device).unbind()
 
@@ -309,12 +309,12 @@ class PackedTokens(Packed):
 
     @lazy
     def groups(self) -> RowGroups:
-        """How these tokens' queries are regrouped by row."""
+        """The queries of these tokens, grouped by row."""
         return group_rows(*self._known, self._sent[2], self.row)
 
 
 def chosen(go: Tensor, number: int) -> Tensor:
-    """Where the flattened `go` is True, `(number,)` int64, as many as that is known to be."""
+    """Where the flattened `go` is True, `(number,)` int64; `number` is known to be how often it is True."""
     return torch.nonzero_static(go.flatten(), size=number).squeeze(1)
 
 

@@ -1,7 +1,7 @@
 """Attention of sequences of any lengths over keys and values in pages, in one call.
 
-PyTorch's kernel for it, `torch.nn.attention.varlen.varlen_attn`, is for GPUs and half precision. What it computes is
-written out for other devices.
+PyTorch's kernel for it, `torch.nn.attention.varlen.varlen_attn`, runs on GPUs in half precision. For other devices,
+`written_out` computes the same.
 """
 
 import inspect
@@ -17,13 +17,14 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class Sequences(NamedTuple):
-    """Queries that are cut into sequences, each of which asks the slots of some pages; all int32.
+    """Queries cut into sequences, each of which attends to the slots of some pages; all int32.
 
     Shapes:
         starts: `(n + 1,)`; the queries of sequence i are those from `starts[i]` on, before `starts[i + 1]`.
-        used: `(n,)`, how many slots the last query of each sees, from the first; the one before it sees one less.
-        pages: `(n, pages of a sequence)`, the numbers of the pages in which its slots are.
-        longest: no sequence has more queries.
+        used: `(n,)`, how many slots the last query of each sequence reads, from the first slot on. The query before
+            it reads one less.
+        pages: `(n, pages of a sequence)`, the numbers of the pages that hold its slots.
+        longest: the greatest number of queries of a sequence.
     """
 
     starts: Tensor
@@ -33,7 +34,7 @@ class Sequences(NamedTuple):
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, how: How) -> bool:
-    """Whether `attend` answers such queries: no gradients, and what the kernel takes, if it is there to run."""
+    """Whether `attend` can compute this call: no gradients, and on a GPU only what the kernel supports."""
     plain = how.softcap is None and how.sinks is None and not how.dropout_p and not q.requires_grad
     if not plain or not (how.enable_gqa or q.shape[1] == k.shape[1]):
         return False
@@ -41,7 +42,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, how: How) -> bool:
 
 
 def _fits(size: int, value_size: int) -> bool:
-    """Whether the kernel takes heads of this size."""
+    """Whether the kernel supports heads of this size."""
     return size == value_size and size % 8 == 0 and size <= 256
 
 
@@ -53,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, of: Sequences, how: How) -> Tensor:
     """
     if q.device.type != "cuda":
         return written_out(q, k, v, of, how)
-    # A single query that sees all that is used needs no mask, and the heads of a group are then asked together.
+    # A single query that reads all used slots needs no mask; the kernel then computes the heads of a group together.
     all_used = of.longest == 1 and how.window is None
     sides = (-1, -1) if all_used else (-1 if how.window is None else how.window - 1, 0)
     out: Tensor = _varlen().varlen_attn(
@@ -63,19 +64,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, of: Sequences, how: How) -> Tensor:
         of.starts,
         of.starts if _wants_offsets() else None,
         of.longest,
-        of.pages.shape[1] * k.shape[1],  # as much as there may be, so that it is the same for each token
+        of.pages.shape[1] * k.shape[1],  # an upper bound, so that it is the same for each token
         scale=how.scale,
         window_size=sides,
         enable_gqa=how.enable_gqa,
         seqused_k=of.used,
         block_table=of.pages,
-        num_splits=1,  # else wrong with pages (pytorch issue 194167), and a row's result depends on the batch
+        num_splits=1,  # more are wrong with pages (pytorch issue 194167), and make a row's result depend on the batch
     )
     return out
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, of: Sequences, how: How) -> Tensor:
-    """What `attend` computes, by definition: the scores `(T, heads, slots)` are held; no look at the data."""
+    """What `attend` computes, in plain operators, with all scores `(T, heads, slots)` held in memory."""
     queries = torch.arange(len(q), dtype=torch.int32, device=q.device)
     which = torch.searchsorted(of.starts, queries, right=True) - 1
     behind = of.starts.index_select(0, which + 1) - 1 - queries
@@ -89,7 +90,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, of: Sequences, how: How) -> Ten
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("tkgd,tskd->tkgs", q.unflatten(1, (k.shape[2], -1)).to(dtype) * scale, k.to(dtype))
     weights = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-    v = v.to(dtype).masked_fill(~seen[:, :, None, None], 0)  # what is not seen is perhaps not finite
+    v = v.to(dtype).masked_fill(~seen[:, :, None, None], 0)  # values that are not read may be NaN or inf
     return torch.einsum("tkgs,tskd->tkgd", weights, v).flatten(1, 2).to(q.dtype)
 
 
@@ -99,20 +100,20 @@ def _slots_of(paged: Tensor, pages: Tensor) -> Tensor:
 
 
 def _varlen() -> Any:
-    """PyTorch's module, which older versions have not."""
+    """PyTorch's module, which older versions do not have."""
     from torch.nn.attention import varlen
 
     return varlen
 
 
 def _wants_offsets() -> bool:
-    """FlashAttention 2 wants offsets of keys, which with pages it does not read; later ones refuse them."""
+    """Whether to pass offsets of keys: FlashAttention 2 requires them, though pages replace them; newer ones refuse."""
     return getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)() in (None, "FA2")
 
 
 @cache
 def _has_kernel(device: torch.device) -> bool:
-    """Whether this torch and this GPU have the kernel, with pages."""
+    """Whether this torch and this GPU have the kernel with pages."""
     try:
         known = inspect.signature(_varlen().varlen_attn).parameters
     except ImportError:

@@ -1,8 +1,7 @@
-"""The one bridge between a block's attention and the loop: `TokenView.attend`.
+"""`TokenView.attend`: the only connection between a block's attention and the loop.
 
-A view is made for each iteration. It knows which tokens the iteration runs and where they stand,
-takes the keys and values of those, sees that the others' stay what they were, and answers the
-queries. It knows nothing of gates and losses.
+The loop makes a view for each iteration. The view holds which tokens run, and where they are. It takes their new keys
+and values, keeps the old ones of all other tokens, and computes attention. It has no access to gates and losses.
 """
 
 import sys
@@ -24,28 +23,28 @@ from .operator import asked_in_graph
 from .tokens import TokenSet, WholeTokens
 
 KV = tuple[Tensor, Tensor]
-M = TypeVar("M")  # a mask, as the view has it
+M = TypeVar("M")  # a mask, in the form that the view uses
 ALIGNED = 16
-LOOP = "adadepth.loop.blocks"  # the module whose frames run blocks
+LOOP = "adadepth.loop.blocks"  # the module that calls blocks
 
 
 def seen(own: Tensor, slots: Tensor, window: int | None) -> Tensor:
-    """Whether a query at `own` sees what stands at `slots`: not what comes later, nor what is beyond its window."""
+    """Whether a query at `own` reads the key at `slots`: not if the key is later, nor outside of the window."""
     reach = slots <= own
     return reach if window is None else reach & (slots > own - window)
 
 
 def bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """What may be seen, as something added to the scores: a bool mask would be turned into it by every call."""
+    """A bool mask as a term to add to the scores; otherwise every attention call would convert it again."""
     width = allowed.shape[-1]
-    # Elsewhere than on a CPU, kernels copy what does not begin each row at a multiple of 16.
+    # Kernels for other devices than the CPU copy a mask whose rows do not begin at multiples of 16.
     fill = 0 if allowed.device.type == "cpu" else -width % ALIGNED
     space = torch.zeros(*allowed.shape[:-1], width + fill, dtype=dtype, device=allowed.device)
     return space[..., :width].masked_fill_(~allowed, -torch.inf)
 
 
 def _in_autograd_function() -> bool:
-    """Whether an autograd function runs the block's attention: it may run it again in the backward pass."""
+    """Whether a custom autograd function calls the block's attention: it may call it again in the backward pass."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals["__name__"] != LOOP:
         first = next(iter(frame.f_locals.values()), None)
@@ -56,7 +55,7 @@ def _in_autograd_function() -> bool:
 
 
 def _checkpointing() -> object:
-    """What packs saved tensors for the innermost activation checkpoint around us; None where there is none."""
+    """The hook by which the innermost activation checkpoint saves tensors; None outside of a checkpoint."""
     if torch.compiler.is_compiling():
         return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -64,16 +63,15 @@ def _checkpointing() -> object:
 
 
 class TokenView(ABC):
-    """What a block may know of the iteration that runs it.
+    """What a block can read about the current iteration, and its way to call attention.
 
-    A block written for adadepth has a class attribute `takes_view = True`, is called as
-    `block(x, view)`, and calls `view.attend(q, k, v)` where it would call
-    `F.scaled_dot_product_attention`. `x (rows, length, dim)` holds the tokens that run.
+    A block written for adadepth has a class attribute `takes_view = True`. It is called as `block(x, view)`, and
+    calls `view.attend(q, k, v)` instead of `F.scaled_dot_product_attention`. `x (rows, length, dim)` holds the active
+    tokens.
 
-    `present` fills with the keys and values of each attention call, in call order, as the next
-    iteration will need them. `bare` is True where the block's own attention is all there is to do:
-    everything runs, nothing is kept, and the first iteration has shown what the block's calls are like.
-    `elsewhere` is True once a call was about keys that are of no token.
+    `present` collects the keys and values of each attention call, in call order, for the next iteration. `bare` is
+    True if attention needs nothing from the loop: all tokens run, nothing is kept, and the first iteration has
+    checked the block's calls. `elsewhere` is True once a call used keys that belong to no token.
     """
 
     known = "seen before"
@@ -90,26 +88,26 @@ class TokenView(ABC):
         self._saving = _checkpointing() if self._grad else None
         self._shape = tokens.shape
         self.in_graph = torch.compiler.is_compiling()
-        self.ledger: Ledger | None = None  # of layers that are compiled by themselves
+        self.ledger: Ledger | None = None  # for layers that are compiled by themselves
 
     @property
     def checkpointed(self) -> bool:
-        """Whether the iteration is made again in the backward pass."""
+        """Whether the backward pass computes the iteration again."""
         return self._saving is not None
 
     @property
     def links(self) -> bool:
-        """Whether what compiled layers keep has gradients that are handed on around their graphs."""
+        """Whether gradients of what compiled layers keep are passed around their graphs."""
         return self._grad and self._saving is None and not self.in_graph
 
     @property
     def iteration(self) -> Int[Tensor, "rows length"]:
-        """The iteration each token of the input is in, int64, from 0."""
+        """The iteration of each token of the input, int64, from 0."""
         return self.here.iteration
 
     @property
     def positions(self) -> Int[Tensor, "rows length"]:
-        """The place of each token of the input among its row's real tokens, int64, from 0."""
+        """The position of each token of the input among the real tokens of its row, int64, from 0."""
         return self.here.positions
 
     def attend(
@@ -125,18 +123,23 @@ class TokenView(ABC):
         softcap: float | None = None,
         sinks: Float[Tensor, "heads"] | None = None,
     ) -> Attended:
-        """Attention of the tokens that run over all tokens of their rows.
+        """Attention from the active tokens to all tokens of their rows.
 
-        Shapes: `q (rows, heads, length, head_dim)`, `k` and `v` with as many or, with `enable_gqa`,
-        fewer heads; `rows` and `length` are those of the block's input. The result is shaped like
-        `q`, with the head dimension of `v`. A token that left shows the keys and values of its last
-        iteration; padding is not seen; whether later tokens are is the wrapper's `causal`. With
-        `window`, a token sees itself and the `window - 1` before it in its row. `softcap` bounds the
-        scores, `softcap · tanh(score / softcap)`; `sinks (heads,)` are scores of a key of each head that
-        all see and whose value is 0. PyTorch's kernels know neither: with them the scores are held.
+        The keys and values of an exited token are those of its last iteration. No token attends to padding. The
+        wrapper's `causal` decides whether tokens attend to later ones.
 
-        Raises: `ValueError` if the shapes are not those of the block's input, if the block attends
-        more often than in the iteration before, or for a window below 1 or without causality.
+        Shapes: `q (rows, heads, length, head_dim)`; `k` and `v` with equally many heads or, with `enable_gqa`, fewer.
+        `rows` and `length` are those of the block's input. The result has the shape of `q`, with the head dimension
+        of `v`.
+        Arguments:
+            window: a token attends to itself and to the `window - 1` tokens before it in its row.
+            softcap: bounds the scores: `softcap · tanh(score / softcap)`.
+            sinks: `(heads,)`, for each head the score of one more key, to which all tokens attend and whose value
+                is 0. PyTorch's kernels have neither softcap nor sinks, so with them all scores are held in memory.
+            dropout_p, scale, enable_gqa: as for `F.scaled_dot_product_attention`.
+
+        Raises: `ValueError` if the shapes are not those of the block's input; if the block calls attention more often
+        than in the iteration before; if the window is below 1, or given in a loop that is not causal.
         Source: softcap: Gemma 2, arXiv 2408.00118, section 2; learned sinks: Xiao et al. 2023,
         arXiv 2309.17453, section 3.3, as gpt-oss has them.
         """
@@ -150,7 +153,7 @@ class TokenView(ABC):
         return self.answer(q, k, v, how)
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        """The same of shapes that were checked."""
+        """The same, for shapes that were checked before."""
         if self.bare:
             return self._attend(q, k, v, how)
         grad = torch.is_grad_enabled()
@@ -159,7 +162,7 @@ class TokenView(ABC):
             self._uneven("more than")
         if grad is self._grad:
             k, v = self._merge(k, v)
-        else:  # what this call keeps has no gradient, what earlier iterations kept has theirs
+        else:  # this call's keys and values have no gradient, those of earlier iterations have
             with torch.set_grad_enabled(self._grad):
                 k, v = self._merge(k, v)
         self.calls += 1
@@ -172,13 +175,13 @@ class TokenView(ABC):
             return
         if grad is self._grad or (self._grad and not torch.compiler.is_compiling() and _in_autograd_function()):
             raise ValueError(
-                "The block checkpoints its own attention. A recomputation in the backward pass would no longer know "
-                "which tokens ran. Switch checkpointing off inside the block and let the loop checkpoint whole "
-                "iterations: RecurrentWrapper(..., checkpoint=True)."
+                "The block checkpoints its own attention. The backward pass cannot recompute it, because the tokens "
+                "that ran are no longer known. Switch checkpointing off inside the block and let the loop checkpoint "
+                "whole iterations: RecurrentWrapper(..., checkpoint=True)."
             )
 
     def check_shapes(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Whether queries, keys and values are those of the block's input, one per token.
+        """Check that queries, keys and values are those of the block's input, one per token.
 
         Raises: `ValueError` if they are not.
         """
@@ -191,14 +194,14 @@ class TokenView(ABC):
             self._refuse(q, k, v)
 
     def close(self) -> None:
-        """The block is done."""
+        """Check, after the block has run, that it called attention often enough."""
         if not self.bare and self.expected is not None and self.calls < self.expected:
             self._uneven(f"{self.calls} instead of")
 
     def _uneven(self, calls: str) -> NoReturn:
         raise ValueError(
             f"Iteration {self.step} made {calls} the {self.expected} attention calls {self.known}. A looped block must "
-            "call attention equally often every time; which layer a call is, is told by their order."
+            "call attention equally often every time, because the order of the calls tells which layer each belongs to."
         )
 
     def _check_window(self, window: int) -> None:
@@ -218,20 +221,20 @@ class TokenView(ABC):
         raise ValueError(
             f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {shape}: queries, keys and "
             "values must be those of the block's own input, one per token. Cross-attention and keys of another length "
-            "cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. A "
-            "tensor of the batch's shape that the block adds to its input is passed as block_kwargs, which are packed."
+            "cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. If "
+            "the block adds a tensor of the batch's shape to its input, pass it as block_kwargs, so that it is packed."
         )
 
     @abstractmethod
     def _merge(self, k: Tensor, v: Tensor) -> KV:
-        """All tokens' keys and values in call number `self.calls`, given those of the tokens that run."""
+        """All tokens' keys and values in call number `self.calls`, given the new ones of the active tokens."""
 
     @abstractmethod
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
-        """The answers to the queries of the tokens that run."""
+        """The attended values for the queries of the active tokens."""
 
     def _mask_of(self, key: Any, make: Callable[[], M]) -> M:
-        """What may be seen, made once for all calls of the iteration that ask alike."""
+        """The mask, made once for all calls of the iteration that need the same one."""
         if key not in self.masks:
             self.masks[key] = make()
         mask: M = self.masks[key]

@@ -1,1 +1,1 @@
-"""Keys and values of tokens seen before: the cache, its layouts, and the tokens and view of a pass with it."""
+"""Keys and values of past tokens: the cache, its layouts, and the tokens and the view of a pass with a cache."""

@@ -1,4 +1,4 @@
-"""Layouts with a grid of slots for each iteration, in which every iteration finds all that it is shown."""
+"""Layouts with a grid of slots for each iteration: an iteration reads all its keys and values from one grid."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -12,10 +12,11 @@ from .layouts import Layout, Slots, chosen, zeros
 
 
 class Planes(Layout):
-    """A grid of slots for each of the first `iterations`; the last serves all that follow.
+    """A grid of slots for each of the first `iterations`; all later iterations read the last grid.
 
-    With as many as the loop has steps, every iteration's grid is complete (the fastest to read); with
-    one, each token shows its newest entry to every iteration. How a grid lies in memory is the subclass's.
+    If `iterations` is the number of steps, each iteration has a complete grid of its own, which is the fastest to
+    read. If it is 1, every iteration reads each token's newest entry. The subclass decides how a grid is stored in
+    memory.
     """
 
     def __init__(self, iterations: int, batch: int, capacity: int) -> None:
@@ -24,14 +25,14 @@ class Planes(Layout):
 
     @abstractmethod
     def grid(self, like: Tensor, batch: int, capacity: int) -> Tensor:
-        """A grid of zeros for entries like those of `like (..., kv_heads, slots, head_dim)`."""
+        """A grid of zeros for entries of the same heads, size and dtype as `like (..., kv_heads, slots, head_dim)`."""
 
     def place(self, parts: Sequence[tuple[int, Slots]]) -> None:
         self.parts = parts
         self.found = dict[Any, Tensor]()
 
     def plane(self, step: int) -> int:
-        """The grid of an iteration."""
+        """The number of an iteration's grid."""
         return min(step, self.iterations - 1)
 
     @property
@@ -80,7 +81,7 @@ class Planes(Layout):
 
 @final
 class Grids(Planes):
-    """Head by head in memory: what a row shows of a head is read in one run."""
+    """In memory head by head: the entries of one row and head are contiguous."""
 
     def grid(self, like: Tensor, batch: int, capacity: int) -> Tensor:
         return zeros(like, self.iterations, batch, like.shape[-3], capacity, like.shape[-1])
@@ -105,14 +106,14 @@ class Grids(Planes):
             grid.view(-1, grid.shape[-1]).index_copy_(0, self.found[which], new.reshape(-1, new.shape[-1]))
 
     def _where(self, heads: int, device: torch.device) -> Tensor:
-        """Where the vectors that are written next stand in all planes, `(heads * T,)`, head by head."""
+        """The places, in all planes, of the vectors that are written next: `(heads * T,)`, head by head."""
         size = self.batch * heads * self.capacity
         planes = [slots.vectors(heads, device) + self.plane(step) * size for step, slots in self.parts]
         return (planes[0] if len(planes) == 1 else torch.cat(planes, 1)).flatten()
 
 
 def _part(grid: Tensor, plane: int, rows: slice, width: int) -> Tensor:
-    """`grid[plane, rows, :, :width]`, in one step: it is made for every row of every attention call."""
+    """`grid[plane, rows, :, :width]`, in one step, because every row of every attention call needs it."""
     heads, head_dim = grid.shape[2], grid.shape[4]
     by_plane, *strides = grid.stride()
     first = plane * by_plane + rows.start * strides[0]

@@ -60,13 +60,13 @@ class KVReuseCache:
         self.steps: int | None = None
         self.layers = 0
         self._lengths: list[int] = []
-        self._begun: dict[int, int] = {}  # of each row, how many slots are taken by tokens of passes that wait
+        self._begun: dict[int, int] = {}  # for each row, how many slots are in use, also by tokens of unfinished passes
         self._depth = torch.zeros(0, 0, dtype=torch.int64)
         self._entries: Layout | None = None
         self._owner: weakref.ref[object] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_owner": None}  # who filled it is known in one process only
+        return {**self.__dict__, "_owner": None}  # which wrapper filled it can be told in one process only
 
     def __deepcopy__(self, memo: dict[int, object]) -> "KVReuseCache":
         new = copy.copy(self)
@@ -184,10 +184,10 @@ class KVReuseCache:
         Raises: `ValueError` for a cache that holds something, or without a capacity.
         """
         if self.steps is not None or self.capacity is None:
-            held = "no capacity" if self.capacity is None else "one that holds something"
+            held = "no capacity" if self.capacity is None else "one that is not empty"
             raise ValueError(
                 f"Expected a new KVReuseCache with a capacity, the most tokens that a row may hold, got {held}. Pass "
-                f"adadepth.KVReuseCache(layout={self.layout!r}, capacity=2048), say."
+                f"one, such as adadepth.KVReuseCache(layout={self.layout!r}, capacity=2048)."
             )
         self._with_room(self.capacity, rows, steps, device, one_call)
         self._lengths, self._owner = [0] * rows, weakref.ref(owner)
@@ -224,8 +224,8 @@ class KVReuseCache:
     def _check(self, x: Tensor, steps: int, causal: bool, owner: object) -> None:
         if not causal:
             raise ValueError(
-                "A KVReuseCache expected RecurrentWrapper(causal=True): without causality the tokens that it holds "
-                "would have had to see the new ones. Run without a cache."
+                "A KVReuseCache expected RecurrentWrapper(causal=True), got causal=False: the tokens that it holds "
+                "would have to attend to the new ones. Run without a cache."
             )
         if self.steps is None:
             return

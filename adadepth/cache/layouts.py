@@ -1,7 +1,7 @@
-"""How a cache lays out its entries: an entry is a token's keys and values of one iteration, in every layer.
+"""How a cache stores its entries: an entry is a token's keys and values of one iteration, in every layer.
 
-Rows hold their real tokens from the left, so a token's slot is its position. The entry of a token's last
-iteration stands for all later ones. A call may be about tokens of several iterations.
+Each row holds its real tokens from the left, so a token's slot is its position. All iterations after a token's last
+one read the entry of its last one. One call may be for tokens in several iterations.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ class Slots:
         self._vectors: dict[tuple[int, torch.device], Tensor] = {}
 
     def vectors(self, heads: int, device: torch.device) -> Tensor:
-        """Where their vectors stand in a flattened grid `(batch, heads, capacity)`, `(heads, T)`; made once."""
+        """The places of their vectors in a flattened grid `(batch, heads, capacity)`: `(heads, T)`, made once."""
         if (heads, device) not in self._vectors:
             slot = self.flat % self.capacity
             first = (self.flat - slot) * heads + slot
@@ -35,25 +35,25 @@ class Slots:
 class Layout(ABC):
     """The entries of `batch` rows with `capacity` slots each.
 
-    What stands beyond a row's length is finite: masked attention multiplies it by 0, not by nothing.
+    Entries beyond a row's length must be finite, because masked attention multiplies them by 0.
     """
 
     capacity: int
 
     def rounded(self, capacity: int) -> int:
-        """The capacity that rows get where they need so many slots."""
+        """The capacity that rows get if they need `capacity` slots."""
         return capacity
 
     @abstractmethod
     def place(self, parts: Sequence[tuple[int, Slots]]) -> None:
-        """What is written next, part by part: an iteration, and the slots of the tokens that run it."""
+        """Announce what is written next: for each part an iteration, and the slots of the tokens that run it."""
 
     @abstractmethod
     def last(self, step: int, slots: Slots) -> None:
-        """Iteration `step` was the last of the tokens in `slots`: later ones are shown what it wrote."""
+        """The tokens in `slots` exited after iteration `step`: later iterations read what it wrote."""
 
     def write(self, call: int, k: Tensor, v: Tensor) -> None:
-        """The keys and values `(1, kv_heads, T, head_dim)` of these tokens in attention call number `call`."""
+        """Write the keys and values `(1, kv_heads, T, head_dim)` of the tokens of `place`, in attention call `call`."""
         if k.requires_grad or v.requires_grad:
             raise ValueError(
                 "A KVReuseCache is for inference, but the keys and values require gradients, which it would lose. Run "
@@ -71,43 +71,43 @@ class Layout(ABC):
 
     @abstractmethod
     def held(self, call: int) -> KV:
-        """All that is held of a call, `(..., kv_heads, slots, head_dim)`."""
+        """All keys and values of an attention call, `(..., kv_heads, slots, head_dim)`."""
 
     @abstractmethod
     def put(self, call: int, k: Tensor, v: Tensor) -> None:
-        """Write what is known to fit."""
+        """The same as `write`, without checks."""
 
     @abstractmethod
     def read(self, call: int, step: int, rows: slice, width: int) -> KV:
-        """What the first `width` slots of `rows` show in iteration `step`, `(rows, kv_heads, width, head_dim)`."""
+        """What iteration `step` reads in the first `width` slots of `rows`: `(rows, kv_heads, width, head_dim)`."""
 
     @abstractmethod
     def grow(self, capacity: int) -> None:
-        """Give each row more slots, a number that is rounded."""
+        """Give each row more slots; `capacity` is already rounded."""
 
     @abstractmethod
     def take(self, rows: Tensor, used: int) -> None:
-        """Row i becomes what row `rows[i]` was, of which the first `used` slots hold something."""
+        """Row i becomes a copy of row `rows[i]`; only the first `used` slots hold entries."""
 
     @abstractmethod
     def keep(self, lengths: Sequence[int], used: int) -> None:
-        """Forget what stands beyond each row's length, in the first `used` slots."""
+        """Delete the entries beyond each row's length, in the first `used` slots."""
 
     @abstractmethod
     def clear(self, row: int, slots: slice) -> None:
-        """Forget what stands in some slots of a row: it is perhaps not finite."""
+        """Delete the entries in some slots of a row; they may be NaN or inf."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """Everything that is held."""
+        """All tensors of the layout."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> None:
-        """Move it."""
+        """Move all tensors to a device."""
 
 
 def zeros(like: Tensor, *shape: int) -> Tensor:
-    """Zeros like `like`; never an inference tensor, which only inference mode could write."""
+    """Zeros with the dtype and device of `like`; not an inference tensor, which only inference mode can write."""
     with torch.inference_mode(False):
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
@@ -123,14 +123,14 @@ def _check_entry(name: str, call: int, held: Tensor, new: Tensor) -> None:
     ):
         if have != got:
             raise ValueError(
-                f"The cache holds {name} of {what} {have} in attention call {call}, got {got}. A cache serves one "
-                "wrapper as it was when the cache was begun: cast and move first, then begin with a new cache or "
+                f"The cache holds {name} of {what} {have} in attention call {call}, got {got}. A cache belongs to one "
+                "wrapper, which must not change in between: cast and move it first, then begin with a new cache or "
                 "cache.reset()."
             )
 
 
 def longer(old: Tensor, axis: int, size: int) -> Tensor:
-    """`old` with `size` places along an axis; the new ones are 0."""
+    """`old`, made `size` long along an axis; new places are 0."""
     new = zeros(old, *old.shape[:axis], size, *old.shape[axis + 1 :])
     new.narrow(axis, 0, old.shape[axis]).copy_(old)
     return new

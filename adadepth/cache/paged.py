@@ -1,4 +1,4 @@
-"""The view under which all tokens that run ask a cache in one call of an attention layer."""
+"""The view by which all active tokens attend to a cache in one call for each layer."""
 
 from typing import final
 
@@ -16,12 +16,12 @@ from .view import CachedView
 
 @final
 class PagedView(CachedView):
-    """One call a layer, whatever the lengths, depths and iterations of the rows.
+    """One call for each layer, whatever the lengths, depths and iterations of the rows.
 
-    A sequence of the call is a run of neighbouring positions of a row: one token at decoding, all of a prompt. They are
-    found once for all layers, on the device, without a wait. At decoding, shapes depend on the number of tokens that
-    run alone. What the call has not (softcap, sinks, dropout, other dtypes on a GPU), and the layout "compact", keep
-    a call for each group of rows.
+    Each sequence of the call is a run of neighbouring positions in a row: one token in decoding, the whole prompt in
+    prefill. The sequences are found once for all layers, on the device, without waiting for it. In decoding, shapes
+    depend only on the number of active tokens. The call has no softcap, sinks or dropout, and on a GPU only half
+    precision. With any of these, and with the layout "compact", there is one call for each group of rows.
     """
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -39,22 +39,22 @@ class PagedView(CachedView):
         return sequences(self.entries.places(device), number, longest, self.entries)
 
     def _bounds(self) -> tuple[int, int]:
-        """How many sequences there may be, and how many queries one may have: as much as the host knows."""
+        """Upper bounds of the number of sequences and of their queries, from what is on the host."""
         number = sum(
             _most_runs(n, span) for _, part in self.parts for n, span in zip(part.asked, part.held.spans, strict=True)
         )
         most = [max(part.asked) for _, part in self.parts]
-        # Of two parts, tokens of a row may be neighbours in one plane.
+        # Tokens of one row that are in two parts may be neighbours in one plane.
         return number, 1 if max(most) == 1 else sum(most)
 
 
 def _most_runs(asked: int, span: Span) -> int:
-    """How many runs so many of a row's new tokens make at most: between two is one that does not ask."""
+    """The most runs that `asked` new tokens of a row can form: between two runs there is a token that does not run."""
     return min(asked, span.after - span.before - asked + 1)
 
 
 def sequences(places: Tensor, number: int, longest: int, entries: Pages) -> Sequences:
-    """The runs of neighbours in a row among `places (T,)` int64; empty ones fill up the number."""
+    """The runs of neighbours in a row among `places (T,)` int64, filled up to `number` with empty ones."""
     total, capacity, device = len(places), entries.capacity, places.device
     if longest == 1:
         starts, last = torch.arange(total + 1, dtype=torch.int32, device=device), places

@@ -1,4 +1,4 @@
-"""A layout in pages, which a kernel for paged keys reads as they stand."""
+"""A layout in pages, which a kernel for paged keys reads without a copy."""
 
 from collections.abc import Sequence
 from typing import final
@@ -13,9 +13,9 @@ from .layouts import Slots, zeros
 
 @final
 class Pages(Planes):
-    """Token by token in memory, `(iterations, batch, capacity, kv_heads, head_dim)`: a row of a plane is some pages."""
+    """In memory token by token, `(iterations, batch, capacity, kv_heads, head_dim)`; a row of a plane is some pages."""
 
-    page = 256  # slots; FlashAttention 2 takes multiples of this alone
+    page = 256  # slots; FlashAttention 2 supports only multiples of this
 
     def rounded(self, capacity: int) -> int:
         return -(-capacity // self.page) * self.page
@@ -30,7 +30,7 @@ class Pages(Planes):
         self.flat = flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def places(self, device: torch.device) -> Tensor:
-        """Where the tokens that are written next stand in the slots of all planes, `(T,)` int64."""
+        """The places, in the slots of all planes, of the tokens that are written next: `(T,)` int64."""
         if device not in self.found:
             self.found[device] = self.flat.to(device)
         return self.found[device]
@@ -52,11 +52,11 @@ class Pages(Planes):
             _slots(grid).index_copy_(0, places, new.squeeze(0).transpose(0, 1))
 
     def pages(self, call: int) -> KV:
-        """All that is held of a call, `(pages, page, kv_heads, head_dim)`; those of a row of a plane are neighbours."""
+        """All entries of a call, `(pages, page, kv_heads, head_dim)`; the pages of a row of a plane are neighbours."""
         k, v = (_slots(grid).unflatten(0, (-1, self.page)) for grid in self.grids[call])
         return k, v
 
 
 def _slots(grid: Tensor) -> Tensor:
-    """The slots of all planes, `(iterations * batch * capacity, kv_heads, head_dim)`, as they stand."""
+    """The slots of all planes, `(iterations * batch * capacity, kv_heads, head_dim)`, without a copy."""
     return grid.transpose(2, 3).view(-1, grid.shape[2], grid.shape[4])

@@ -1,4 +1,4 @@
-"""A layout that holds each entry once, and a table of which one is shown when."""
+"""A layout that holds each entry once, and a table that says which entry an iteration reads."""
 
 from collections.abc import Sequence
 from typing import final
@@ -9,24 +9,24 @@ from torch import Tensor
 from ..attention.view import KV
 from .layouts import Layout, Slots, chosen, longer, zeros
 
-# A pool that is full grows by one part in so many, which bounds how often an entry is copied.
+# A full pool grows by 1/64 of its size, which limits how often entries are copied.
 GROWTH = 64
-# It is cleared once more than one part in so many of its entries is shown by nobody.
+# Entries that no slot uses are dropped once they are more than 1/256 of all.
 WASTE = 256
-# Looking is slow: after parts of rows are forgotten, only once that may be more than one part in so many.
+# Counting them is slow: after parts of rows are deleted, it is done only if they may be more than 1/8 of all.
 LOOSE = 8
 
 
 @final
 class Pool(Layout):
-    """Only the entries that were made, one after the other, and a table of which one a slot shows when.
+    """Only the entries that were computed, one after the other, and a table: which entry a slot has in an iteration.
 
-    Entry 0 is zero and belongs to no token. Rows may show the same entries: beams share their past.
+    Entry 0 is zero and belongs to no token. Rows may share entries, as beams share their past.
     """
 
     def __init__(self, iterations: int, batch: int, capacity: int, device: torch.device) -> None:
         self.capacity, self.count = capacity, 1
-        self.loose = 0  # at most so many entries are shown by nobody since it was last looked at
+        self.loose = 0  # upper bound of the entries that became unused since they were last counted
         self.table = zeros(torch.empty(0, dtype=torch.int32, device=device), iterations, batch, capacity)
         self.pools: list[KV] = []  # (entries, kv_heads, head_dim)
 
@@ -36,13 +36,13 @@ class Pool(Layout):
             flat, last = slots.flat, self.count + len(slots.flat)
             entries = torch.arange(self.count, last, dtype=torch.int32, device=flat.device)
             self.count = last
-            # Numbers are small: all later iterations are shown this entry until there is another.
+            # The table is small, so all later iterations get this entry until there is a newer one.
             showing = self.table[step:].flatten(1, 2)
             showing.index_copy_(1, flat, entries.expand(len(showing), -1))
         self.shown = dict[tuple[int, int, int, int], Tensor]()
 
     def last(self, step: int, slots: Slots) -> None:
-        del step, slots  # the table shows it
+        del step, slots  # `place` has already written it into the table
 
     @property
     def calls(self) -> int:
@@ -102,7 +102,7 @@ class Pool(Layout):
         self.pools = [(k.to(device), v.to(device)) for k, v in self.pools]
 
     def _collect(self) -> None:
-        """Drop the entries that no slot shows, once they are too many."""
+        """Drop the entries that no slot uses, if they are too many."""
         self.loose = 0
         used = torch.cat([self.table.new_zeros(1), self.table.flatten()]).unique()
         if self.count - len(used) <= self.count // WASTE:

@@ -1,6 +1,6 @@
-"""Packed queries regrouped by row where keys and values are held by a cache.
+"""Packed queries, grouped by row, when keys and values are in a cache.
 
-There they are not copied: only neighbouring rows are read together, as they stand.
+The cache is read without a copy, so only neighbouring rows can be read together.
 """
 
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from ..attention.groups import FILL
 
 
 class Run(NamedTuple):
-    """Neighbouring rows with as many `queries` each, which are asked of what stands in their first `width` slots.
+    """Neighbouring rows with equally many `queries` each, which attend to the first `width` slots of their rows.
 
-    `sees` says how much of it: "all", "causal" (the j-th query the first j slots), or "own" (each
-    query the slots up to its own).
+    `sees` says which of these slots a query reads: "all", "causal" (the j-th query reads the first j slots), or
+    "own" (each query reads the slots up to its own).
     """
 
     rows: slice
@@ -25,7 +25,7 @@ class Run(NamedTuple):
     sees: Literal["all", "causal", "own"]
 
     def apart(self, tokens: Tensor) -> Tensor:
-        """Of its tokens `(1, heads, size * queries, head_dim)` the rows, `(size, heads, queries, head_dim)`."""
+        """Its tokens `(1, heads, size * queries, head_dim)` as rows, `(size, heads, queries, head_dim)`."""
         if self.size == 1:
             return tokens
         if self.queries == 1:
@@ -33,14 +33,14 @@ class Run(NamedTuple):
         return tokens.squeeze(0).unflatten(1, (self.size, self.queries)).transpose(0, 1)
 
     def joined(self, rows: Tensor) -> Tensor:
-        """The way back, token by token: `(1, size * queries, heads, head_dim)`."""
+        """Rows back as tokens: `(1, size * queries, heads, head_dim)`."""
         if self.size == 1:
             return rows.transpose(1, 2)
         return rows.transpose(1, 2).reshape(1, self.size * self.queries, rows.shape[1], rows.shape[3])
 
 
 class Span(NamedTuple):
-    """A row of a cache that a pass is about: it held `before` real tokens, and is to hold `after`."""
+    """A row of a cache in a pass: it holds `before` real tokens before the pass, and `after` real tokens after it."""
 
     row: int
     before: int
@@ -48,7 +48,10 @@ class Span(NamedTuple):
 
 
 def runs_of(asked: list[int], spans: list[Span], fill: float = FILL) -> Iterator[Run]:
-    """The rows that ask something, in order: `asked` queries of each. A row joins others that it fills so far."""
+    """The rows with queries, in order; `asked` is their number of each row.
+
+    Rows share a run if the shortest is at least `fill` times as long as the longest.
+    """
     group: list[Span] = []
     queries = low = high = 0
     for count, span in zip(asked, spans, strict=True):

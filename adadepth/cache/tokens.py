@@ -1,4 +1,4 @@
-"""The tokens of a pass with a cache, and of several passes together."""
+"""The tokens of a pass with a cache, or of several passes together."""
 
 from collections.abc import Mapping, Sequence
 from typing import final
@@ -15,10 +15,10 @@ from .runs import Run, Span, runs_of
 
 @final
 class Held:
-    """What a cache knows of a pass over rows `live (batch, seq)`: where they stand in `entries`, one span for each.
+    """Where the rows `live (batch, seq)` of a pass are in the `entries` of a cache: one span for each row.
 
-    `begun` says of each row of the cache how many of its slots are taken now, by tokens that began later too;
-    `numbers (batch,)` int64 are the rows of the cache that these are.
+    `begun` holds for each row of the cache how many of its slots are in use now, also by tokens that started later.
+    `numbers (batch,)` int64 are the numbers of these rows in the cache.
     """
 
     def __init__(
@@ -27,25 +27,25 @@ class Held:
         self.entries, self.spans, self.begun = entries, spans, begun
         self._live, self._mask = live, mask
         each = [(row, before, row * entries.capacity + before) for row, before, _ in spans]
-        sent = torch.tensor(each, dtype=torch.int64, device=live.device)  # at once
+        sent = torch.tensor(each, dtype=torch.int64, device=live.device)  # one transfer
         self.numbers, self._first, self._slot = sent.view(-1, 3).unbind(1)
 
     @lazy
     def positions(self) -> PositionRows:
-        """The places of the tokens in their rows."""
+        """The positions of the tokens in their rows."""
         return self._first.unsqueeze(1) + positions_of(self._live, self._mask)
 
     @lazy
     def slots(self) -> Tensor:
-        """Where the tokens stand in the flattened slots of the cache, `(batch, seq)` int64."""
+        """The places of the tokens in the flattened slots of the cache, `(batch, seq)` int64."""
         return self._slot.unsqueeze(1) + positions_of(self._live, self._mask)
 
 
 @final
 class CachedTokens(Packed):
-    """Packed, with keys and values in a cache, behind those of earlier passes.
+    """Packed, with keys and values in a cache, after those of earlier passes.
 
-    `asked` says how many of each row run.
+    `asked` holds how many tokens of each row run.
     """
 
     def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held, asked: list[int]) -> None:
@@ -55,7 +55,7 @@ class CachedTokens(Packed):
     def of(
         cls, x: Tensor, mask: MaskRows | None, entries: Layout, spans: list[Span], begun: Mapping[int, int]
     ) -> "CachedTokens":
-        """The tokens of the rows `x (batch, seq, dim)` that are real."""
+        """The real tokens of the rows `x (batch, seq, dim)`."""
         live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
         asked = [span.after - span.before for span in spans]
         index = torch.arange(live.numel(), device=x.device) if mask is None else chosen(live, sum(asked))
@@ -86,15 +86,15 @@ class CachedTokens(Packed):
 
     @lazy
     def slots(self) -> Slots:
-        """Where each token stands in the cache."""
+        """The slot of each token in the cache."""
         return Slots(self.take(self.held.slots).squeeze(0), self.held.entries.capacity)
 
     @property
     def runs(self) -> list[Run]:
-        """The rows that ask, in order.
+        """The rows with active tokens, in order.
 
-        Where other tokens have begun behind one of these, only rows of one length are read together: what those
-        tokens wrote is perhaps not finite, and a mask would multiply it by 0.
+        If other tokens have already started after these in a row, only rows of equal length are read together: what
+        those tokens wrote may be NaN or inf, and a mask would multiply it by 0.
         """
         later = any(self.held.begun.get(span.row, 0) > span.after for span in self.held.spans)
         return self._apart if later else self._together
@@ -110,9 +110,9 @@ class CachedTokens(Packed):
 
 @final
 class JoinedTokens(TokenSet):
-    """The tokens of several passes with one cache, one pass after the other, each in an iteration of its own.
+    """The tokens of several passes with one cache, one pass after the other; each pass has its own iteration.
 
-    They stand in no rows together.
+    Together they have no common rows `(batch, seq)`.
     """
 
     mask = None
@@ -150,6 +150,6 @@ class JoinedTokens(TokenSet):
 
 def _in_no_rows() -> ValueError:
     return ValueError(
-        "Tokens of several passes run in one call of the block, and stand in no rows together. What holds one entry "
-        "for each token is passed as block_kwargs; adadepth.rows() gives each token's row of the cache."
+        "Tokens of several passes run in one call of the block, so they have no common rows (batch, seq). Pass a "
+        "tensor with one entry for each token as block_kwargs; adadepth.rows() gives each token's row of the cache."
     )

@@ -1,4 +1,4 @@
-"""The view under which the tokens that run ask a cache."""
+"""The view by which active tokens attend to a cache."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from .tokens import CachedTokens, JoinedTokens
 
 
 class _Asking(NamedTuple):
-    """A run, and the iteration in which its rows are."""
+    """A run, and the iteration of its rows."""
 
     step: int
     run: Run
@@ -27,9 +27,9 @@ class _Asking(NamedTuple):
 
 
 class CachedView(TokenView):
-    """What is asked is a cache, which holds these tokens behind those of earlier passes.
+    """Attends to a cache, which holds these tokens after those of earlier passes.
 
-    Of one pass in iteration `step`; or of several, where each has its own.
+    The tokens are of one pass, in iteration `step`, or of several passes, each in its own iteration.
     """
 
     known = "that the cache holds (a cache belongs to one wrapper)"
@@ -42,7 +42,7 @@ class CachedView(TokenView):
         past: Sequence[KV] | None = None,
         keep: bool = False,
     ) -> None:
-        super().__init__(tokens, step, causal, past=None, keep=False)  # the cache keeps
+        super().__init__(tokens, step, causal, past=None, keep=False)  # the cache keeps the keys and values
         del past, keep
         if isinstance(tokens, JoinedTokens):
             self.parts = tokens.parts
@@ -53,7 +53,7 @@ class CachedView(TokenView):
         self.expected = self.entries.calls or (0 if self._begun() else None)
 
     def _begun(self) -> bool:
-        """Whether a row holds tokens: of a block that attends nowhere, if the cache has no entries."""
+        """Whether a row already holds tokens; if the cache then has no entries, the block calls no attention."""
         return any(span.before for _, part in self.parts for span in part.held.spans)
 
     def _merge(self, k: Tensor, v: Tensor) -> KV:
@@ -64,7 +64,7 @@ class CachedView(TokenView):
 
     @lazy
     def asking(self) -> list[_Asking]:
-        """All that is asked, in order."""
+        """All runs of all passes, in order."""
         return [_Asking(step, run) for step, tokens in self.parts for run in tokens.runs]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -72,7 +72,7 @@ class CachedView(TokenView):
         parts = [q] if len(asking) == 1 else q.split([one.size for one in asking], 2)
         with answering():
             answers = [self._ask(i, *asking[i], part, how) for i, part in enumerate(parts)]
-        # In memory token by token, as of PyTorch's own kernel: some blocks view the heads of a token as one axis.
+        # In memory token by token, as from PyTorch's own kernel: some blocks view the heads of a token as one axis.
         return (answers[0] if len(answers) == 1 else torch.cat(answers, 1)).transpose(1, 2)
 
     def _ask(self, i: int, step: int, run: Run, q: Tensor, how: How) -> Tensor:
@@ -81,7 +81,7 @@ class CachedView(TokenView):
         return run.joined(how.answer(run.apart(q), k, v, allowed, run.sees == "causal"))
 
     def _allowed(self, i: int, run: Run, dtype: torch.dtype, window: int | None) -> Tensor | None:
-        """What the run's queries may see, added to the scores; None: all, or what `is_causal` says."""
+        """The run's mask as a term to add to the scores; None if it reads all slots or `is_causal` is enough."""
         if run.sees != "own" and (window is None or window >= run.width):
             return None
         return self._mask_of((i, window), lambda: bias(self._seen(i, run, window), dtype))
@@ -93,5 +93,5 @@ class CachedView(TokenView):
 
     @lazy
     def _own(self) -> tuple[Tensor, ...]:
-        """The slots at which the queries of each run stand in their rows."""
+        """The slots of each run's queries in their rows."""
         return self.positions.squeeze(0).split([asking.size for asking in self.asking])

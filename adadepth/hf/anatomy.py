@@ -86,7 +86,7 @@ def _check_config(name: str, config: Any) -> None:
     for option, usual in (("add_cross_attention", False), ("is_causal", True)):
         if getattr(config, option, None) not in (usual, None):
             raise ValueError(
-                f"adapt expected a decoder in which a token sees itself and what stands before it, got "
+                "adapt expected a decoder in which a token attends only to itself and to earlier tokens, got "
                 f"config.{option}={getattr(config, option)}. Set it to {usual}."
             )
     if strange := sorted(set(kinds_of(config)) - set(_KNOWN)):
@@ -111,9 +111,10 @@ def _check_backbone(name: str, backbone: Any, layers: str) -> None:
     recurrent = sorted({type(m).__name__ for m in getattr(backbone, layers).modules() if isinstance(m, _RECURRENT)})
     if recurrent or getattr(backbone, "_is_stateful", False):
         raise ValueError(
-            f"adapt expected layers that mix tokens by attention alone; those of {name} recur or convolve"
+            f"adapt expected layers that mix tokens by attention alone; those of {name} have a recurrence or a "
+            "convolution"
             + (f" ({', '.join(recurrent)})" if recurrent else "")
-            + f": their state would miss the tokens that exited. {_INSTEAD}"
+            + f": their state would lack the exited tokens. {_INSTEAD}"
         )
     known = inspect.signature(inspect.unwrap(type(backbone).forward)).parameters
     if missing := [option for option in ("inputs_embeds", "position_ids") if option not in known]:

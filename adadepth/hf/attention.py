@@ -65,13 +65,13 @@ def attention(
         raise ValueError(
             f"{type(module).__name__} passes "
             + ("is_causal=False" if attention_mask is None else "an attention mask of its own")
-            + ". In an adapted model a token sees itself and what stands before it, and only the loop knows what is "
+            + ". In an adapted model, a token attends only to itself and to earlier tokens, and the loop masks "
             "padding. Pass padding as attention_mask to the model, and set config.is_causal to True or None."
         )
     if unknown := [n for n, given in others.items() if not (n in _IGNORED or given is None or given is False)]:
         raise ValueError(
-            f"{type(module).__name__} attends with {', '.join(unknown)}, which an adapted model cannot honour. Known "
-            "are scaling, dropout, sliding_window, softcap and s_aux (sinks)."
+            f"{type(module).__name__} attends with {', '.join(unknown)}, which an adapted model does not support. It "
+            "supports scaling, dropout, sliding_window, softcap and s_aux (sinks)."
         )
     if _seen.windows is not None:
         _seen.windows.append(sliding_window)

@@ -97,7 +97,7 @@ class AdaptiveCache(Cache):
         """
         if abs(tokens_to_remove) > self._columns:
             raise ValueError(
-                f"crop expected how many of the {self._columns} columns held to forget, as a number below 0, or how "
+                f"crop expected how many of the {self._columns} columns held to remove, as a negative number, or how "
                 f"many to keep, got {tokens_to_remove}."
             )
         if tokens_to_remove:

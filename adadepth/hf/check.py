@@ -114,8 +114,8 @@ def _nobody_leaves(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tens
 
 def _refusal(model: Any, what: str) -> ValueError:
     return ValueError(
-        f"{type(model.base).__name__} cannot be looped as it is: {what}. Its layers may mix tokens elsewhere than in "
-        "attention, or place them by something else than position_ids. Loop its layers by hand: "
+        f"{type(model.base).__name__} cannot be looped as it is: {what}. Its layers may mix tokens outside of "
+        "attention, or count positions without position_ids. Loop its layers by hand: "
         "adadepth.RecurrentWrapper(layers, steps)."
     )
 

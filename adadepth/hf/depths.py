@@ -15,16 +15,17 @@ def of_columns(name: str, depth: GivenDepth, ids: Tensor, past: int, length: int
     if callable(depth):
         if ids.shape[1] != length:
             raise ValueError(
-                f"{name} is a function of all ids so far, but of {length} only {ids.shape[1]} are known here. Pass all "
-                "ids, not embeddings, and no prefill_chunk_size."
+                f"{name} is a function of all ids so far, but got only {ids.shape[1]} of {length}. Pass all ids, not "
+                "embeddings, and no prefill_chunk_size."
             )
         depth = depth(ids)
     if not isinstance(depth, Tensor) or depth.dim() == 0 or depth.shape[-1] == 1:
         return depth
     if depth.shape[-1] < length:
         raise ValueError(
-            f"{name} gives the depths of {depth.shape[-1]} columns, but this pass needs those of {length}, prompt and "
-            "padding among them. Give one for every token to be generated but the last, or one per row, (batch, 1)."
+            f"{name} gives the depths of {depth.shape[-1]} columns, but this pass needs those of {length}, for prompt, "
+            "padding and new tokens. Give one for each of these columns (the last new token needs none), or one per "
+            "row, (batch, 1)."
         )
     return depth[..., past:length]
 

@@ -103,7 +103,7 @@ def _padding(texts: list[Tensor], criteria: StoppingCriteriaList, config: Any) -
     if config._pad_token_tensor is None or not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
         raise ValueError(
             "Rows of a batch have ended at different lengths without an end-of-text token. Without drafts, generate "
-            "would go on writing in those that have ended. Pass eos_token_id, or one row at a time."
+            "would continue the rows that have ended. Pass eos_token_id, or one row at a time."
         )
     return int(config._pad_token_tensor)
 

@@ -55,7 +55,10 @@ def before(base: Any, anatomy: Anatomy, x: Tensor, positions: Tensor) -> Tensor:
         around(base, anatomy, x, positions, stop, bool)
     except _Reached as reached:
         return reached.state
-    raise ValueError(f"{type(base).__name__} runs without its layers: nothing can stand in their place.")
+    raise ValueError(
+        f"{type(base).__name__} never called its layers, so they cannot be replaced by a loop. Loop its layers by "
+        "hand: adadepth.RecurrentWrapper(layers, steps)."
+    )
 
 
 def head(base: Any, anatomy: Anatomy, hidden: Tensor, **options: Any) -> Any:

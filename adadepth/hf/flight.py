@@ -67,8 +67,8 @@ class Flight:
         if tokens > self.capacity:
             raise ValueError(
                 f"The request needs room for {tokens} tokens, of its prompt and of all new ones but the last, got a "
-                f"capacity of {self.capacity}. Pass a larger capacity=, as far as the model knows positions, or ask "
-                "for fewer new tokens."
+                f"capacity of {self.capacity}. Pass a larger capacity=, within the positions of the model, or ask for "
+                "fewer new tokens."
             )
 
     def next(self, request: Request, ids: list[int]) -> None:

@@ -155,7 +155,7 @@ def _with_threshold(rule: Rule | None, tau: float) -> Rule:
     if not isinstance(rule, Threshold | SurvivalThreshold):
         raise ValueError(
             f"threshold expected a model whose rule is Threshold or SurvivalThreshold, got {rule}. Save the model with "
-            "one of them as its loop's rule, or leave threshold away."
+            "one of them as its loop's rule, or omit threshold."
         )
     return type(rule)(tau)
 

@@ -57,7 +57,7 @@ def refuse_unknown(options: dict[str, Any], positions: Tensor | None) -> None:
             raise ValueError(f"An adapted model does not take {name}. {_INSTEAD.get(name, _OTHERWISE)}")
 
 
-_OTHERWISE = f"Beside its own arguments it knows those of the loss: {', '.join(LOSS_OPTIONS)}."
+_OTHERWISE = f"Beside its own arguments it takes those of the loss: {', '.join(LOSS_OPTIONS)}."
 _INSTEAD = {
     "output_attentions": "Its attention computes no weights.",
     **dict.fromkeys(_BOUNDS, "Pass position_ids, which begin again with each text of a row."),
@@ -124,14 +124,14 @@ def check_positions(given: Tensor | None, counted: Tensor, mask: Tensor | None, 
     real = counted if mask is None else counted.masked_fill(~mask, -1)
     if limit is not None and real.numel() and int(real.max()) >= limit:
         raise ValueError(
-            f"The model knows {limit} positions, but with these tokens a row holds {int(real.max()) + 1}. Pass fewer, "
-            "or take a model with more."
+            f"The model has {limit} positions, but with these tokens a row holds {int(real.max()) + 1}. Pass fewer "
+            "tokens, or use a model with more positions."
         )
     if given is None:
         return
     same = (given.to(real.device) == counted) | (real < 0)
     if not bool(same.all()):
         raise ValueError(
-            "position_ids expected what an adapted model counts, the place of each token among its row's real tokens, "
-            "from 0. Leave them away, and pass padding as attention_mask."
+            "position_ids expected the position of each token among the real tokens of its row, from 0, as an adapted "
+            "model counts them. Omit them, and pass padding as attention_mask."
         )

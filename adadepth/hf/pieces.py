@@ -183,7 +183,7 @@ def _kind_of(kind: type) -> str | None:
 def _argument(piece: Any, name: str) -> Any:
     if not hasattr(piece, name):
         raise ValueError(
-            f"{type(piece).__name__} takes {name}, but keeps no attribute of that name to save it by. Write "
+            f"{type(piece).__name__} takes {name}, but has no attribute of that name, so it cannot be saved. Write "
             f"self.{name} = {name} in its constructor."
         )
     value = getattr(piece, name)

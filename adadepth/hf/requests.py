@@ -39,8 +39,8 @@ def configured(config: GenerationConfig, options: dict[str, Any]) -> tuple[Gener
         refused.append("guidance_scale")
     if mode not in ("greedy_search", "sample") or refused:
         raise ValueError(
-            f"Requests are served greedily or by sampling, got {', '.join(refused) or mode}. Call model.generate for "
-            "all else."
+            f"Requests use greedy search or sampling, got {', '.join(refused) or mode}. Call model.generate for other "
+            "modes."
         )
     return config, own
 

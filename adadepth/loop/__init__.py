@@ -1,1 +1,1 @@
-"""The loop: what runs a block, what bounds and checks it, and what it records."""
+"""The loop: it runs the block, limits depths, checks pieces and arguments, and records the trace."""

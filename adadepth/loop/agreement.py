@@ -1,8 +1,7 @@
-"""Whether a loop gives for packed tokens what it gives for tokens in rows.
+"""Compares packed and dense execution of a loop.
 
-A block may mix tokens where no attention call shows it, count positions by the length of its input, or let packed
-rows share their noise. Packed and dense execution then differ. Both are run on given tokens at given depths, and
-everything is left as it was.
+They differ if a block mixes tokens outside its attention calls, counts positions by the length of its input, or lets
+packed rows share their noise. Both executions run on given tokens at given depths. Afterwards the loop is as before.
 """
 
 import copy
@@ -19,15 +18,15 @@ from ..updates import Replace
 from .draws import Draw, drawn, labelled, shared
 from .trace import Output
 
-# What rounding may come to, relative to the largest state. Many blocks have norms in float32, whatever they run in.
+# The greatest rounding error, relative to the largest state. In any dtype, many blocks have norms in float32.
 EXACT = {torch.float64: 1e-6, torch.float32: 5e-4, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-_HALF = 0.95  # of the tokens: in half precision rounding may send the others to another expert
+_HALF = 0.95  # the share of tokens to compare: in half precision, rounding may send the others to another expert
 
 
 @final
 class Case(NamedTuple):
-    """What a loop is checked on: rows `x (batch, seq, dim)`, their `mask`, the `depth` of each token, what else the
-    loop is given, and the window of a larger batch that they are, if they are one.
+    """The input of a check: rows `x (batch, seq, dim)`, their `mask`, the `depth` of each token, and the further
+    arguments of the loop. If the rows are a part of a larger batch, `window` says which.
     """
 
     x: Tensor
@@ -37,7 +36,7 @@ class Case(NamedTuple):
     window: Window | None = None
 
     def run(self, looped: nn.Module, cache: KVReuseCache | None = None, **changes: Any) -> Output:
-        """The loop on this, with some attributes of it changed, and without exits of its own."""
+        """Run the loop on this input, with some attributes changed; the given depths replace its own exits."""
         changes = {"rule": None, "checkpoint": False, "agree": bool, "self_check": False, **changes}
         before, active.window = active.window, self.window
         try:
@@ -50,22 +49,23 @@ class Case(NamedTuple):
 
 
 def altered(looped: nn.Module, **changes: Any) -> Any:
-    """The same loop with other attributes; the one that others may be running is not touched."""
+    """A copy of the loop with other attributes; the original is unchanged, because other threads may run it."""
     looped = copy.copy(looped)
-    looped.__dict__.update(changes)  # goes before pieces that are modules
+    looped.__dict__.update(changes)  # found before pieces that are registered as modules
     return looped
 
 
 def check(looped: Any, case: Case) -> bool:
-    """Whether it could be told that packed and dense execution agree: not where results are random, or dense fails.
+    """Compare packed and dense execution. Returns False if no comparison was possible.
 
+    That is the case if results are random, or if dense execution fails.
     Raises: `ValueError` if they differ, and what the loop raises for packed tokens.
     """
     try:
         dense, again = case.run(looped, skip=False), case.run(looped, skip=False)
     except ValueError:
         raise
-    except Exception:  # a block that runs on packed tokens alone has nothing to be compared with
+    except Exception:  # a block that runs only on packed tokens cannot be compared
         return False
     random = _check_noise(looped, case)
     packed = case.run(looped, skip=True)
@@ -89,7 +89,7 @@ def coarsest(looped: nn.Module, x: Tensor) -> torch.dtype:
 
 
 def off(got: Tensor, expected: Tensor, mask: Tensor, dtype: torch.dtype) -> float:
-    """How far real tokens are off, relative to the largest state: all of them, or most in half precision."""
+    """The largest error of real tokens, relative to the largest state; in half precision, of 95 % of the tokens."""
     got, expected = got[mask].double(), expected[mask].double()
     if not expected.numel():
         return 0.0
@@ -101,9 +101,9 @@ def off(got: Tensor, expected: Tensor, mask: Tensor, dtype: torch.dtype) -> floa
 
 
 def _check_noise(looped: Any, case: Case) -> bool:
-    """Whether anything is drawn: two runs may be equal by chance where it is.
+    """Whether the loop draws random numbers; two runs with them may be equal by chance.
 
-    Raises: `ValueError` if packed tokens would share what is drawn.
+    Raises: `ValueError` if packed tokens would share random numbers.
     """
 
     def drawn_by(skip: bool) -> list[Draw]:
@@ -112,9 +112,9 @@ def _check_noise(looped: Any, case: Case) -> bool:
     dense, packed = drawn_by(False), drawn_by(True)
     if (draw := shared(dense, packed, case.mask.numel(), int(case.mask.sum()))) is not None:
         raise ValueError(
-            f"{type(looped.block).__name__} draws noise that is neither of each token nor of the whole batch, in "
-            f"{draw.where}: packed tokens of different rows stand in one sequence and would share it. Draw it for each "
-            "token, or one per row of the batch and read it as noise[adadepth.rows()]."
+            f"{type(looped.block).__name__} draws noise that is neither for each token nor for the whole batch, in "
+            f"{draw.where}: packed tokens of different rows are in one sequence and would share it. Draw it for each "
+            "token; or draw one for each row of the batch, and read noise[adadepth.rows()]."
         )
     return bool(dense)
 
@@ -138,7 +138,7 @@ def _sentence(looped: Any, case: Case, far: float, dtype: torch.dtype) -> str:
 
 
 def _first_difference(looped: Any, case: Case, dtype: torch.dtype) -> str:
-    """The first module to finish whose output differs token by token in a single iteration."""
+    """The first module to finish whose outputs differ, compared token by token in a single iteration."""
     dense, packed = (_outputs(looped, case, skip) for skip in (False, True))
     for (where, rows), (_, sequence) in zip(dense, packed, strict=False):
         if not _alike(sequence, rows, case.mask, dtype):
@@ -147,7 +147,7 @@ def _first_difference(looped: Any, case: Case, dtype: torch.dtype) -> str:
 
 
 def _outputs(looped: Any, case: Case, skip: bool) -> list[tuple[str, Any]]:
-    """What each module of the block gives in one iteration, in the order in which they finish."""
+    """The output of each module of the block in one iteration, in the order in which they finish."""
     found: list[tuple[str, Any]] = []
     names = {part: labelled(name, part) for name, part in looped.block.named_modules()}
     handles = [part.register_forward_hook(lambda part, _args, out: found.append((names[part], out))) for part in names]
@@ -160,7 +160,7 @@ def _outputs(looped: Any, case: Case, skip: bool) -> list[tuple[str, Any]]:
 
 
 def _alike(packed: Any, dense: Any, mask: Tensor, dtype: torch.dtype) -> bool:
-    """Whether one module's outputs agree token by token, whichever axis the tokens are on."""
+    """Whether two outputs of one module agree token by token, whichever axis holds the tokens."""
     if not (isinstance(packed, Tensor) and isinstance(dense, Tensor)):
         return True
     for axis in range(1, dense.dim()):
@@ -175,7 +175,7 @@ def _alike(packed: Any, dense: Any, mask: Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def untouched(looped: nn.Module, device: torch.device) -> Iterator[None]:
-    """No gradient, no dropout; and at the end all attributes, buffers and random states as they were."""
+    """A context without gradients and dropout; at the end, all attributes, buffers and random states are as before."""
     parts = [(part, dict(part.__dict__), dict(part._buffers)) for part in looped.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in looped.buffers()]
     devices = [] if device.type == "cpu" else [device]
@@ -195,7 +195,7 @@ def untouched(looped: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def _still(part: nn.Module) -> None:
-    """Dropout draws for each token, in any execution, and hides everything else."""
+    """Switch off dropout: its random numbers would hide all other differences."""
     if isinstance(part, nn.modules.dropout._DropoutNd):
         part.p = 0.0
     if isinstance(part, nn.MultiheadAttention):

@@ -1,4 +1,4 @@
-"""What a loop's block, gate and update answer when they are asked, checked."""
+"""Runs the block, gate and update that the loop's generator asks for, and checks their results."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -19,12 +19,12 @@ from .reads import Reads
 
 
 def answer(loop: Loop, ask: Ask, given: Mapping[str, Any], reads: Reads) -> Any:
-    """The answer to what a pass of `loop` asks; the block is `given` more beside its input."""
+    """The result of the piece that a pass of `loop` asks for; `given` are the block's further arguments."""
     if isinstance(ask, AskGate):
         return _score(loop, ask, reads)
     if isinstance(ask, AskUpdate):
         return updated(loop, Here(ask.tokens, ask.step), ask.x, ask.h, ask.start, ask.scores, ask.step)
-    if loop.checkpoint and torch.is_grad_enabled():  # the iteration is made again in the backward pass
+    if loop.checkpoint and torch.is_grad_enabled():  # the backward pass computes the iteration again
         return checkpoint(_iterate, loop, *ask, given, use_reentrant=False)
     return _iterate(loop, *ask, given)
 
@@ -45,7 +45,7 @@ def _iterate(
 
 
 def _score(loop: Loop, ask: AskGate, reads: Reads) -> WeightRows:
-    """What the gate says of the tokens, in rows; 0 elsewhere."""
+    """The gate's scores of the active tokens, in rows; 0 elsewhere."""
     rows = ask.tokens.rows(scored(loop, Here(ask.tokens, ask.step), ask.h, ask.previous, ask.step))
     if not loop.training and not torch.compiler.is_compiling() and rows.numel():
         reads.later(torch.stack(rows.detach().aminmax()), partial(check_scores, loop, ask.step))
@@ -53,7 +53,7 @@ def _score(loop: Loop, ask: AskGate, reads: Reads) -> WeightRows:
 
 
 def scored(loop: Loop, here: Here | Together, h: Tensor, previous: Tensor, step: int) -> Tensor:
-    """What the gate says of tokens in the state `h (rows, length, dim)`."""
+    """The gate's scores of tokens in the state `h (rows, length, dim)`."""
     score: Tensor = ask_piece(loop.gate, here, h, previous, step)
     check_result(loop.gate, "one score per token", h.shape[:-1], score, step)
     return score
@@ -62,7 +62,7 @@ def scored(loop: Loop, here: Here | Together, h: Tensor, previous: Tensor, step:
 def updated(
     loop: Loop, here: Here | Together, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int
 ) -> Tensor:
-    """What the update makes of tokens that go on."""
+    """The next input of the tokens that continue, from the update."""
     new: Tensor = ask_piece(loop.update, here, x, h, start, scores, step)
     check_result(loop.update, "the next input", x.shape, new, step)
     return new if new.dtype == x.dtype else new.to(x.dtype)

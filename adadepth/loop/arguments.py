@@ -1,4 +1,4 @@
-"""The arguments of a looped block: of the expected names, shapes and types, or an error that teaches."""
+"""Checks of a looped block's arguments: names, shapes and types, with errors that say what to do."""
 
 import functools
 import warnings
@@ -21,18 +21,18 @@ R = TypeVar("R")
 NAMES = ("mask", "start", "min_depth", "max_depth", "block_kwargs", "states", "cache")
 _KNOWN = frozenset(NAMES)
 _MEANT = {
-    "attention_mask": "Real tokens are mask=, (batch, seq) bool.",
-    "padding_mask": "Real tokens are mask=, (batch, seq) bool.",
-    "key_padding_mask": "Real tokens are mask=, (batch, seq) bool, True for real tokens.",
-    "past_key_values": "A cache is cache=adadepth.KVReuseCache().",
+    "attention_mask": "Pass real tokens as mask=, (batch, seq) bool.",
+    "padding_mask": "Pass real tokens as mask=, (batch, seq) bool.",
+    "key_padding_mask": "Pass real tokens as mask=, (batch, seq) bool, True for real tokens.",
+    "past_key_values": "Pass a cache as cache=adadepth.KVReuseCache().",
     "position_ids": "The loop counts positions, from real tokens: read adadepth.positions() inside the block.",
-    "output_hidden_states": "Every iteration's state is states=True.",
-    "steps": "A call that is shorter than the loop is max_depth=.",
+    "output_hidden_states": "For the state of every iteration, pass states=True.",
+    "steps": "For a call with fewer iterations, pass max_depth=.",
 }
 
 
 def named(forward: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """`forward`, which says of an argument that it does not take which one is meant."""
+    """`forward`, with an error for each unknown argument that suggests the right one."""
 
     @functools.wraps(forward)
     def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -59,7 +59,7 @@ def _refuse(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
 
 
 def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
-    """The arguments of a looped block that come in rows."""
+    """Check the arguments of a looped block that are rows."""
     if isinstance(x, Output):
         raise ValueError(
             "RecurrentWrapper expected x of shape (batch, seq, dim), got the Output of another looped block. Pass its "
@@ -81,7 +81,7 @@ def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
 
 
 def looks(looped: Any, mask: Tensor | None, min_depth: Depth, max_depth: Depth) -> bool:
-    """Whether a pass may skip tokens, and so looks at the data; without exits and padding it does not."""
+    """Whether a pass may skip tokens, and so reads the data; without exits and padding it does not."""
     if not looped.skip or mask is not None or isinstance(max_depth, Tensor):
         return bool(looped.skip)
     forced = isinstance(min_depth, int) and min_depth >= looped.steps
@@ -89,7 +89,7 @@ def looks(looped: Any, mask: Tensor | None, min_depth: Depth, max_depth: Depth) 
 
 
 def check_can_look(looped: Any, x: Tensor, mask: Tensor | None, bounds: Bounds) -> None:
-    """That a pass whose shapes depend on the data has data to look at.
+    """Check that a pass whose shapes depend on the data can read the data.
 
     Raises: `ValueError` on the meta device and under `torch.vmap`.
     """
@@ -101,18 +101,18 @@ def check_can_look(looped: Any, x: Tensor, mask: Tensor | None, bounds: Bounds) 
     )
     if x.is_meta and looks:
         raise ValueError(
-            "RecurrentWrapper with skip=True looks at the data to skip tokens, and x is on the meta device, which has "
-            "none. Build it with skip=False for shapes alone, or give x a real device."
+            "RecurrentWrapper with skip=True reads the data to skip tokens, but x is on the meta device, which has "
+            "none. Set skip=False if you only need shapes, or put x on a real device."
         )
     if mapped and (looks or not looped.training):
         raise ValueError(
-            "RecurrentWrapper looks at the data, and torch.vmap does not let it. Put what is mapped over into the "
+            "RecurrentWrapper reads the data, which torch.vmap does not allow. Make the mapped axis a part of the "
             "batch: x.flatten(0, 1)."
         )
 
 
 def check_given(given: Mapping[str, Any] | None, shape: tuple[int, int]) -> Mapping[str, Any]:
-    """What the block is given beside its input: tensors in it broadcast to the rows `shape (batch, seq)`."""
+    """Check the block's further arguments: tensors must broadcast to the rows `shape (batch, seq)`."""
     if given is None:
         return {}
     if not isinstance(given, Mapping):
@@ -138,15 +138,15 @@ def _check_broadcasts(name: str, value: Any, shape: tuple[int, int]) -> None:
         raise ValueError(
             f"{name} expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), one per "
             f"row, or (1, seq, ...), the same for all rows, with (batch, seq) = ({batch}, {seq}), got "
-            f"{tuple(value.shape)}. Give one per row its second axis: c.unsqueeze(1). What is no token's belongs into "
-            "the block itself."
+            f"{tuple(value.shape)}. Give a tensor with one entry per row its second axis: c.unsqueeze(1). A tensor "
+            "without entries for tokens or rows must be a part of the block."
         )
 
 
 def check_cache(cache: object, looped: nn.Module) -> None:
-    """That a cache is one, and that the wrapper is one to decode with.
+    """Check that `cache` is a cache, and that the wrapper can decode with it.
 
-    Raises: `ValueError`. Warns, in training mode, of dropout: no two passes are then of one model.
+    Raises: `ValueError`. Warns of dropout in training mode: what the cache holds is then random.
     """
     if not isinstance(cache, KVReuseCache):
         got = f"the class {cache.__name__}" if isinstance(cache, type) else type(cache).__name__
@@ -155,8 +155,8 @@ def check_cache(cache: object, looped: nn.Module) -> None:
         )
     if isinstance(looped.rule, TrainingOnly):
         raise ValueError(
-            f"The rule {_name(looped.rule.rule)} is for training only: with a cache it sees the new tokens alone and "
-            "would decide otherwise. Decode with a rule that treats each token on its own, such as "
+            f"The rule {_name(looped.rule.rule)} is for training only: with a cache it gets the new tokens alone and "
+            "would decide differently. Decode with a rule that treats each token on its own, such as "
             "adadepth.Threshold(tau)."
         )
     if looped.training and any(isinstance(p, _DropoutNd) and p.p for p in looped.modules()):

@@ -1,4 +1,4 @@
-"""How a block is run under a view: as it is, if it takes one; else with its attention calls caught."""
+"""Runs a block with a view: passes it to a block that takes one; otherwise catches the block's attention calls."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,7 +22,7 @@ from ..cache.tokens import CachedTokens, JoinedTokens
 from ..cache.view import CachedView
 from .explain import explain
 
-# Of each kind of tokens: as they are asked by default, and in one call whatever their rows.
+# For each kind of tokens the default view, and the view for `one_call=True`.
 _VIEWS: dict[type[TokenSet], tuple[type[TokenView], type[TokenView]]] = {
     WholeTokens: (WholeView, WholeView),
     DenseTokens: (DenseView, DenseView),
@@ -35,17 +35,17 @@ _VIEWS: dict[type[TokenSet], tuple[type[TokenView], type[TokenView]]] = {
 def view_of(
     tokens: TokenSet, step: int, causal: bool, past: Sequence[KV] | None, keep: bool, one_call: bool
 ) -> TokenView:
-    """The view of one iteration; where no token runs, of one that stands in: not every block runs on none."""
+    """The view of one iteration. Without active tokens, it is for one placeholder: not every block runs on no token."""
     if tokens.empty:
         tokens, past = WholeTokens(torch.ones(1, 1, dtype=torch.bool, device=tokens.live.device), skip=True), None
     return _VIEWS[type(tokens)][one_call](tokens, step, causal, past, keep)
 
 
 def run(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any], shape: torch.Size) -> Tensor:
-    """`block` on the tokens `x` of a view, beside what it is `given`.
+    """`block` on the tokens `x` of a view, with its further arguments `given`.
 
-    `given` broadcasts to the rows of the pass, `shape (batch, seq)`. Where the view has a token that stands in, the
-    block runs on zeros, and its output is dropped.
+    `given` broadcasts to the rows of the pass, `shape (batch, seq)`. If the view is for a placeholder, the block runs
+    on zeros, and its output is dropped.
     """
     if x.shape[:2] != view.tokens.shape:
         with _stand_in((shape[0], shape[1])):
@@ -56,11 +56,11 @@ def run(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any], 
 
 
 def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, Any]) -> Tensor:
-    """`block` on the tokens `x` of a view, beside what it is `given` of each of them."""
+    """`block` on the tokens `x` of a view, with further arguments `given` in the order of these tokens."""
     if active.view is not None:
         raise ValueError(
-            "A RecurrentWrapper runs inside the block of another: it would take the packed tokens of all rows for one "
-            "row of its own. Let one loop hold the whole stack, or run one loop after the other."
+            "A RecurrentWrapper runs inside the block of another: it would treat the packed tokens of all rows as one "
+            "row. Put the whole stack into one loop, or run one loop after the other."
         )
     taken = takes_view(block)
     if not taken:
@@ -80,8 +80,8 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
         active.view, active.here, active.block = None, before, None
     if written is not None and x._version != written:
         raise ValueError(
-            f"{type(block).__name__} writes into its input, which the update reads after it. Write x = x + ... in "
-            "place of x += ..., or start with x = x.clone()."
+            f"{type(block).__name__} writes into its input, which the update reads later. Write x = x + ... instead of "
+            "x += ..., or start with x = x.clone()."
         )
     view.close()
     _check_output(block, x, out, view, taken)
@@ -90,7 +90,7 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
 
 
 def ask_piece(piece: Any, here: Here | Together, h: Tensor, *more: Any) -> Any:
-    """What a gate or an update gives for the tokens `h` and what else it reads."""
+    """The result of a gate or an update for the tokens `h` and its further arguments."""
     if torch.compiler.is_compiling():
         return asked(piece, here, h, *more)
     try:
@@ -102,7 +102,7 @@ def ask_piece(piece: Any, here: Here | Together, h: Tensor, *more: Any) -> Any:
 
 
 def each(given: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`given` with each tensor in it changed, in tuples, lists and mappings too; a tensor without axes stays."""
+    """`given` with each tensor changed, also in tuples, lists and mappings; a tensor without axes is kept."""
     if isinstance(given, Tensor):
         return change(given) if given.dim() else given
     if isinstance(given, Mapping):
@@ -114,13 +114,13 @@ def each(given: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _no_token(given: Tensor) -> Tensor:
-    """What stands for one token where there is none."""
+    """The argument of the placeholder: zeros for one token."""
     return given.new_zeros(1, 1, *given.shape[2:])
 
 
 @contextmanager
 def _stand_in(shape: tuple[int, int]) -> Iterator[None]:
-    """The pass is about one token, whatever `adadepth.take` is given."""
+    """A context in which the pass runs on one placeholder token, so that `adadepth.take` gives zeros for it."""
     before = active.window
     active.window = Window(shape if before is None else before.shape, 0, 0, 0)
     try:
@@ -130,7 +130,7 @@ def _stand_in(shape: tuple[int, int]) -> Iterator[None]:
 
 
 def _guarded(x: Tensor) -> tuple[Tensor, int | None]:
-    """The block's input, and how often it was written to; where that is not known, a copy of the block's own."""
+    """The block's input, and how often it was written to; if torch does not count that, a copy for the block."""
     if torch.compiler.is_compiling() or x.is_inference():
         return x.clone(), None
     return x, x._version
@@ -146,8 +146,8 @@ def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView, tak
         )
     if not (view.calls or view.elsewhere or view.bare or taken):
         raise ValueError(
-            f"No attention call was seen in {type(block).__name__}, so its tokens would mix unseen or not at all. Its "
-            "attention must call F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention "
-            "with need_weights=True); a Hugging Face layer made by hand does so if its config has _attn_implementation "
-            "= 'sdpa'. If it mixes no tokens, say so: adadepth.Pointwise(block)."
+            f"No attention call was seen in {type(block).__name__}. Its attention must call "
+            "F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention with "
+            "need_weights=True); a Hugging Face layer made by hand does so if its config has _attn_implementation = "
+            "'sdpa'. If it mixes no tokens, wrap it: adadepth.Pointwise(block)."
         )

@@ -1,4 +1,4 @@
-"""Depth given from outside: ints shorten the loop and are branched on, tensors select per token."""
+"""Depths from outside: ints shorten the loop and are branched on in Python, tensors select for each token."""
 
 from operator import index
 from typing import NamedTuple, SupportsIndex, final
@@ -13,10 +13,11 @@ Depth = SupportsIndex | Tensor | None
 
 @final
 class Bounds(NamedTuple):
-    """How deep a token must and may go.
+    """The least and the greatest depth of each token.
 
-    `steps` is the length of the loop. `least` and `most` are depths that every token must reach
-    (an int) or that each token must reach or may not pass (tensors that broadcast to the rows).
+    `steps` is the length of the loop, and `least` is a depth that all tokens must reach. `least_each` and `most_each`
+    are tensors that broadcast to the rows: the depth that each token must reach, and the depth that it must not
+    exceed.
     """
 
     steps: int
@@ -39,17 +40,17 @@ class Bounds(NamedTuple):
         )
 
     def can_exit(self, step: int, rule: bool) -> bool:
-        """Whether a token may leave after iteration `step` (from 0), before the loop ends; no look at the data."""
+        """Whether a token may exit early, after iteration `step` (from 0); does not read the data."""
         if step + 1 >= self.steps:
             return False
         return self.most_each is not None or (rule and not self.forced(step))
 
     def forced(self, step: int) -> bool:
-        """Whether every token stays after iteration `step` (from 0), whatever a rule says."""
+        """Whether all tokens continue after iteration `step` (from 0), whatever a rule decides."""
         return step + 1 < self.least
 
     def clamp(self, stays: WeightRows, remaining: WeightRows, step: int) -> WeightRows:
-        """What stays after iteration `step`, within what remains and within the depths of each token."""
+        """The weight that continues after iteration `step`, limited by the remaining weight and each token's depths."""
         # Both bounds are tensors: at a tie the gradient then goes to `stays` alone, and whole.
         stays = stays.clamp(stays.new_zeros(()), remaining)
         if self.least_each is not None:
@@ -60,7 +61,7 @@ class Bounds(NamedTuple):
 
 
 def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int], device: torch.device) -> int | Tensor | None:
-    """The depth as None, a tensor on the device or an int of Python's own."""
+    """The depth as None, as a tensor on the device, or as a Python int."""
     if isinstance(depth, Tensor):
         if depth.is_floating_point() or depth.is_complex() or depth.dtype == torch.bool:
             raise ValueError(
@@ -78,7 +79,7 @@ def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int], device
         return depth.to(device)
     if depth is None:
         return None
-    whole = depth if isinstance(depth, int) else index(depth) if hasattr(depth, "__index__") else 0  # NumPy's, say
+    whole = depth if isinstance(depth, int) else index(depth) if hasattr(depth, "__index__") else 0  # such as NumPy's
     if isinstance(depth, bool) or not 1 <= whole <= steps:
         raise ValueError(f"{name} expected an int from 1 to steps={steps}, got {depth}.")
     return whole

@@ -1,4 +1,4 @@
-"""The pieces of a loop: that each stands in its place, goes with the others, and returns what is expected."""
+"""Checks of a loop's pieces: each is of the right kind, goes with the others, and returns the right shape."""
 
 import warnings
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _READ_SCORES = (Threshold, SurvivalThreshold, Survival, ACT)
 
 
 def check_part(name: str, part: Any) -> Any:
-    """What `looped.<name>` is to be, checked as in the constructor.
+    """The new value of `looped.<name>`, checked as in the constructor.
 
     Raises: `ValueError`.
     """
@@ -40,7 +40,7 @@ def _check_block(block: Any) -> None:
 
 
 def check_steps(steps: Any) -> int:
-    """The number of iterations, as an int of Python's own.
+    """The number of iterations, as a Python int.
 
     Raises: `ValueError`.
     """
@@ -52,7 +52,7 @@ def check_steps(steps: Any) -> int:
 
 
 def _holds(kind: type[nn.Module], part: object) -> bool:
-    """Whether it is one, or something that is wrapped around one: sharded, compiled."""
+    """Whether `part` is of this kind, or a wrapper around such a module, as after sharding or compiling."""
     return isinstance(part, kind) or (
         isinstance(part, nn.Module)
         and not isinstance(part, Gate | Update)
@@ -67,7 +67,7 @@ _FITS = {
 }
 _WANTED = {
     "gate": "an adadepth.Gate",
-    "rule": "a function or an object that is called like one",
+    "rule": "a function or a callable object",
     "update": "an adadepth.Update",
 }
 
@@ -77,7 +77,7 @@ def _named(part: object) -> str:
 
 
 def warn_of(gate: nn.Module | None, rule: object, update: nn.Module, steps: int) -> None:
-    """Say of pieces that may be meant to stand together, but seldom are."""
+    """Warn of combinations of pieces that are allowed but seldom intended."""
     if gate is None and isinstance(rule, _READ_SCORES):
         warnings.warn(
             f"RecurrentWrapper has {type(rule).__name__} as its rule, which reads scores, but no gate: every score is "
@@ -87,25 +87,25 @@ def warn_of(gate: nn.Module | None, rule: object, update: nn.Module, steps: int)
     if gate is not None and rule is None and isinstance(update, Replace | InputInjection | Ungated):
         warnings.warn(
             f"RecurrentWrapper has a gate, but no rule, and {type(update).__name__} does not use the score: the gate "
-            "has no effect but on trace.scores. Give it a rule, such as adadepth.Threshold(0.5).",
+            "affects only trace.scores. Give it a rule, such as adadepth.Threshold(0.5).",
             stacklevel=3,
         )
     if isinstance(made_for := getattr(gate, "steps", None), int) and made_for > steps:
         warnings.warn(
-            f"{type(gate).__name__} was made for {made_for} steps, but the loop has {steps}: what it has for later "
-            "iterations is not used.",
+            f"{type(gate).__name__} was made for {made_for} steps, but the loop has {steps}: its parameters for later "
+            "iterations are not used.",
             stacklevel=3,
         )
 
 
 def check_together(gate: nn.Module | None, update: nn.Module) -> None:
-    """That the update does not scale by a score that is none.
+    """Check that the update does not multiply by the score of an exit criterion.
 
     Raises: `ValueError`.
     """
     if gate is not None and getattr(gate, "measures", False) and getattr(update, "scales", False):
         raise ValueError(
-            f"{type(gate).__name__} is an exit criterion: its score measures a token and is no scale, but "
+            f"{type(gate).__name__} is an exit criterion: its score is a measurement, not a factor, but "
             f"{type(update).__name__} multiplies by it. Give the loop update=adadepth.Replace() or "
             f"adadepth.Ungated({type(update).__name__}(...))."
         )
@@ -113,33 +113,33 @@ def check_together(gate: nn.Module | None, update: nn.Module) -> None:
 
 @final
 class Identity:
-    """What a cache knows its wrapper by: shared by copies of the wrapper that share its parts, and by no others."""
+    """The identity by which a cache recognizes its wrapper; copies of a wrapper that share its parts share it too."""
 
 
 def check_scores(looped: Any, step: int, least_and_most: list[float]) -> None:
-    """That scores, of which these are the least and the most, are numbers, and in [0, 1] where they scale.
+    """Check, from their minimum and maximum, that scores are not NaN, and are in [0, 1] if the update scales.
 
-    Raises: `ValueError`. Warns once of a scale outside [0, 1].
+    Raises: `ValueError`. Warns once of a score outside [0, 1] that scales.
     """
     low, high = least_and_most
     if low != low:
         raise ValueError(
             f"{type(looped.gate).__name__} scored NaN at iteration {step}. Look for inf or NaN in the gate's "
-            "parameters, or in the block's output: without a gate, looped(x, states=True).states holds every "
-            "iteration's."
+            "parameters, or in the block's output: without a gate, looped(x, states=True).states holds the state of "
+            "every iteration."
         )
     if (low < 0 or high > 1) and getattr(looped.update, "scales", False) and not looped.__dict__.get("_warned"):
         looped.__dict__["_warned"] = True
         warnings.warn(
             f"{type(looped.gate).__name__} scored {low if low < 0 else high:.3g} at iteration {step}, and "
-            f"{type(looped.update).__name__} multiplies by it. Learned gates end in a sigmoid; a score that is no "
-            "scale takes adadepth.Replace() or adadepth.Ungated(...).",
+            f"{type(looped.update).__name__} multiplies by it. End a learned gate in a sigmoid; for a score that is "
+            "not in [0, 1], use adadepth.Replace() or adadepth.Ungated(...).",
             stacklevel=2,
         )
 
 
 def check_state(looped: nn.Module, state: Mapping[str, Any]) -> None:
-    """That weights are a wrapper's own, not those of its bare block.
+    """Check that weights are those of a wrapper, not of the block without the wrapper.
 
     Raises: `ValueError`.
     """
@@ -155,7 +155,7 @@ def check_state(looped: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def check_any_row(rule: Rule, what: str, device: torch.device) -> None:
-    """That a rule is one for any row: `what` it returns for a single token has the shape of one.
+    """Check that a rule accepts any row: for a single token, `what` it returns must have the shape of one.
 
     Raises: `ValueError`.
     """
@@ -164,7 +164,7 @@ def check_any_row(rule: Rule, what: str, device: torch.device) -> None:
 
 
 def check_result(piece: object, what: str, shape: torch.Size, result: Any, step: int) -> None:
-    """What a gate, a rule or an update returned at iteration `step`.
+    """Check what a gate, a rule or an update returned at iteration `step`.
 
     Raises: `ValueError`.
     """

@@ -1,4 +1,4 @@
-"""Random numbers that a block draws: whether each token, or each row, has its own."""
+"""Watches the random numbers that a block draws: whether each token, or each row, gets its own."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,16 +22,16 @@ class Draw(NamedTuple):
 
 @final
 class Draws(TorchDispatchMode):
-    """What is drawn while it is entered, by the innermost of the modules that are watched."""
+    """Records random numbers drawn while it is entered, with the innermost watched module that drew them."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.module, self.found, self._inside = module, list[Draw](), list[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it, and note what it drew."""
+        """Run the operator, and record what it drew."""
         out = func(*args, **(kwargs or {}))
-        # Attention is the view's own, in one operator or many: it may fill up rows that ask together.
+        # The view computes attention itself, and may pad rows for it: its dropout is not recorded.
         if torch.Tag.nondeterministic_seeded in func.tags and not active.attends:
             drawn = out if isinstance(out, Tensor) else out[0]
             self.found.append(Draw(self._inside[-1] if self._inside else "its own forward", drawn.numel()))
@@ -39,7 +39,7 @@ class Draws(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Note what is drawn, and where."""
+        """A context that records what is drawn, and in which module."""
         handles = []
         for name, part in self.module.named_modules():
             label = labelled(name, part)
@@ -57,16 +57,17 @@ class Draws(TorchDispatchMode):
 
 
 def labelled(name: str, part: nn.Module) -> str:
-    """How a module is called in messages."""
+    """The name of a module in messages."""
     name = name.removeprefix("block.")
     return f"{'the block itself' if name in ('', 'block') else name} ({type(part).__name__})"
 
 
 def shared(dense: Sequence[Draw], packed: Sequence[Draw], tokens: int, ran: int) -> Draw | None:
-    """The first draw in which tokens of different rows have one number, though not all have.
+    """The first draw in which tokens of different rows share a number, but not all tokens do.
 
-    The same block drew `dense` for `tokens` in rows and `packed` for those `ran`, packed into one sequence. Numbers
-    of each token are as many as there are tokens; numbers of the whole call are equally many in both.
+    The same block drew `dense` for `tokens` tokens in rows, and `packed` for `ran` tokens in one sequence. If each
+    token has its own numbers, their count is proportional to the tokens. If the whole call has one, both counts are
+    equal.
     """
     for rows, sequence in zip(dense, packed, strict=False):
         if rows.numbers != sequence.numbers and rows.numbers * ran != sequence.numbers * tokens:
@@ -75,7 +76,7 @@ def shared(dense: Sequence[Draw], packed: Sequence[Draw], tokens: int, ran: int)
 
 
 def drawn(module: nn.Module, run: Callable[[], object]) -> list[Draw]:
-    """What `run` draws in the parts of `module`."""
+    """The random numbers that `run` draws in the parts of `module`."""
     draws = Draws(module)
     with in_eager(), draws.watching():
         run()

@@ -1,4 +1,4 @@
-"""What Dynamo does not trace: a loop whose shapes depend on the data runs as it is, between graphs of the rest."""
+"""Runs a loop whose shapes depend on the data in eager mode, while Dynamo compiles the code around it."""
 
 import sys
 from collections.abc import Callable
@@ -13,11 +13,11 @@ _WHY = (
     "depends on the data. For one graph (fullgraph=True) build it with skip=False and checkpoint=False, and without a "
     "cache."
 )
-_disabled: list[Callable[..., Any]] = []  # made at the first call: it imports Dynamo
+_disabled: list[Callable[..., Any]] = []  # made at the first call, because it imports Dynamo
 
 
 def uncompiled(looped: Any, x: Any, **options: Any) -> Any:
-    """`looped(x, **options)`, called in a graph, outside of it."""
+    """`looped(x, **options)`, called by compiled code, but run in eager mode."""
     if not _disabled:
         torch._dynamo.graph_break(msg=_WHY)
         more = {"reason": _WHY} if "reason" in signature(torch.compiler.disable).parameters else {}
@@ -30,9 +30,9 @@ def _forward(looped: Any, x: Any, **options: Any) -> Any:
 
 
 def in_eager() -> AbstractContextManager[Any]:
-    """A context in which compiled parts run as they are written.
+    """A context in which compiled parts run in eager mode.
 
-    Dynamo traces nothing under a dispatch mode, and what it met there once it never tries again.
+    Dynamo does not trace under a dispatch mode, and would never again try to compile code that it met there.
     """
     if "torch._dynamo" not in sys.modules:
         return nullcontext()

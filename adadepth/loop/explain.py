@@ -1,4 +1,4 @@
-"""What a raw error of a block, a gate or an update means, where that can be told."""
+"""Explains errors that PyTorch raises in a block, a gate or an update, if the cause can be told."""
 
 import inspect
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ PACKED = (
 def explain(
     piece: nn.Module, h: Tensor, here: Here | Together, given: Mapping[str, Any], error: Exception
 ) -> str | None:
-    """What to say of an `error` that a piece raised for the tokens `h`, None where it speaks for itself."""
+    """The explanation of an `error` that a piece raised for the tokens `h`; None if there is none to add."""
     name, text = type(piece).__name__, str(error)
     if isinstance(error, NotImplementedError) or type(error).__module__.startswith("torch._dynamo"):
         return _in_graph(name, text)
@@ -46,14 +46,14 @@ def explain(
 
 
 def _in_graph(name: str, text: str) -> str | None:
-    """What Dynamo says of the attention in a graph of its own."""
+    """The explanation of an error of Dynamo about attention inside a compiled graph."""
     if "flex_attention" in text:
         return f"{name} {FLEX}"
     return f"A submodule of {name} {COMPILED}" if COMPILED in text else None
 
 
 def _arguments(block: nn.Module, given: Mapping[str, Any]) -> str | None:
-    """What a block's forward takes beside what it was given."""
+    """The explanation of missing or unknown arguments of a block's forward."""
     if not isinstance(block, nn.Module):
         return None
     try:
@@ -77,7 +77,7 @@ def _arguments(block: nn.Module, given: Mapping[str, Any]) -> str | None:
 
 
 def _mismatch(piece: nn.Module, h: Tensor) -> str | None:
-    """Parameters of another dtype or device than the state."""
+    """The explanation if parameters have another dtype or device than the state."""
     kind = h.device.type
     mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     for parameter in piece.parameters() if isinstance(piece, nn.Module) else ():

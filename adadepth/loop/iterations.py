@@ -1,6 +1,6 @@
-"""The loop, as a generator: it asks for what block, gate and update give, and whoever runs it answers.
+"""The loop, as a generator: it yields requests to run the block, the gate and the update, and gets their results.
 
-One pass is answered alone (`RecurrentWrapper`); several passes may be answered together (`adadepth.serving`).
+`RecurrentWrapper` answers the requests of one pass; `adadepth.serving` answers those of several passes together.
 """
 
 from collections.abc import Callable, Generator
@@ -22,7 +22,7 @@ from .recorder import Recorder
 
 @runtime_checkable
 class Loop(Protocol):
-    """A `RecurrentWrapper`, as far as its iterations need it."""
+    """The attributes of a `RecurrentWrapper` that its iterations need."""
 
     block: nn.Module
     gate: Gate | None
@@ -36,10 +36,10 @@ class Loop(Protocol):
 
 
 class AskBlock(NamedTuple):
-    """The block's output for the tokens `x (rows, length, dim)` of iteration `step`, and all tokens' keys and values.
+    """Asks for the block's output for the tokens `x (rows, length, dim)` of iteration `step`.
 
-    `past` are those of the iteration before; `keep` says whether the next iteration may need these. Answered with
-    both; or with `Only`.
+    `past` are all tokens' keys and values of the iteration before. `keep` says whether the next iteration may need
+    those of this one. The answer is the output and these keys and values (or None); or it is `Only`.
     """
 
     x: Tensor
@@ -50,7 +50,7 @@ class AskBlock(NamedTuple):
 
 
 class AskGate(NamedTuple):
-    """The scores of the tokens in the state `h`, answered in rows, `(batch, seq)`."""
+    """Asks for the scores of the tokens in the state `h`; the answer is in rows, `(batch, seq)`."""
 
     h: Tensor
     previous: Tensor
@@ -59,7 +59,7 @@ class AskGate(NamedTuple):
 
 
 class AskUpdate(NamedTuple):
-    """The next input of the tokens in the state `h`."""
+    """Asks for the next input of the tokens in the state `h`."""
 
     x: Tensor
     h: Tensor
@@ -70,7 +70,7 @@ class AskUpdate(NamedTuple):
 
 
 class Only(NamedTuple):
-    """In place of the block's output: only the tokens `go (batch, seq)` go on, the others are dropped unfinished."""
+    """An answer instead of the block's output: only the tokens `go (batch, seq)` continue, the others are dropped."""
 
     go: MaskRows
 
@@ -82,12 +82,12 @@ Asks: TypeAlias = Generator[Ask, Any, None]
 def iterations(
     loop: Loop, record: Recorder, rows: Tensor, tokens: TokenSet, start: Tensor | None, bounds: Bounds
 ) -> Asks:
-    """The iterations of a pass over `rows (batch, seq, dim)`; what they come to is in `record`."""
+    """The iterations of a pass over `rows (batch, seq, dim)`; `record` collects the results."""
     remaining = tokens.live.to(record.dtype)
     x = tokens.take(rows)
     start = x if start is None else tokens.take(start)
     previous, past = x, None
-    # With gradients the first iteration runs even on nothing: parameters then get one, of zero.
+    # With gradients, the first iteration runs even without tokens, so that parameters get a gradient of zero.
     if not (torch.is_grad_enabled() or loop.agree(not tokens.empty)):
         return
     for step in range(bounds.steps):
@@ -120,22 +120,22 @@ def iterations(
             return
         x = tokens.settle((yield AskUpdate(x, h, start, record.scores(tokens, x), tokens, step)), x)
         previous = x if loop.gate is None else h
-        del h  # only a gate reads h: without one its graph does not outlive the iteration
+        del h  # only a gate reads h: without a gate, its graph is freed with the iteration
 
 
 def _stays(
     rule: Rule | None, history: Tensor, remaining: Tensor, tokens: TokenSet, bounds: Bounds, step: int
 ) -> WeightRows:
-    """What stays of each token after iteration `step`."""
+    """The weight of each token that continues after iteration `step`."""
     stays = remaining
     if rule is not None and not bounds.forced(step):
         stays = rule(history, remaining, tokens.positions)
-        check_result(rule, "what stays of each token", remaining.shape, stays, step)
+        check_result(rule, "how much of each token continues", remaining.shape, stays, step)
     return bounds.clamp(stays, remaining, step)
 
 
 def answered(asks: Asks, answer: object) -> Ask | None:
-    """What the loop asks next, given an answer; None at its end."""
+    """The next request of the loop, given an answer; None at its end."""
     try:
         return asks.send(answer)
     except StopIteration:

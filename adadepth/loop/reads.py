@@ -1,4 +1,4 @@
-"""What a pass reads of the device: each read waits until all that came before has run, so there are few."""
+"""The reads of a pass from the device: each waits until all earlier work is done, so there should be few."""
 
 from collections.abc import Callable
 from typing import final
@@ -11,19 +11,19 @@ Check = Callable[[list[float]], None]
 
 @final
 class Reads:
-    """The reads of one pass. What is only checked is read together with what is needed next."""
+    """The reads of one pass. Values that are only checked are read together with the next values that are needed."""
 
     def __init__(self) -> None:
         self._later: list[tuple[Tensor, Check]] = []
 
     def later(self, values: Tensor, check: Check) -> None:
-        """See that `check` is called with some values `(n,)`, with the next read or at the end."""
+        """Have `check` called with the values `(n,)`, at the next read or at the end."""
         self._later.append((values, check))
 
     def counts(self, values: Tensor) -> list[int]:
-        """Integers `(n,)` as such, below 2**24.
+        """Integers `(n,)` below 2**24, as a list.
 
-        Raises: what a check raises that was due.
+        Raises: what a waiting check raises.
         """
         if not self._later:
             return values.tolist()
@@ -36,7 +36,7 @@ class Reads:
         return [int(value) for value in read[: len(values)]]
 
     def rest(self) -> None:
-        """Check what is still due.
+        """Run the checks that still wait.
 
         Raises: what a check raises.
         """

@@ -1,4 +1,4 @@
-"""The `Recorder`, which makes the output of a pass."""
+"""The `Recorder`, which collects the results of a pass and makes its output."""
 
 from typing import final
 
@@ -14,10 +14,10 @@ from .trace import Output, Trace
 
 @final
 class Recorder:
-    """What the loop has seen so far; one for each forward pass.
+    """The results so far; one recorder for each forward pass.
 
-    `x` are the rows that the loop starts from; `scored` says whether a gate scores them (without
-    one every score is 1), `states` whether to keep every iteration's state.
+    `x` are the rows that the loop starts from. `scored` says whether there is a gate; without one, every score is 1.
+    `states` says whether to keep the state of every iteration.
     """
 
     def __init__(self, x: HiddenRows, tokens: TokenSet, steps: int, *, scored: bool, states: bool) -> None:
@@ -32,7 +32,7 @@ class Recorder:
         self._states: list[Tensor] | None = [] if states else None
 
     def ran(self, tokens: TokenSet, h: Tensor) -> None:
-        """An iteration ran for `tokens` and gave the state `h`."""
+        """Record that an iteration ran for `tokens` and gave the state `h`."""
         self._live.append(tokens.live)
         self._exits.append(None)
         if self._states is not None:
@@ -40,21 +40,21 @@ class Recorder:
             self._states.append(tokens.over(before, h))
 
     def scored(self, rows: WeightRows) -> None:
-        """A gate scored the tokens that ran; 0 elsewhere."""
+        """Record the gate's scores of the tokens that ran; 0 elsewhere."""
         self._scores.append(rows.to(self.dtype))
 
     def left(self, tokens: TokenSet, weight: WeightRows, h: Tensor) -> None:
-        """`weight` of each token left with the state `h` after the newest iteration."""
+        """Record that `weight` of each token exited with the state `h` after the newest iteration."""
         self._exits[-1] = weight
         if self._hidden is None and len(self._live) == self._steps:
-            self._hidden = tokens.rows(h)  # all of everyone
+            self._hidden = tokens.rows(h)  # all weight of all tokens
         else:
             rows = torch.zeros_like(self._x, dtype=self.dtype) if self._hidden is None else self._hidden
             self._hidden = tokens.add(rows, weight, h.to(self.dtype))
 
     @property
     def history(self) -> ScoreHistoryRows:
-        """All scores so far, `(batch, seq, iterations)`, newest last; 0 where not live."""
+        """All scores so far, `(batch, seq, iterations)`, the newest last; 0 for tokens that were not active."""
         return torch.stack(self._scores if self._has_scores else [live.to(self.dtype) for live in self._live], -1)
 
     def scores(self, tokens: TokenSet, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Recorder:
 
     @property
     def hidden(self) -> HiddenRows:
-        """The exit-weighted sum of the states so far; that of a token that left is whole."""
+        """The sum of the states so far, weighted by exit weights; it is complete for exited tokens."""
         return torch.zeros_like(self._x) if self._hidden is None else self._hidden.to(self._x.dtype)
 
     @property
@@ -74,9 +74,9 @@ class Recorder:
         return torch.stack(self._live).sum(0)
 
     def output(self) -> Output:
-        """The result; iterations that nobody ran are filled in.
+        """The output; iterations that no token ran are filled with zeros, or with the last state.
 
-        Raises: what a check raises that is still due.
+        Raises: what a waiting check raises.
         """
         self.reads.rest()
         none = self._x.new_zeros(self._x.shape[:2], dtype=self.dtype)

@@ -1,4 +1,4 @@
-"""A wrapper's check of itself, the first time that its block is not given the rows as they are."""
+"""The self check: a wrapper compares packed and dense execution when it first skips tokens."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +14,13 @@ from .agreement import Case, check, untouched
 from .blocks import each
 from .eager import in_eager
 
-ROWS, TOKENS = 4, 64  # of the input, at most
+ROWS, TOKENS = 4, 64  # the most that a self check runs on
 
 
 def due(looped: Any, tokens: TokenSet, x: Tensor) -> bool:
-    """Whether a wrapper has not yet checked itself on such an input: in this mode, and for one row or several.
+    """Whether a self check is due: none was made yet in this mode, for one row or for several rows.
 
-    Never in a graph, nor on ranks, of which the others would not take part.
+    There is none in a graph, and none with several ranks, because the other ranks would not take part.
     """
     if not looped.self_check or isinstance(tokens, WholeTokens) or (looped.training, len(x) > 1) in looped._checked:
         return False
@@ -48,15 +48,15 @@ def check_itself(looped: Any, x: Tensor, mask: Tensor | None, more: Mapping[str,
                     check(looped, case)
     except ValueError as error:
         error.add_note(
-            "RecurrentWrapper found this when it checked itself, once, on a few tokens before it first skipped some. "
-            "looped.self_check = False leaves that out."
+            "RecurrentWrapper found this in its self check, which runs once, on a few tokens, before it first skips "
+            "any. looped.self_check = False turns it off."
         )
         raise
     looped._checked |= {(looped.training, False), (looped.training, len(x) > 1)}
 
 
 def few(steps: int, x: Tensor, mask: Tensor | None, more: Mapping[str, Any]) -> Case:
-    """A window of the input in which most tokens are real, its rows cut to different lengths and its depths mixed."""
+    """The window of the input with the most real tokens; its rows are cut to different lengths, its depths mixed."""
     batch, seq = x.shape[:2]
     rows = min(batch, ROWS)
     first = _fullest(mask, rows, seq)
@@ -68,7 +68,7 @@ def few(steps: int, x: Tensor, mask: Tensor | None, more: Mapping[str, Any]) -> 
 
 
 def shortened(mask: Tensor) -> Tensor:
-    """Row i without its last i tokens, as long as it has some: no two rows end alike."""
+    """Row i without its last i tokens, if any are left: no two rows end at the same column."""
     rows, width = mask.shape
     column, row = torch.arange(width, device=mask.device), torch.arange(rows, device=mask.device).unsqueeze(1)
     cut = mask & (column < width - (row if width > rows else (row == rows - 1).long()))
@@ -76,14 +76,14 @@ def shortened(mask: Tensor) -> Tensor:
 
 
 def mixed(x: Tensor, steps: int) -> Tensor:
-    """Depths `(batch, seq)` from 1 to steps, neighbours at different ones."""
+    """Depths `(batch, seq)` from 1 to steps; neighbours have different depths."""
     rows, width = x.shape[:2]
     column, row = torch.arange(width, device=x.device), torch.arange(rows, device=x.device).unsqueeze(1)
     return 1 + (column + row) % steps
 
 
 def _fullest(mask: Tensor | None, rows: int, seq: int) -> int:
-    """Where the window of so many columns begins that holds the most real tokens."""
+    """The first column of the window of `TOKENS` columns that holds the most real tokens."""
     if mask is None or seq <= TOKENS:
         return 0
     upto = torch.nn.functional.pad(mask[:rows].sum(0).cumsum(0), (1, 0))

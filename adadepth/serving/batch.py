@@ -217,8 +217,8 @@ class DepthBatch:
         waiting = [run for run in places if places[run] & set(wait)]
         if apart := [run for run in waiting if not places[run] <= set(wait)]:
             raise ValueError(
-                f"Rows that began together wait together, got wait={sorted(wait)}, without "
-                f"{min(places[apart[0]] - set(wait))}. Begin rows one by one that are to wait by themselves."
+                f"Rows that began together must wait together, got wait={sorted(wait)}, without "
+                f"{min(places[apart[0]] - set(wait))}. Begin rows one by one if they must wait separately."
             )
         for flights in self._flights:
             _check_order([flight for flight in flights if flight not in self._done], waiting)
@@ -278,8 +278,8 @@ def _check_order(flights: list[Flight], waiting: list[Pass]) -> None:
         depth, _ = before.run.part
         if before.run in waiting and after.run not in waiting and after.run.part[0] >= depth:
             raise ValueError(
-                f"The token at position {after.position} of row {after.row} reads what the one at {before.position}, "
-                f"which is to wait at depth {depth}, has not written. Let both wait, or neither."
+                f"The token at position {after.position} of row {after.row} attends to the one at {before.position}, "
+                f"which must wait at depth {depth}, so its keys and values are missing. Let both wait, or neither."
             )
 
 
@@ -336,7 +336,7 @@ def together(parts: list[Any]) -> Any:
         return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
     if any(part is not first and part != first for part in parts):
         raise ValueError(
-            "Tokens that run together are given the same block_kwargs, but for tensors with one entry for each token, "
-            f"got {parts}. Begin those that differ in another DepthBatch."
+            "Tokens that run in one call must have the same block_kwargs, except for tensors with one entry for each "
+            f"token, got {parts}. Begin tokens with other block_kwargs in another DepthBatch."
         )
     return first

@@ -1,8 +1,9 @@
-"""The contract suites, for your own pieces too: what every gate, rule, update and block must keep.
+"""The contract suites: checks of what every gate, rule, update and block must do, also of your own.
 
-Each check runs on the device of the piece, in the dtype of its parameters, or else the default dtype (1e-10 in float64,
-1e-5 elsewhere), and raises `AssertionError` that says what was expected and what came, or `ValueError` if it is given
-something that is no such piece; `check_block` raises `ValueError`, as a loop does. torch is all that they need.
+Each check runs on the device of the piece, in the dtype of its parameters, or in the default dtype if it has none.
+Results must agree to 1e-10 in float64, and to 1e-5 otherwise. A failed check raises an `AssertionError` that says what
+was expected and what came. If the argument is not a piece of the right kind, it raises `ValueError`. `check_block`
+always raises `ValueError`, as a loop does. No test framework is needed.
 """
 
 from .blocks import check_block as check_block

@@ -15,18 +15,18 @@ _BATCH = 3
 
 
 def check_block(block: nn.Module, dim: int, *, causal: bool = True, steps: int = 3, seq: int = 9) -> None:
-    """Run a block packed and dense on random padded input of mixed depth, and compare.
+    """Runs a block packed and dense on random padded input of mixed depths, and compares.
 
-    A convolution along the sequence, a batch norm, positions counted by the length of the input, a router with
-    a capacity or noise of each row mix tokens where no attention call shows it. The block is checked in its own dtype
-    and to the precision of that, in evaluation and in training mode, on a copy with dropout switched off. What is
-    still random in training mode is compared in evaluation mode alone. `check_looped` does the same for a wrapper and
-    the input that it will really have.
+    So it finds blocks that mix tokens outside their attention calls. Examples are a convolution along the sequence, a
+    batch norm, positions counted by the length of the input, a router with a capacity, and noise for each row.
 
-    Arguments: `block`, as for `RecurrentWrapper`; `dim`, the width of its state; `causal`; `steps`, the most
-    iterations, and `seq`, the longest row, for blocks that have a table of either.
-    Raises: `ValueError`, naming the innermost module whose output differs first; or what the loop
-    itself raises of the block.
+    A copy of the block is checked in its own dtype and to its precision, in evaluation and in training mode, with
+    dropout switched off. If it is still random in training mode, only evaluation mode is compared. `check_looped`
+    does the same for a wrapper on your own input.
+
+    Arguments: `block`, as for `RecurrentWrapper`; `dim`, the width of its state; `causal`; `steps`, the greatest
+    number of iterations, and `seq`, the longest row, for a block with a table of iterations or positions.
+    Raises: `ValueError` that names the innermost module whose outputs first differ; or what the loop itself raises.
     """
     weight = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
     x = torch.randn(_BATCH, seq, dim, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
@@ -35,12 +35,12 @@ def check_block(block: nn.Module, dim: int, *, causal: bool = True, steps: int =
         looped.train(training)
         with untouched(looped, x.device):
             for case in _cases(x, steps):
-                case.run(looped, skip=False)  # what fails in rows fails for everyone
+                case.run(looped, skip=False)  # an error here is not due to packing
                 check(looped, case)
 
 
 def _cases(x: Tensor, steps: int) -> Iterator[Case]:
-    """Padded rows of mixed depths; one token alone that goes on; and one token alone."""
+    """Padded rows of mixed depths; rows in which one token alone continues; and a single token."""
     seq = x.shape[1]
     mask = depth_mask(torch.tensor([seq, max(1, 2 * seq // 3), max(1, seq // 2)], device=x.device), seq).roll(2, 1)
     yield Case(x, mask, mixed(x, steps), {})

@@ -1,4 +1,4 @@
-"""What the suites of pieces share: random rows, what must come back the same, and a small loop."""
+"""Shared parts of the suites: random rows, comparisons, and a small loop."""
 
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -17,7 +17,7 @@ from ..updates import Update
 
 
 class _Mixer(nn.Module):
-    """The smallest block that attends."""
+    """A minimal block with attention."""
 
     takes_view = True
 
@@ -31,14 +31,14 @@ class _Mixer(nn.Module):
 
 
 class Like(NamedTuple):
-    """What a piece is given: tensors on this device, of this dtype."""
+    """The device and dtype of the tensors that a piece gets."""
 
     device: torch.device
     dtype: torch.dtype
 
 
 def agree(dim: int, steps: int, gate: Gate, rule: Rule, update: Update, like: Like) -> None:
-    """Packed and dense execution agree, on padded rows of mixed depth."""
+    """Check that packed and dense execution agree, on padded rows of mixed depths."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         block = _Mixer(dim).to(*like)
@@ -51,16 +51,16 @@ def agree(dim: int, steps: int, gate: Gate, rule: Rule, update: Update, like: Li
         for skip in (True, False)
     ]
     same("loop", "packed execution", outputs[0].hidden, outputs[1].hidden)
-    assert torch.equal(outputs[0].trace.live, outputs[1].trace.live), "Packed and dense execution ran other tokens."
+    assert torch.equal(outputs[0].trace.live, outputs[1].trace.live), "Packed and dense execution ran different tokens."
 
 
 def like(piece: nn.Module) -> Like:
-    """The dtype of its parameters; a piece may hold others by reference, so it is not cast."""
+    """Device and dtype of a piece's parameters. The piece is not cast, because it may refer to other modules."""
     return Like(device_of(piece), next((p.dtype for p in piece.parameters()), torch.get_default_dtype()))
 
 
 def device_of(piece: object) -> torch.device:
-    """That of the first tensor that a piece holds or refers to, or else the default."""
+    """The device of the first tensor that a piece holds or refers to, or else the default device."""
     return next((tensor.device for tensor in _tensors(piece)), torch.get_default_device())
 
 
@@ -71,21 +71,21 @@ def _tensors(thing: object) -> Iterator[Tensor]:
         yield from chain(thing.parameters(), thing.buffers())
         referred = [value for part in thing.modules() for value in vars(part).values()]
         for part in referred:
-            if isinstance(part, nn.Module):  # a head, say, which is of the model
+            if isinstance(part, nn.Module):  # such as a head, which the model owns
                 yield from chain(part.parameters(), part.buffers())
     elif callable(thing):
-        for value in getattr(thing, "__dict__", {}).values():  # a threshold, or a rule within a rule
+        for value in getattr(thing, "__dict__", {}).values():  # a threshold, or a rule inside a rule
             yield from _tensors(value)
 
 
 def drawn(*shape: int, like: Like, seed: int = 0) -> Tensor:
-    """Normal numbers, every time the same."""
+    """Normal random numbers, the same at every call."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def untouched(piece: Callable[..., Tensor], *args: Tensor | int) -> Tensor:
-    """The result, if it is a tensor and no argument was changed in place."""
+    """The result of a piece; checks that it is a tensor and that no argument was changed in place."""
     before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
     result = piece(*args)
     for old, new in zip(before, args, strict=True):
@@ -98,7 +98,7 @@ def untouched(piece: Callable[..., Tensor], *args: Tensor | int) -> Tensor:
 
 
 def each_alone(name: str, piece: Callable[..., Tensor], *rows: Tensor) -> None:
-    """Permuted tokens give permuted results, and one token alone gives its own."""
+    """Check that permuted tokens give permuted results, and that a token alone gives the same result."""
     whole = piece(*rows)
     order = torch.arange(len(rows[0]), device=rows[0].device).flip(0)
     same(name, "the tokens in another order", piece(*(row[order] for row in rows)), whole[order])
@@ -106,7 +106,7 @@ def each_alone(name: str, piece: Callable[..., Tensor], *rows: Tensor) -> None:
 
 
 def same(piece: str, what: str, got: Tensor, expected: Tensor, advice: str = "") -> None:
-    """Both are the same up to rounding, or the error says how far they are apart, and the `advice`."""
+    """Check that both are equal up to rounding; the error gives the difference and the `advice`."""
     got, expected = got.detach(), expected.detach()
     off = float((got - expected).abs().max()) if got.numel() else 0.0
     scale = float(expected.abs().max()) if expected.numel() else 0.0

@@ -1,4 +1,4 @@
-"""The suites of gates and updates: `check_gate` and `check_update`."""
+"""The contract suites of gates and updates: `check_gate` and `check_update`."""
 
 import copy
 from collections.abc import Callable
@@ -14,22 +14,22 @@ from ..updates import Interpolate, Ungated, Update
 from .compare import Like, agree, drawn, each_alone, like, untouched
 
 _LEADING = ((5,), (1, 5), (2, 3), (0,), (2, 0))
-_ROUNDING = 1e-4  # by which a score in [0, 1] may lie outside
+_ROUNDING = 1e-4  # how far outside [0, 1] rounding may put a score
 
-_READS = "{0} has reads_step = False, but {1}. Leave the attribute out: it is True then."
+_READS = "{0} has reads_step = False, but {1}. Remove the attribute: it is True by default."
 _AXIS = "To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
 
 
 def check_gate(gate: Gate, dim: int, steps: int = 4, update: Update | None = None) -> None:
-    """Check that a gate scores each token on its own, at every iteration, in its unit, and works in a loop.
+    """Checks that a gate scores each token by itself at every iteration, in the right range, and works in a loop.
 
-    The unit: a score that scales an update is a share, in [0, 1]. A raw logit or a distance is none. It may only cut,
-    under an update that does not use it, `Replace()` or `Ungated(...)`.
+    The range: a score that scales an update must be in [0, 1]. A raw logit or a distance must not scale. It may only
+    decide exits, with an update that does not use the score: `Replace()` or `Ungated(...)`.
 
-    Arguments: `gate`, in evaluation mode while it is checked, and not changed; `dim`, the width of
-    the state; `steps`, those of the loop it is for: it is asked at steps 0 to `steps - 2`; `update`, that of the
-    loop, None: one that scales, or for a gate that gives no gradient, as exit criteria do, one that does not.
-    Raises: `AssertionError`; `ValueError` if `gate` or `update` is none.
+    Arguments: `gate`, of which a copy is checked in evaluation mode; `dim`, the width of the state; `steps`, those of
+    the loop (the gate is called at steps 0 to `steps - 2`); `update`, that of the loop. None: an update that scales,
+    or for a gate without gradient, such as an exit criterion, one that does not.
+    Raises: `AssertionError`; `ValueError` if `gate` is not a gate or `update` not an update.
     """
     if not isinstance(gate, Gate):
         raise unfit("check_gate expected an adadepth.Gate", gate, "Write it as a subclass of Gate.")
@@ -50,7 +50,7 @@ def check_gate(gate: Gate, dim: int, steps: int = 4, update: Update | None = Non
 
 
 def _scores_each_token(gate: Gate, dim: int, step: int, kind: Like) -> None:
-    """One finite score per token, on its own, for any leading shape."""
+    """Check that each token gets one finite score, by itself, for any leading shape."""
     for leading in _LEADING:
         h, previous = (drawn(*leading, dim, seed=seed, like=kind) for seed in (1, 2))
         score = untouched(gate, h, previous, step)
@@ -67,22 +67,22 @@ def _scores_each_token(gate: Gate, dim: int, step: int, kind: Like) -> None:
 
 
 def _of_their_unit(name: str, scores: list[Tensor], dim: int, update: Update | None) -> Update:
-    """The update that the gate is checked with, if it may use these scores."""
+    """The update to check the gate with; checks that it may use these scores."""
     if update is None:
         learns = any(score.requires_grad for score in scores)
         update = Interpolate() if learns else Ungated(Interpolate())
     update = copy.deepcopy(update).eval()
     low, high = (float(end) for end in torch.stack(scores).detach().aminmax())
     assert (low >= -_ROUNDING and high <= 1 + _ROUNDING) or not _scales(update, dim), (
-        f"A score that scales an update must be a share, in [0, 1]: {name} gave scores from {low:.2g} to {high:.2g} "
-        f"for {type(update).__name__}. If they are logits, end the gate in .sigmoid(). If they are only to cut, take "
-        "an update that does not use them, here and in the loop: check_gate(gate, dim, update=Ungated(Interpolate()))."
+        f"A score that scales an update must be in [0, 1]: {name} gave scores from {low:.2g} to {high:.2g} for "
+        f"{type(update).__name__}. If they are logits, end the gate in .sigmoid(). If they only decide exits, use an "
+        "update that ignores them, here and in the loop: check_gate(gate, dim, update=Ungated(Interpolate()))."
     )
     return update
 
 
 def _scales(update: Update, dim: int) -> bool:
-    """Whether the next input depends on the scores: by its graph, since a fresh `ReZero` hides it from the values."""
+    """Whether the next input depends on the scores; told by the graph, because a new `ReZero` multiplies by 0."""
     kind = like(update)
     scores = drawn(6, 1, like=kind).sigmoid().requires_grad_()
     with torch.enable_grad():
@@ -94,11 +94,11 @@ def _scales(update: Update, dim: int) -> bool:
 
 
 def check_update(update: Update, dim: int, steps: int = 4) -> None:
-    """Check that an update treats each token on its own, changes no argument, and works in a loop.
+    """Checks that an update treats each token by itself, changes no argument, and works in a loop.
 
-    Arguments: `update`, in evaluation mode while it is checked, and not changed; `dim`, the width of
-    the state; `steps`, those of the loop it is for.
-    Raises: `AssertionError`; `ValueError` if `update` is none.
+    Arguments: `update`, of which a copy is checked in evaluation mode; `dim`, the width of the state; `steps`, those
+    of the loop.
+    Raises: `AssertionError`; `ValueError` if `update` is not an update.
     """
     if not isinstance(update, Update):
         raise unfit("check_update expected an adadepth.Update", update, "Write it as a subclass of Update.")
@@ -123,7 +123,7 @@ def check_update(update: Update, dim: int, steps: int = 4) -> None:
 
 
 def _next_input(update: Update, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> None:
-    """The update gives the next input, of the shape of the last one."""
+    """Check that the update gives the next input, with the shape of the last one."""
     try:
         new = untouched(update, x, h, start, scores, step)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""`check_rule`: a rule is stateless, treats rows apart, knows no padding, and may decode unless it says otherwise."""
+"""`check_rule`: a rule must be stateless, treat each row by itself and ignore padding; most must also decode."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from ..updates import Interpolate
 from .compare import Like, agree, device_of, same, untouched
 
 _ROWS, _SEQ, _WIDTH = 3, 7, 10
-# Where the tokens of a row stand in a wider one.
+# The places of a row's tokens in a wider, padded row.
 _PADDED = {
     "at the left": [3, 4, 5, 6, 7, 8, 9],
     "at the right": [0, 1, 2, 3, 4, 5, 6],
@@ -22,16 +22,16 @@ _PADDED = {
 
 
 def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
-    """Check that a rule is stateless, treats rows apart, knows no padding, is finite, and works in a loop.
+    """Checks that a rule is stateless, treats each row by itself, ignores padding, is finite, and works in a loop.
 
-    Padding is nobody: it has remaining 0 and scores 0, at the left of a row, at its right or in between, and what is
-    decided for real tokens must not depend on it, nor on the slots in which they stand. A mean over a row counts
-    those of whom something remains; where a token stands is said by its position.
+    Padding has remaining weight 0 and scores of 0, at the left of a row, at its right or in between. The result for
+    real tokens must not depend on padding, nor on the columns that they are in. So a mean over a row may count only
+    tokens with remaining weight, and a rule must read where a token is from its position.
 
-    Arguments: `rule`; `steps`, those of the loop it is for; `causal`, False for a rule that looks across a row and is
-    for training only, as `TrainingOnly(rule)` says by itself: then other tokens of the row may change the result.
-    Looking back is no better than looking ahead: in decoding a rule sees the new tokens alone.
-    Raises: `AssertionError`; `ValueError` if `rule` is none.
+    Arguments: `rule`; `steps`, those of the loop; `causal`, False for a rule that reads other tokens of its row and is
+    for training only. Then other tokens may change the result; `TrainingOnly(rule)` has the same effect. A rule that
+    reads only earlier tokens is for training only too: in decoding a rule gets the new tokens alone.
+    Raises: `AssertionError`; `ValueError` if `rule` is not a rule.
     """
     if isinstance(rule, type) or not callable(rule):
         raise unfit("check_rule expected a rule", rule, "Give it one, such as Threshold(0.5).")
@@ -52,7 +52,7 @@ def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
 
 
 class _Rows(NamedTuple):
-    """What a rule is given."""
+    """The arguments of a rule."""
 
     scores: Tensor
     remaining: Tensor
@@ -60,7 +60,7 @@ class _Rows(NamedTuple):
 
 
 def _rows(seen: int, device: torch.device) -> _Rows:
-    """Rows without padding after iteration `seen`; some tokens have left, of others a part."""
+    """Rows without padding after iteration `seen`; some tokens have exited, others in part."""
     generator = torch.Generator().manual_seed(seen)
     scores = torch.rand(_ROWS, _SEQ, seen, generator=generator, dtype=torch.float64, device="cpu").to(device)
     remaining = (scores[..., 0] > 0.2).double() * scores[..., -1].sqrt()
@@ -69,14 +69,15 @@ def _rows(seen: int, device: torch.device) -> _Rows:
 
 
 def _stays(rule: Rule, rows: _Rows) -> Tensor:
-    """What the rule says, if it is of the right kind."""
+    """The weight that continues by the rule; checks its shape and dtype."""
     stays = untouched(rule, *rows)
     assert stays.shape == rows.remaining.shape, (
-        f"A rule must say what stays of each token: expected shape {tuple(rows.remaining.shape)}, got "
+        f"A rule must return how much of each token continues: expected shape {tuple(rows.remaining.shape)}, got "
         f"{tuple(stays.shape)}."
     )
     assert stays.is_floating_point(), (
-        f"A rule must say how much stays, got {stays.dtype}. For a cut write torch.where(condition, remaining, 0)."
+        f"A rule must return how much of each token continues, in floating point, got {stays.dtype}. For hard exits, "
+        "write torch.where(condition, remaining, 0)."
     )
     assert bool(stays.isfinite().all()), (
         f"A rule must be finite, also for a row of padding alone, got {stays.tolist()}. Divide by counts that are at "
@@ -86,7 +87,7 @@ def _stays(rule: Rule, rows: _Rows) -> Tensor:
 
 
 def _padding_is_nobody(rule: Rule, rows: _Rows, stays: Tensor, where: str, slots: list[int]) -> None:
-    """In wider rows, and one more that is padding alone, the same is decided for the same tokens."""
+    """Check that the rule decides the same in padded rows, beside one more row that is all padding."""
     mask = torch.zeros(_ROWS + 1, _WIDTH, dtype=torch.bool, device=stays.device)
     mask[:_ROWS, slots] = True
     scores, remaining = (part.new_zeros(*mask.shape, *part.shape[2:]) for part in rows[:2])
@@ -102,7 +103,7 @@ def _padding_is_nobody(rule: Rule, rows: _Rows, stays: Tensor, where: str, slots
 
 
 def _each_token_alone(rule: Rule, rows: _Rows, stays: Tensor) -> None:
-    """Neither later nor earlier tokens change the result."""
+    """Check that neither later nor earlier tokens change the result."""
     advice = "If it is for training only, say so: TrainingOnly(rule)."
     parts = {
         "the first tokens without the later ones": slice(4),

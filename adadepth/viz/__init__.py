@@ -1,7 +1,8 @@
 """Pictures of a trace: text coloured by depth, plots, and the page that holds them.
 
-Text and pages are strings of HTML that ask nothing of the network and need nothing installed. `terminal` needs
-rich, the plots matplotlib; both come with the extra `viz`. Depths are a trace's: `trace.depth`, 0 at padding.
+Texts and pages are strings of HTML that load nothing from the network and need no further package. `terminal` needs
+rich, and the plots need matplotlib; both come with the extra `viz`. Depths are those of a trace: `trace.depth`, 0 at
+padding.
 """
 
 from .heat import heat_map as heat_map

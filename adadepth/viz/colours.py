@@ -1,7 +1,7 @@
-"""The colours of every picture, defined once, for a light page; `night` makes those for a dark one.
+"""The colours of all pictures, for a light page; `night` makes those for a dark page.
 
-Both are chosen in OKLab, where equal steps look equal: a scale that is even in lightness is read in grey and by
-colour-blind eyes too.
+They are chosen in OKLab, in which equal steps look equal. The scale is even in lightness, so it can be read in grey
+and by colour-blind readers too.
 """
 
 import math
@@ -32,7 +32,7 @@ _LMS_TO_LINEAR = (
 
 
 def scale(share: float) -> str:
-    """The colour of `share` in [0, 1]: pale yellow by way of green to blue, evenly darker. `INK` is read on all."""
+    """The colour of `share` in [0, 1]: from pale yellow over green to blue, evenly darker. `INK` is readable on all."""
     angle, chroma = math.radians(100 + 150 * share), 0.05 + 0.08 * share
     return _hex(0.965 - 0.3 * share, chroma * math.cos(angle), chroma * math.sin(angle))
 
@@ -43,7 +43,7 @@ def depth_colour(depth: int, steps: int) -> str:
 
 
 def night(colour: str) -> str:
-    """The same hue for a dark page: lightness turned round, white to nearly black."""
+    """The same hue for a dark page, with lightness inverted: white becomes nearly black."""
     lightness, a, b = _oklab(colour)
     return _hex(min(1.14 - 0.94 * lightness, 1.0), a, b)
 

@@ -1,7 +1,7 @@
 """Text coloured by the depth of its tokens, in HTML and in the terminal.
 
-Tokens are pieces of text that join to the whole; `pieces` makes them of ids. A token of depth 0 is padding and is
-left out. Control characters other than tab and newline are shown as their pictures (U+2400 and on).
+Tokens are pieces of text; joined, they give the whole text. `pieces` makes them from ids. A token of depth 0 is
+padding and is left out. Control characters other than tab and newline are printed as symbols (from U+2400 on).
 """
 
 import re
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Tokens = Sequence[str] | Sequence[Sequence[str]]
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 _UNPRINTABLE = re.compile("[\x80-\x9f\ud800-\udfff]")  # C1 controls, and surrogates, which no file can hold
-# A mark is drawn, not text: copied text is the text. That of a tab takes no room, so that columns stay columns.
+# Marks are drawn by CSS, so copied text does not contain them. The mark of a tab has no width: columns stay aligned.
 _MARKED = {"\n": "<i>\n</i>", "\t": "<b>\t</b>"}
 _STYLE = f"""
 .adadepth p{{margin:0 0 .5em;line-height:1.9}}
@@ -47,10 +47,11 @@ class _Token(NamedTuple):
 def heat_map(
     tokens: Tokens, depth: Int[Tensor, "*rows"], steps: int, *, nll: Float[Tensor, "*rows"] | None = None
 ) -> str:
-    """The text itself as HTML, each token on the colour of its depth, under a legend.
+    """The text as HTML, with each token on the colour of its depth, under a legend.
 
-    A fragment for any page: it brings its style, needs no script and loads nothing. Its colours follow the page's
-    `color-scheme`. Pointing at a token shows its depth and NLL; without `nll`, neighbours of one depth share a span.
+    The result is a fragment for any page. It contains its own style, needs no script and loads nothing. Its colours
+    follow the page's `color-scheme`. The tooltip of a token gives its depth and NLL. Without `nll`, neighbouring
+    tokens of equal depth share a span.
 
     Shapes: `depth` and `nll (seq,)` with `seq` tokens, or `(batch, seq)` with `batch` sequences of `seq` tokens.
     Arguments: `tokens`, pieces of text; `depth`, as in `trace.depth`; `steps`, those of the loop; `nll`, in nats.
@@ -66,10 +67,10 @@ def heat_map(
 
 
 def terminal(tokens: Tokens, depth: Int[Tensor, "*rows"], steps: int) -> "rich.text.Text":
-    """The text itself for a rich console, each token on the colour of its depth; rows are lines.
+    """The text for a rich console, with each token on the colour of its depth; each row is a line.
 
-    The colours are those of a dark page and bring their own ink. Tokens that ran more than half of the iterations
-    are bold as well, which a terminal without colours shows.
+    Background and text colours are those of a dark page. Tokens that ran more than half of the iterations are also
+    bold, so that depth is visible without colours.
 
     Shapes, arguments and errors: those of `heat_map`; `ImportError` without rich.
     """
@@ -83,19 +84,19 @@ def terminal(tokens: Tokens, depth: Int[Tensor, "*rows"], steps: int) -> "rich.t
 
 
 def pieces(decode: Callable[[list[int]], str], ids: Int[Tensor, " seq"] | Sequence[int]) -> list[str]:
-    """The text of each token, so that all join to the text of the whole.
+    """The text of each token; joined, the pieces give the whole text.
 
-    A token alone often has no text of its own: a tokenizer drops the space before a first word, and a character may
-    take several tokens. Such a character is the last one's; the others get "".
+    Decoding each token by itself would not do: a tokenizer drops the space before a first word, and one character may
+    take several tokens. The last of these tokens gets the character, the others get "".
 
     Shapes: `ids (seq,)` to `seq` pieces.
-    Arguments: `decode`, of a list of ids, as `tokenizer.decode`; for bytes
+    Arguments: `decode`, a function of a list of ids, such as `tokenizer.decode`; for bytes,
     `lambda ids: bytes(ids).decode(errors="replace")`.
     """
     ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     found, start, done = list[str](), 0, 0
     for end in range(1, len(ids) + 1):
-        # The token before is decoded again beside the new one, so that this is not a first word.
+        # The token before is decoded again together with the new one, so that the new one is not a first word.
         text = decode(ids[start:end])[len(decode(ids[start:done])) :]
         if text.endswith("\ufffd") and end < len(ids):
             found.append("")
@@ -114,7 +115,9 @@ def _rows(owner: str, tokens: Tokens, depth: Tensor, steps: int, nll: Tensor | N
     rows: Sequence[Any] = [tokens] if depth.dim() == 1 else tokens
     depths = depth.unsqueeze(0) if depth.dim() == 1 else depth
     if len(rows) != len(depths):
-        raise ValueError(f"{owner} expected the tokens of {len(depths)} rows, one for each of depths, got {len(rows)}.")
+        raise ValueError(
+            f"{owner} expected the tokens of {len(depths)} rows, one for each row of depths, got {len(rows)}."
+        )
     losses = [None] * len(rows) if nll is None else nll.view_as(depths)
     return [_row(owner, *of_row) for of_row in zip(rows, depths, losses, strict=True)]
 
@@ -123,7 +126,7 @@ def _row(owner: str, tokens: Sequence[str], depth: Tensor, nll: Tensor | None) -
     if len(tokens) != len(depth):
         raise ValueError(
             f"{owner} expected as many tokens as depths, {len(depth)}, got {len(tokens)}. Only tokens that ran have a "
-            "depth: the newest of a generation has not."
+            "depth; the newest token of a generation has none."
         )
     if others := [token for token in tokens if not isinstance(token, str)]:
         raise ValueError(
@@ -140,7 +143,7 @@ def _shown(text: str) -> str:
 
 
 def _spans(row: list[_Token]) -> Iterator[str]:
-    """Neighbours that say the same share one."""
+    """The spans of a row; neighbours with the same depth and no NLL share one."""
     for _, run in groupby(enumerate(row), lambda item: (item[1].depth, item[1].nll is None or item[0])):
         (_, token), *others = run
         text = escape(token.text + "".join(other.text for _, other in others), quote=False)

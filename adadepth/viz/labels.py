@@ -1,4 +1,4 @@
-"""Names beside their points, where they cover nothing."""
+"""Writes names beside the points of a plot, where they cover nothing."""
 
 import math
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ _AROUND = (0, 8, 1, 15, 7, 9, 2, 14, 6, 10, 4, 12, 3, 13, 5, 11)  # sixteenths o
 
 
 def label(axes: "matplotlib.axes.Axes", points: Mapping[str, tuple[float | int, float | int]]) -> None:
-    """Write each name at the nearest free place to its point, joined to it by a thin line where that is not close.
+    """Write each name at the free place nearest to its point; a thin line joins them if the place is not close.
 
-    Free: inside the axes, off the names written before, off all points, nearer to its own than to others, and, as
-    far as that goes, off lines. The figure has 72 dots per inch, and its axes are final.
+    A free place is inside the axes and covers no earlier name and no point. It is nearer to its own point than to
+    others and, if possible, covers no line. The figure must have 72 dots per inch, and its axes must be final.
     """
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]
     frame = torch.tensor([*map(float, axes.bbox.extents)], dtype=torch.float64)
@@ -55,7 +55,7 @@ def label(axes: "matplotlib.axes.Axes", points: Mapping[str, tuple[float | int, 
 
 
 def _seen(axes: "matplotlib.axes.Axes", data: Any) -> Places:
-    """Where data `(n, 2)` are drawn; a line may have gaps."""
+    """The places at which data `(n, 2)` are drawn; gaps of a line are left out."""
     places = torch.tensor(axes.transData.transform(data).tolist(), dtype=torch.float64).reshape(len(data), 2)
     return places[places.isfinite().all(1)]
 
@@ -68,7 +68,7 @@ def _size(axes: "matplotlib.axes.Axes", name: str) -> tuple[float, float]:
 
 
 def _around(mark: Float[Tensor, "2"], width: float, height: float) -> tuple[Float[Tensor, " boxes"], Boxes]:
-    """Boxes of that size around a point, and how far away they are, nearest first."""
+    """Boxes of this size around a point, the nearest first, and their distances."""
     away = torch.tensor(_AWAY).double().repeat_interleave(len(_AROUND))
     angle = torch.tensor(_AROUND).double().repeat(len(_AWAY)) * math.pi / 8
     x, y = mark[0] + away * angle.cos(), mark[1] + away * angle.sin()
@@ -77,18 +77,18 @@ def _around(mark: Float[Tensor, "2"], width: float, height: float) -> tuple[Floa
 
 
 def _off(boxes: Boxes, places: Places) -> Float[Tensor, "boxes places"]:
-    """How far away each place is from each box; 0 inside."""
+    """The distance of each place from each box; 0 inside."""
     low, high = boxes[:, None, :2] - places, places - boxes[:, None, 2:]
     return torch.maximum(low, high).clamp_min(0).norm(dim=-1)
 
 
 def _meet(boxes: Boxes, others: Float[Tensor, "others 4"]) -> Bool[Tensor, "boxes others"]:
-    """Which overlap."""
+    """Which boxes overlap with which others."""
     return ((boxes[:, None, :2] < others[:, 2:]) & (others[:, :2] < boxes[:, None, 2:])).all(-1)
 
 
 def _along(line: Places) -> Float[Tensor, "along 2"]:
-    """Places along a line, 4 apart, or a thousand of each piece."""
+    """Places along a line, 4 points apart, at most a thousand for each segment."""
     parts = [line[:0]]
     for start, end in pairwise(line):
         shares = torch.linspace(0, 1, min(2 + int((end - start).norm() / 4), 1000), dtype=line.dtype)

@@ -1,4 +1,4 @@
-"""One self-contained page of HTML: light or dark as the reader's system is, and readable on a narrow screen."""
+"""A self-contained HTML page, light or dark like the reader's system, and readable on a narrow screen."""
 
 import re
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ th,td{{padding-right:.3rem}}.number{{padding-left:.45rem;white-space:normal}}}}
 
 
 def page(title: str, *sections: tuple[str, str]) -> str:
-    """A whole HTML document. It asks nothing of the network and runs no script.
+    """A complete HTML document. It loads nothing from the network and runs no script.
 
-    Arguments: `title`, plain text; `sections`, each a heading in plain text, "" for none, and a fragment of HTML:
-    of `heat_map`, `svg`, `table`, or your own. Figures that follow each other stand side by side where there is room.
+    Arguments: `title`, plain text; `sections`, each a heading in plain text, "" for none, and a fragment of HTML
+    from `heat_map`, `svg`, `table`, or your own. Figures that follow each other are side by side if there is room.
     """
     parts = [f"<h2>{escape(heading)}</h2>\n{html}" if heading else html for heading, html in sections]
     body = "\n".join(f"<section>\n{part}\n</section>" for part in parts)
@@ -46,11 +46,11 @@ def page(title: str, *sections: tuple[str, str]) -> str:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A table in HTML, plain text in each cell; a column of numbers stands at the right. On a narrow screen it scrolls.
+    """A table in HTML, with plain text in each cell. Numbers are aligned right. On a narrow screen it scrolls.
 
-    Arguments: `columns`, the headings; `rows`, one cell for each. A float is written with four decimals: give text
-    where you want others.
-    Raises: `ValueError` if a row has not one cell for each column.
+    Arguments: `columns`, the headings; `rows`, each with one cell for each column. A float is written with four
+    decimals; for another format, pass text.
+    Raises: `ValueError` if a row does not have one cell for each column.
     """
     for i, row in enumerate(rows):
         if len(row) != len(columns):

@@ -1,7 +1,7 @@
-"""Plots as matplotlib figures: where tokens exit, how training went, and what depth buys.
+"""Plots as matplotlib figures: where tokens exit, curves of training, and loss against cost.
 
-Every function gives a new `matplotlib.figure.Figure`, made without pyplot: nothing global changes and nothing has
-to be closed. `svg` puts it into a page, `figure.savefig` into a file. All need the extra `viz`.
+Each function makes a new `matplotlib.figure.Figure` without pyplot, so no global state changes and no figure needs to
+be closed. `svg` puts it into a page, and `figure.savefig` into a file. All need the extra `viz`.
 """
 
 import math
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Number = float | int
 Curve = tuple[Sequence[Number], Sequence[Number]]
 
-_WIDTH = 6.4  # inches: 460 px in a page, so that words keep their size on a narrow screen
+_WIDTH = 6.4  # inches: 460 px in a page, so that text is not scaled down on a narrow screen
 _LOOK = {
     "font.size": 12,
     "text.color": INK,
@@ -49,7 +49,7 @@ _LOOK = {
     "legend.frameon": False,
     "legend.fontsize": 11,
 }
-_ROOM = 10  # more depths than these get no numbers of their own
+_ROOM = 10  # with more depths than this, bars and cells get no numbers
 _DASHES = ("-", "--", "-.", ":")
 _MARKERS = "osD^vPX"
 
@@ -57,12 +57,12 @@ _MARKERS = "osD^vPX"
 def plot_exits(
     depth: Int[Tensor, "*rows"], steps: int, *, nll: Float[Tensor, "*rows"] | None = None
 ) -> "matplotlib.figure.Figure":
-    """Where tokens exit: the share that exits after each iteration, the share that runs it, and their mean NLL.
+    """Where tokens exit: the share that runs each iteration, the share that exits after it, and their mean NLL.
 
-    Shapes: `depth` and `nll` alike, any shape.
-    Arguments: `depth`, as in `trace.depth`, padding (0) left out; `steps`, those of the loop; `nll`, in nats: with
-    it comes a second panel.
-    Raises: `ValueError` if shapes differ, a depth is not in 0..steps, or all is padding.
+    Shapes: `depth` and `nll`, any shape, the same for both.
+    Arguments: `depth`, as in `trace.depth`, where padding (0) is left out; `steps`, those of the loop; `nll`, in
+    nats, adds a second panel.
+    Raises: `ValueError` if shapes differ, a depth is not in 0..steps, or all tokens are padding.
     """
     check_depth("plot_exits", depth, steps)
     check_like_depth("plot_exits", "nll", nll, depth)
@@ -83,11 +83,11 @@ def plot_exits(
 def plot_curves(
     panels: Mapping[str, Mapping[str, Curve]], x: str = "training step", marks: Mapping[Number, str] | None = None
 ) -> "matplotlib.figure.Figure":
-    """Curves over one x axis, in panels under each other: loss and mean depth over training, say.
+    """Curves over one x axis, in panels one below the other, such as loss and mean depth over training.
 
-    Arguments: `panels`, by what their y axis says, `{name: (xs, ys)}` each; a name that occurs again keeps its
-    colour. `x`, what the x axis says; `marks`, places on it to be named: where exits begin.
-    Raises: `ValueError` if a curve has not as many x as y.
+    Arguments: `panels`, by the label of their y axis, each `{name: (xs, ys)}`; a name has the same colour in all
+    panels. `x`, the label of the x axis; `marks`, names of places on it, such as the step at which exits begin.
+    Raises: `ValueError` if a curve does not have equally many x and y.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     with _panels([2.4] * len(panels), x) as (figure, axes):
@@ -112,17 +112,20 @@ def plot_frontier(
     x: str = "relative FLOPs",
     y: str = "loss, nats per token",
 ) -> "matplotlib.figure.Figure":
-    """What depth buys: each policy a named point (cost, loss), against lines such as fixed depths trained as such.
+    """Loss against cost: each policy is a named point (cost, loss), beside lines such as models of fixed depth.
 
-    The y axis spans the points: a line that starts far above comes in from the top.
+    The y axis ends just above the highest point, so a line that starts higher is cut off at the top.
 
-    Arguments: `points`, at least one, by name; `lines`, `{name: (xs, ys)}`; `x` and `y`, what the axes say.
-    Raises: `ValueError` if there is no point or one that is not finite, or a line has not as many x as y.
+    Arguments: `points`, at least one, by name; `lines`, `{name: (xs, ys)}`; `x` and `y`, the labels of the axes.
+    Raises: `ValueError` if there is no point, if a point is not finite, or if a line does not have equally many x
+    and y.
     """
     if not points:
         raise ValueError("plot_frontier expected at least one named point, {name: (cost, loss)}, got none.")
     if lost := [name for name, place in points.items() if not all(map(math.isfinite, place))]:
-        raise ValueError(f"plot_frontier expected finite places, got {points[lost[0]]} for {lost[0]!r}. Leave it out.")
+        raise ValueError(
+            f"plot_frontier expected finite costs and losses, got {points[lost[0]]} for {lost[0]!r}. Leave it out."
+        )
     lines = lines or {}
     with _panels([4.2], x) as (figure, (axis,)):
         axis.set_ylabel(y)
@@ -141,13 +144,13 @@ def plot_frontier(
 
 
 def plot_needed(needed: Int[Tensor, "*rows"], used: Int[Tensor, "*rows"], steps: int) -> "matplotlib.figure.Figure":
-    """Used against needed depth: how many tokens of each needed depth ran how often, coloured by share of the row.
+    """Used against needed depth: the number of tokens in each cell, coloured by its share of the row.
 
-    Tokens on the diagonal, outlined, ran as often as they needed; left of it they left too early.
+    Tokens on the outlined diagonal ran as many iterations as they needed. Tokens left of it exited too early.
 
-    Shapes: `needed` and `used` alike, any shape.
-    Arguments: depths from 1 to `steps`; a token that is 0 in either is padding and left out.
-    Raises: `ValueError` if shapes differ, a depth is not in 0..steps, or all is padding.
+    Shapes: `needed` and `used`, any shape, the same for both.
+    Arguments: `needed` and `used`, depths from 1 to `steps`; a token with 0 in either is padding and is left out.
+    Raises: `ValueError` if shapes differ, a depth is not in 0..steps, or all tokens are padding.
     """
     for depth in (needed, used):
         check_depth("plot_needed", depth, steps)
@@ -167,7 +170,7 @@ def plot_needed(needed: Int[Tensor, "*rows"], used: Int[Tensor, "*rows"], steps:
 
 @contextmanager
 def _panels(heights: Sequence[float], x: str) -> Iterator[tuple["matplotlib.figure.Figure", Any]]:
-    """A figure of panels under each other, of those heights in inches, over one x axis."""
+    """A figure with panels one below the other, with these heights in inches, over one x axis."""
     with need("matplotlib", "viz").rc_context(_LOOK):
         size = (_WIDTH, sum(heights) + 0.5)
         figure = need("matplotlib.figure", "viz").Figure(size, dpi=72, layout="constrained")
@@ -177,7 +180,7 @@ def _panels(heights: Sequence[float], x: str) -> Iterator[tuple["matplotlib.figu
 
 
 def _bars(axis: "matplotlib.axes.Axes", values: Tensor, title: str, form: str, label: str = "") -> None:
-    """One bar per depth, in its colour, with its value where there is room; none where the value is NaN."""
+    """One bar for each depth, in its colour, with its value if there is room; no bar if the value is NaN."""
     steps = len(values)
     colours = [depth_colour(i, steps) for i in range(1, steps + 1)]
     bars = axis.bar(
@@ -203,7 +206,7 @@ def _line(axis: "matplotlib.axes.Axes", owner: str, name: str, curve: Curve, i: 
 
 
 def _cells(axis: "matplotlib.axes.Axes", counts: Tensor) -> None:
-    """A square for each pair of depths, with its count where there is room; the diagonal is outlined."""
+    """A square for each pair of depths, with its count if there is room; the diagonal is outlined."""
     steps = len(counts) - 1
     shares = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
     for needs, uses in product(range(1, steps + 1), repeat=2):
@@ -216,7 +219,7 @@ def _cells(axis: "matplotlib.axes.Axes", counts: Tensor) -> None:
 
 
 def _legend(figure: "matplotlib.figure.Figure", *axes: "matplotlib.axes.Axes") -> None:
-    """One for all panels, above them, where it covers nothing."""
+    """One legend for all panels, above them, where it covers nothing."""
     entries = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
     if entries:
         figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=2)

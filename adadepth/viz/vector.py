@@ -1,4 +1,4 @@
-"""A figure as SVG that lives inside a page: themed, responsive, and alone with its names."""
+"""A figure as SVG for a page: it follows the theme and the width of the page, and its ids are unique."""
 
 import re
 from hashlib import sha256
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def svg(figure: "matplotlib.figure.Figure") -> str:
     """The figure as one `<svg>` element to put into HTML, or into a file.
 
-    The same figure gives the same text. Colours follow the page's `color-scheme`, words stay words and are set in
-    the page's own font, ids differ from those of other figures, and it is as wide as its place, up to 640 px.
+    The same figure gives the same text. Colours follow the page's `color-scheme`. Words remain text, in the system's
+    font. Ids differ from those of other figures. The figure fills the width of its place, up to 640 px.
 
     Raises: `ImportError` without matplotlib.
     """
@@ -26,12 +26,12 @@ def svg(figure: "matplotlib.figure.Figure") -> str:
     text = written.getvalue()
     used = set(re.findall(r'(?:url\(|xlink:href=")#([\w.-]+)', text))
     own = f"a{sha256(text.encode()).hexdigest()[:8]}"
-    text = re.sub(r"<style.*?</style>", "", text[text.index("<svg") :])  # it would speak to the whole page
+    text = re.sub(r"<style.*?</style>", "", text[text.index("<svg") :])  # its rules would apply to the whole page
     return re.sub(r"<[^>]+>", lambda tag: _inline(tag[0], own, used), text)
 
 
 def _inline(tag: str, own: str, used: set[str]) -> str:
-    """One tag: its ids made unique, or left out where nothing refers to them; its colours and fonts the page's."""
+    """One tag, with unique ids, or none if nothing refers to them; with colours of the page and the system's font."""
     if tag.startswith("<svg"):
         box = re.search(r'viewBox="[^"]*"', tag)
         look = "max-width:640px;height:auto;stroke-linejoin:round;stroke-linecap:butt"
