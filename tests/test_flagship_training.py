@@ -36,7 +36,7 @@ from examples.adaponderlm.trained import load, score_at
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-KILLS = 2
+KILLS = 1
 WORDS = "the quick brown fox jumps over 13 lazy dogs, and then (again) it rests until\nthe next day begins\n"
 SMALL = [
     *("model.shape.hidden_size=32", "model.shape.intermediate_size=64", "model.shape.num_attention_heads=2"),
@@ -146,7 +146,11 @@ TRAININGS = {  # files, values, and the row of a step from which on tokens leave
 }
 
 
+WAYS = ("ddp", "fsdp2")
 RESUMED = ("gates", "fsdp2"), ("router", "ddp")
+# Each training one way, and `make test-every` both: what a rank computes is the same, but for the gradients' way.
+BOTH = ("gates",)
+ONE = {"one rank halts": "fsdp2", "all halt": "ddp", "gates alone": "fsdp2", "router": "ddp"}
 
 
 def launched(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -160,11 +164,18 @@ def launched(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def on_ranks(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each training on two ranks by DDP and by FSDP2; two of them are ended and resumed."""
+def ways(request: pytest.FixtureRequest) -> dict[str, tuple[str, ...]]:
+    """How each training runs on two ranks."""
+    every = "not every" not in request.config.getoption("markexpr")
+    return {name: WAYS if every or name in BOTH else (ONE[name],) for name in TRAININGS}
+
+
+@pytest.fixture(scope="module")
+def on_ranks(text: list[str], ways: dict[str, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each training on two ranks by DDP or by FSDP2; two of them are ended and resumed."""
     folder, rows = tmp_path_factory.mktemp("ranks"), []
     for name, (files, values, halts) in TRAININGS.items():
-        for way in ("ddp", "fsdp2"):
+        for way in ways[name]:
             words = ["--config", *files, *text, *SMALL, *values, "train.save=100", f"out={folder / name / way}"]
             row = {"sharded": way == "fsdp2", "halts": halts}
             ends = [["train.stop=5"], []] if (name, way) in RESUMED else [[]]
@@ -181,7 +192,9 @@ def on_ranks(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_two_ranks_are_one_process(on_ranks: Path, text: list[str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_are_one_process(
+    on_ranks: Path, ways: dict[str, tuple[str, ...]], text: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from launched import FITTING, halting
 
     monkeypatch.setattr(routers, "STEPS", FITTING)
@@ -191,7 +204,7 @@ def test_two_ranks_are_one_process(on_ranks: Path, text: list[str], name: str, m
     one = trained(on_ranks / name / "one", *text, *SMALL, *values, "train.save=100", files=tuple(files))
     depths = {line["depth"] for line in one}
     assert depths == {4.0} if name == "gates alone" else min(depths) < 3
-    for way in ("ddp", "fsdp2"):
+    for way in ways[name]:
         out = on_ranks / name / way
         agree(curve(out), one, 1e-5)
         alike(weights(out), weights(on_ranks / name / "one"), 1e-5)
