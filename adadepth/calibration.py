@@ -6,6 +6,7 @@ prediction is not exact: attention reads older keys and values of tokens that ha
 of the others. A few real runs correct this.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -22,6 +23,7 @@ from .rules import Rule, Threshold
 
 _RUNS = 8  # at most; three are usual
 _NEAR = 0.002  # of the wanted depth: near enough to stop
+_FAR = 0.1  # of the wanted depth: far enough for a warning
 _ROUNDING = 1e-9
 
 
@@ -75,7 +77,7 @@ def calibrate(
 
     Raises: `ValueError` if the model does not hold exactly one loop with a gate, if there are fewer than two batches,
         or if one of the two parts holds no real token; `OutOfReach`, a `ValueError`, if no threshold gives
-        `mean_depth`.
+        `mean_depth`. Warns if the nearest depth is off by more than 10 %, because many scores are equal.
     """
     loops = [part for part in model.modules() if isinstance(part, RecurrentWrapper)]
     if len(loops) != 1:
@@ -115,6 +117,12 @@ def fit(
             predict=lambda tau: _predict(rule(tau), full),
             measure=lambda tau: _mean(trace.depth for trace in traces(rule(tau), batches[::2])),
         )
+        if abs(depth - wanted) > _FAR * wanted:
+            warnings.warn(
+                f"calibrate found no threshold near {goal.name}={goal.asked}: the nearest gives {goal.of(depth):.4g}, "
+                "because many tokens have the same scores and exit together. Train the gate, or choose that value.",
+                stacklevel=3,
+            )
         unseen = _mean(trace.depth for trace in traces(rule(tau), batches[1::2]))
     return Calibration(rule(tau), tau, depth, unseen)
 

@@ -1,5 +1,6 @@
 """`calibrate`: from a wanted mean depth to a threshold, for any gate, and what it refuses."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +135,7 @@ def test_search_measures_also_where_it_thought_it_knew() -> None:
     assert search(4.0, taus, lambda tau: 4 - tau, lambda tau: 3.9 - tau) == (0, 3.9)
 
 
+@pytest.mark.filterwarnings("ignore:calibrate found no threshold")
 def test_scores_that_are_all_alike_give_the_nearest_depth() -> None:
     class Half(ad.Gate):
         def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
@@ -234,3 +236,25 @@ def test_tensors_are_moved_to_the_device_of_the_model() -> None:
     assert by_place == () and by_name["x"].is_meta and by_name["block_kwargs"]["c"].is_meta
     assert by_name["block_kwargs"]["scale"] == 2.0
     assert arguments(batch["x"], nn.Identity())[0][0] is batch["x"]  # no parameters, nowhere to go
+
+
+class Alike(ad.Gate):
+    """The same score for every token of an iteration."""
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return torch.full_like(h[..., 0], 0.9 if step else 0.7)
+
+
+@pytest.mark.parametrize(("rule", "nearest"), [(ad.Threshold, 4), (ad.SurvivalThreshold, 3)])
+def test_a_goal_that_equal_scores_cannot_give_is_warned_of(rule: Callable[[float], ad.Rule], nearest: int) -> None:
+    """Nearest is what is nearest to the goal among the depths that a threshold can give."""
+    loop = make_loop(Alike())
+    with pytest.warns(UserWarning, match="calibrate") as warned:
+        assert ad.calibrate(loop, text(), mean_depth=nearest - 0.45, rule=rule).depth == nearest
+    assert str(warned[0].message) == (
+        f"calibrate found no threshold near mean_depth={nearest - 0.45}: the nearest gives {nearest}, because many "
+        "tokens have the same scores and exit together. Train the gate, or choose that value."
+    )
+    assert warned[0].filename == __file__
+    with warnings.catch_warnings(action="error"):
+        assert ad.calibrate(loop, text(), mean_depth=float(nearest), rule=rule).depth == nearest

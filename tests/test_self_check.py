@@ -171,6 +171,85 @@ def test_every_good_block_passes(kind: str, skip: bool, training: bool) -> None:
         ad.check_looped(loop, torch.randn(1, 1, DIM).double())
 
 
+class Conditioned(PreNorm):
+    """A condition `(batch, dim)` for each row; `mix` is done to the rows."""
+
+    def __init__(self, mix: Callable[[Tensor], Tensor] = torch.sin, causal: bool = True, attends: bool = True) -> None:
+        super().__init__(DIM, causal)
+        self.mix, self.attends = mix, attends
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        x = x * (1 + c[:, None])
+        return (super().forward(x) if self.attends else x) + self.mix(x)
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(DIM, DIM, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x.transpose(1, 2)).transpose(1, 2)
+        return out
+
+
+def by_hand(x: Tensor) -> Tensor:
+    return (x @ x.transpose(1, 2)).softmax(-1) @ x
+
+
+MIXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "convolution": Convolution(),
+    "mean": lambda x: x.mean(1, keepdim=True).expand_as(x),
+    "attention by hand": by_hand,
+    "positions": lambda x: torch.arange(x.shape[1], dtype=x.dtype)[:, None].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mix", MIXES)
+def test_tokens_that_mix_behind_row_per_token_are_found(mix: str, causal: bool) -> None:
+    """There packed and dense execution agree: each token is a row of its own in both."""
+    block: nn.Module = ad.RowPerToken(Conditioned(MIXES[mix], causal))
+    if mix == "attention by hand":  # as one tries if no attention call is seen
+        block = ad.Pointwise(ad.RowPerToken(Conditioned(MIXES[mix], attends=False)))
+    loop = ad.RecurrentWrapper(block, STEPS, causal=causal)
+    x = torch.randn(3, 8, DIM)
+    call = {"max_depth": mixed_depths(x), "block_kwargs": {"c": torch.randn(3, 1, DIM)}}
+    message = (
+        r"Conditioned gives another result behind RowPerToken than on whole rows: one iteration differs by \S+ "
+        r"relative. RowPerToken is for blocks that mix tokens in F.scaled_dot_product_attention only. Replace "
+        r"convolutions, means and other attention over the row, and read positions from adadepth.positions\(\)."
+    )
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        loop(x, **call)
+    assert error.value.__notes__ == [NOTE]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ad.check_looped(loop, x, **call)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_good_blocks_behind_row_per_token_pass(causal: bool) -> None:
+    x, c = torch.randn(3, 8, DIM), torch.randn(3, 1, DIM)
+    decoder = nn.TransformerDecoderLayer(DIM, 2, 32, batch_first=True)  # it drops, and attends to later tokens
+    blocks: list[tuple[nn.Module, dict[str, Tensor]]] = [
+        (Conditioned(causal=causal), {"c": c}),
+        (Conditioned(lambda x: x * ad.positions().reshape(len(x), -1, 1), causal), {"c": c}),
+        (decoder, {"memory": torch.randn(3, 1, 4, DIM)}),
+        (Conditioned(causal=causal), {"c": torch.randn(3, 8, DIM)}),  # of each token: no whole row has one
+        (Conditioned(causal=causal), {"c": torch.randn(1, 1, DIM)}),
+        (Conditioned(attends=False), {"c": c}),
+    ]
+    for block, given in blocks:
+        for training in (True, False):
+            apart: nn.Module = ad.RowPerToken(block)
+            apart = apart if getattr(block, "attends", True) else ad.Pointwise(apart)
+            loop = ad.RecurrentWrapper(apart, STEPS, causal=causal).train(training)
+            for mask in (None, torch.rand(3, 8) < 0.7):
+                loop(x, mask=mask, max_depth=mixed_depths(x), block_kwargs=given)
+            ad.check_looped(loop, x, block_kwargs=given)
+            assert loop.training == block.training == training
+
+
 class Wrong(ad.Gate):
     """The mean over whatever tokens come."""
 
@@ -356,3 +435,16 @@ def test_check_looped_takes_the_call_as_it_will_be() -> None:
     assert all(torch.equal(value, before[name]) for name, value in loop.state_dict().items())
     with pytest.raises(ValueError, match="does not take attention_mask"):
         ad.check_looped(loop, x, attention_mask=None)
+
+
+def test_row_per_token_refuses_blocks_that_take_the_view() -> None:
+    block = PreNorm(DIM, True)
+    block.takes_view = True
+    for wrong, remedy in (
+        (ad.Pointwise(nn.Linear(DIM, DIM)), "Write Pointwise(RowPerToken(block))."),
+        (block, "Give it to RecurrentWrapper itself, and let it read a row's condition as c[adadepth.rows()]."),
+    ):
+        with pytest.raises(ValueError, match="RowPerToken") as error:
+            ad.RowPerToken(wrong)
+        name = type(wrong).__name__
+        assert str(error.value) == f"RowPerToken expected a block that does not take the view, got {name}. {remedy}"

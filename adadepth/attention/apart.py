@@ -7,7 +7,7 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from .._types import Hidden
-from .catch import catching, current_view
+from .catch import catching, current_view, takes_view
 from .context import active
 
 
@@ -24,11 +24,22 @@ class RowPerToken(nn.Module):
     Shapes: `x (rows, length, dim)` to the same; the block gets `(tokens, 1, dim)`. It gets each tensor of
     `block_kwargs`, `(batch or 1, seq or 1, ...)`, as `(tokens, ...)`: a time `(batch, 1)`, a condition
     `(batch, 1, dim)`, a memory `(batch, 1, entries, dim)`, the padding mask of a memory `(batch, 1, entries)`.
-    Raises: `ValueError` if the block attends to its own input in another shape.
+    Raises: `ValueError` if the block takes the view, or attends to its own input in another shape. The wrapper's self
+        check and `check_looped` compare one iteration with the block on whole rows.
     """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
+        if takes_view(block):
+            name = type(block).__name__
+            raise ValueError(
+                f"RowPerToken expected a block that does not take the view, got {name}. "
+                + (
+                    "Write Pointwise(RowPerToken(block))."
+                    if name == "Pointwise"
+                    else "Give it to RecurrentWrapper itself, and let it read a row's condition as c[adadepth.rows()]."
+                )
+            )
         self.block = block
 
     def forward(self, x: Hidden, **given: Any) -> Hidden:

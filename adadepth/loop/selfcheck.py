@@ -13,6 +13,7 @@ from ..attention.tokens import TokenSet, WholeTokens
 from .agreement import Case, check, untouched
 from .blocks import each
 from .eager import in_eager
+from .whole_rows import check_whole_rows
 
 ROWS, TOKENS = 4, 64  # the most that a self check runs on
 
@@ -46,6 +47,7 @@ def check_itself(looped: Any, x: Tensor, mask: Tensor | None, more: Mapping[str,
             if not check(looped, case) and looped.training:
                 with evaluating(looped):
                     check(looped, case)
+            check_whole_rows(looped, case)
     except ValueError as error:
         error.add_note(
             "RecurrentWrapper found this in its self check, which runs once, on a few tokens, before it first skips "

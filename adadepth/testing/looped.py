@@ -13,6 +13,7 @@ from ..cache.kv_reuse import KVReuseCache
 from ..loop.agreement import EXACT, Case, altered, check, coarsest, off, untouched
 from ..loop.blocks import each
 from ..loop.selfcheck import mixed, shortened
+from ..loop.whole_rows import check_whole_rows
 from ..loop.wrapper import RecurrentWrapper
 
 
@@ -32,6 +33,7 @@ def check_looped(looped: RecurrentWrapper, x: HiddenRows, mask: MaskRows | None 
     with untouched(looped, x.device):
         altered(looped, skip=False, self_check=False)(x, mask=mask, **call)  # an error here is not due to packing
         _check(looped, Case(x, shortened(real), mixed(x, looped.steps), more))
+        check_whole_rows(looped, Case(x, real, mixed(x, looped.steps), more))
         depth = altered(looped, skip=True, self_check=False)(x, mask=mask, **call).trace.depth
         _check(looped, Case(x, real, depth, more))
         if looped.causal:
