@@ -328,7 +328,7 @@ def test_what_does_not_fit_is_refused(given_: dict[str, Tensor] | None, message:
 class Unsqueezes(AdaLN):
     """Takes one condition for each row of its own batch, `(batch, dim)`, as the blocks of diffusion models do."""
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         _, _, _ = (x * (1 + c[:, None])).shape
         return super().forward(x, c[:, None])
 
@@ -353,7 +353,7 @@ def test_a_raw_error_of_a_block_with_a_condition_says_how_to_wrap_it(packed: boo
 @pytest.mark.plain
 def test_an_error_on_packed_shapes_names_the_wrapper_too() -> None:
     class Adds(AdaLN):
-        def forward(self, x: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
             return super().forward(x, c.new_zeros(3, 4, DIM) + c)
 
     looped = ad.RecurrentWrapper(Adds(), STEPS)
@@ -365,12 +365,12 @@ def test_an_error_on_packed_shapes_names_the_wrapper_too() -> None:
 @pytest.mark.plain
 def test_our_own_errors_and_wrapped_blocks_get_no_such_note() -> None:
     class OwnMask(AdaLN):
-        def forward(self, x: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
             q = x.unsqueeze(1)
             return F.scaled_dot_product_attention(q, q, q, x.new_zeros(x.shape[1], x.shape[1])).squeeze(1) + c
 
     class Fails(AdaLN):
-        def forward(self, x: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
             raise IndexError("of the block")
 
     for block, kind in ((OwnMask(), ValueError), (ad.RowPerToken(Fails()), IndexError)):

@@ -161,8 +161,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "No attention call was seen in Linear. If it computes softmax(q @ k.T) @ v itself, replace that by "
         "F.scaled_dot_product_attention(q, k, v). A compiled copy of this function is not seen, nor "
         "nn.MultiheadAttention with need_weights=True. A Hugging Face layer made by hand calls it if its config has "
-        "_attn_implementation = 'sdpa'. Do not wrap a block with attention in adadepth.Pointwise: its tokens would no "
-        "longer attend to each other.",
+        "_attn_implementation = 'sdpa'. adadepth.Pointwise around attention is wrong: tokens would no longer attend to each "
+        "other.",
     ),
     "output shape": (
         lambda: loop(Block(lambda x: sdpa(x)[..., :3]))(X),

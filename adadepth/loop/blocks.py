@@ -158,12 +158,8 @@ def _unseen(block: nn.Module) -> ValueError:
     """The error for a block without an attention call."""
     last = "If it mixes no tokens, wrap it: adadepth.Pointwise(block)."
     if isinstance(block, RowPerToken):
-        block, last = (
-            block.block,
-            (
-                "Do not wrap a block with attention in adadepth.Pointwise: its tokens would no longer attend to each other."
-            ),
-        )
+        block = block.block
+        last = "adadepth.Pointwise around attention is wrong: tokens would no longer attend to each other."
     return ValueError(
         f"No attention call was seen in {type(block).__name__}. If it computes softmax(q @ k.T) @ v itself, replace "
         "that by F.scaled_dot_product_attention(q, k, v). A compiled copy of this function is not seen, nor "
