@@ -6,6 +6,7 @@ prediction is not exact: attention reads older keys and values of tokens that ha
 of the others. A few real runs correct this.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from ._given import named
 from ._modes import evaluating
 from .attention.tokens import places
 from .loop.trace import Output, Trace
@@ -68,17 +70,19 @@ def calibrate(
 
     Arguments:
         model: a `RecurrentWrapper`, or a module that holds exactly one.
-        data: two batches or more. The threshold is not fitted to every second one, which gives `unseen_depth`. A
-            tensor is the model's first argument; a mapping holds its arguments by name. Tensors are moved to the
-            model's device, those in nested mappings too.
+        data: two batches or more. The threshold is fitted to the first, third, fifth and so on. The others only
+            measure `unseen_depth`. A tensor is the model's first argument; a mapping holds its arguments by name.
+            Tensors are moved to the model's device, those in nested mappings too.
         mean_depth: the wanted mean number of iterations over real tokens.
         rule: makes a rule from a threshold: `Threshold`, `SurvivalThreshold` or a function. The search takes
             thresholds from the scores in the data and their running products.
 
-    Raises: `ValueError` if the model does not hold exactly one loop with a gate, if there are fewer than two batches,
-        or if one of the two parts holds no real token; `OutOfReach`, a `ValueError`, if no threshold gives
-        `mean_depth`. Warns if the nearest depth is off by more than 10 %, because many scores are equal.
+    Raises: `ValueError` if the model does not hold exactly one loop with a gate, if `rule` cannot be called with a
+        threshold, if there are fewer than two batches, or if one of the two parts holds no real token; `OutOfReach`,
+        a `ValueError`, if no threshold gives `mean_depth`. Warns if the nearest depth is off by more than 10 %, because
+        many scores are equal.
     """
+    check_rule(rule)
     loops = [part for part in model.modules() if isinstance(part, RecurrentWrapper)]
     if len(loops) != 1:
         raise ValueError(
@@ -87,6 +91,20 @@ def calibrate(
         )
     batches = [arguments(batch, model) for batch in data]
     return fit(model, loops[0], batches, rule, Goal("mean_depth", mean_depth, mean_depth, lambda depth: depth))
+
+
+def check_rule(rule: object) -> None:
+    """Check that `rule` is a class or a function of a threshold.
+
+    Raises: `ValueError`.
+    """
+    try:
+        inspect.signature(rule).bind(0.5)  # type: ignore[arg-type]  # what is not callable raises TypeError too
+    except TypeError:
+        raise ValueError(
+            "calibrate expected rule to be a class or a function of a threshold, such as adadepth.SurvivalThreshold, "
+            f"got {named(rule)}. Pass the class, not an object of it; a rule without a threshold cannot be calibrated."
+        ) from None
 
 
 def fit(

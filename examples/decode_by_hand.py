@@ -34,6 +34,8 @@ def generate(
     embed: nn.Embedding, looped: ad.RecurrentWrapper, head: nn.Linear, ids: Tensor, mask: Tensor, new: int
 ) -> tuple[Tensor, ad.KVReuseCache]:
     """`ids (batch, seq)` and `new` more, the likeliest each time; `mask` is False at the padding on their left."""
+    if not mask[:, -1].all():
+        raise ValueError("generate expected padding on the left, got a row that ends in padding. Pad on the left.")
     cache = ad.KVReuseCache("compact")
     hidden = looped(embed(ids), mask=mask, cache=cache).hidden
     for _ in range(new):

@@ -295,17 +295,17 @@ def test_noise_that_seldom_acts_is_no_difference() -> None:
     [
         (
             {"c": torch.ones(3, DIM)},
-            "block_kwargs['c'] expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), "
-            "one per row, or (1, seq, ...), the same for all rows, with (batch, seq) = (3, 4), got (3, 8). Give a "
-            "tensor with one entry per row its second axis: c.unsqueeze(1). A tensor without entries for tokens or "
-            "rows must be a part of the block.",
+            "block_kwargs['c'] has shape (3, 8), which does not fit (batch, seq) = (3, 4). For one entry per row pass "
+            "c.unsqueeze(1). Expected are (batch, seq, ...), one entry per token; (batch, 1, ...), one per row; or (1, seq, "
+            "...), the same for all rows. If the block itself expects (batch, dim), also use adadepth.RowPerToken(block). A "
+            "tensor that belongs to no token or row should be an attribute of the block.",
         ),
         (
-            {"c": [torch.ones(3)]},
-            "block_kwargs['c'] expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), "
-            "one per row, or (1, seq, ...), the same for all rows, with (batch, seq) = (3, 4), got (3,). Give a tensor "
-            "with one entry per row its second axis: c.unsqueeze(1). A tensor without entries for tokens or rows must "
-            "be a part of the block.",
+            {"c": [torch.ones(5)]},
+            "block_kwargs['c'] has shape (5,), which does not fit (batch, seq) = (3, 4). Expected are (batch, seq, ...), one "
+            "entry per token; (batch, 1, ...), one per row; or (1, seq, ...), the same for all rows. If the block itself "
+            "expects (batch, dim), also use adadepth.RowPerToken(block). A tensor that belongs to no token or row should be "
+            "an attribute of the block.",
         ),
         (torch.ones(3), "block_kwargs expected a mapping of the block's arguments by name, got Tensor."),
         (
@@ -323,6 +323,72 @@ def test_noise_that_seldom_acts_is_no_difference() -> None:
 def test_what_does_not_fit_is_refused(given_: dict[str, Tensor] | None, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ad.RecurrentWrapper(AdaLN(), STEPS)(torch.randn(3, 4, DIM), block_kwargs=given_)
+
+
+class Unsqueezes(AdaLN):
+    """Takes one condition for each row of its own batch, `(batch, dim)`, as the blocks of diffusion models do."""
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        _, _, _ = (x * (1 + c[:, None])).shape
+        return super().forward(x, c[:, None])
+
+
+WRAP = "Unsqueezes got c as (rows, length, ...). If it expects (batch, ...), wrap it: adadepth.RowPerToken(block)."
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_raw_error_of_a_block_with_a_condition_says_how_to_wrap_it(packed: bool) -> None:
+    given_, x = {"c": torch.ones(3, 1, DIM)}, torch.randn(3, 4, DIM)
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[0, 0] = not packed
+    looped = ad.RecurrentWrapper(Unsqueezes(), STEPS)
+    looped.self_check = False
+    with pytest.raises(ValueError, match="too many values") as error:
+        looped(x, mask=mask, block_kwargs=given_)
+    assert error.value.__notes__ == [WRAP]
+    assert ad.RecurrentWrapper(ad.RowPerToken(Unsqueezes()), STEPS)(x, block_kwargs=given_).hidden.shape == x.shape
+
+
+@pytest.mark.plain
+def test_an_error_on_packed_shapes_names_the_wrapper_too() -> None:
+    class Adds(AdaLN):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            return super().forward(x, c.new_zeros(3, 4, DIM) + c)
+
+    looped = ad.RecurrentWrapper(Adds(), STEPS)
+    with pytest.raises(ValueError, match="failed on packed tokens") as error:
+        looped(torch.randn(3, 4, DIM), mask=torch.ones(3, 4).tril(1).bool(), block_kwargs={"c": torch.ones(3, 1, DIM)})
+    assert str(error.value).endswith(WRAP.replace("Unsqueezes", "Adds"))
+
+
+@pytest.mark.plain
+def test_our_own_errors_and_wrapped_blocks_get_no_such_note() -> None:
+    class OwnMask(AdaLN):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            q = x.unsqueeze(1)
+            return F.scaled_dot_product_attention(q, q, q, x.new_zeros(x.shape[1], x.shape[1])).squeeze(1) + c
+
+    class Fails(AdaLN):
+        def forward(self, x: Tensor, c: Tensor) -> Tensor:
+            raise IndexError("of the block")
+
+    for block, kind in ((OwnMask(), ValueError), (ad.RowPerToken(Fails()), IndexError)):
+        with pytest.raises(kind) as error:
+            ad.RecurrentWrapper(block, STEPS)(torch.randn(3, 4, DIM), block_kwargs={"c": torch.ones(3, 1, DIM)})
+        assert not hasattr(error.value, "__notes__")
+        assert "wrap it" not in str(error.value)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("block", [AdaLN(), ad.RowPerToken(AdaLN())])
+def test_check_block_has_nothing_but_x(block: nn.Module) -> None:
+    message = (
+        "check_block gives the block x alone, but AdaLN also needs c. Check its loop with your own input: "
+        "adadepth.check_looped(looped, x, block_kwargs={'c': ...})."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ad.check_block(block, DIM)
 
 
 def test_take_refuses_what_is_not_one_per_token() -> None:

@@ -182,7 +182,8 @@ ERRORS: dict[str, tuple[Callable[[ad.KVReuseCache], object], str]] = {
     ),
     "mask": (
         lambda cache: LOOP(X, mask=torch.ones(3, 2, dtype=torch.bool), cache=cache),
-        "mask expected shape (batch, seq) = (3, 1) and dtype torch.bool, True for real tokens, got (3, 2) torch.bool.",
+        "mask expected shape (batch, seq) = (3, 1) and dtype torch.bool, True for real tokens, got (3, 2) torch.bool. "
+        "With a cache, pass the mask of the new tokens only: mask[:, -1:].",
     ),
     "budget": (lambda cache: LOOP(X, max_depth=5, cache=cache), "max_depth expected an int from 1 to steps=4, got 5."),
 }

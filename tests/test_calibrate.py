@@ -156,6 +156,19 @@ def test_without_a_gate() -> None:
     )
 
 
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("rule", "got"), [(ad.Threshold(0.1), "Threshold"), (ad.Survival, "the class Survival"), (1, "1")]
+)
+def test_a_rule_that_takes_no_threshold(rule: Any, got: str) -> None:
+    with pytest.raises(ValueError, match="calibrate") as error:
+        ad.calibrate(make_loop(learned()), text(), rule=rule)
+    assert str(error.value) == (
+        "calibrate expected rule to be a class or a function of a threshold, such as adadepth.SurvivalThreshold, got "
+        f"{got}. Pass the class, not an object of it; a rule without a threshold cannot be calibrated."
+    )
+
+
 def test_too_few_batches() -> None:
     with pytest.raises(ValueError, match="calibrate") as error:
         ad.calibrate(make_loop(learned()), text(1))

@@ -155,9 +155,18 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "no attention": (
         lambda: loop(nn.Linear(8, 8))(X),
-        "No attention call was seen in Linear. Its attention must call F.scaled_dot_product_attention (not a compiled "
-        "copy of it, nor nn.MultiheadAttention with need_weights=True); a Hugging Face layer made by hand does so if "
-        "its config has _attn_implementation = 'sdpa'. If it mixes no tokens, wrap it: adadepth.Pointwise(block).",
+        "No attention call was seen in Linear. If it computes softmax(q @ k.T) @ v itself, replace that by "
+        "F.scaled_dot_product_attention(q, k, v). A compiled copy of this function is not seen, nor "
+        "nn.MultiheadAttention with need_weights=True. A Hugging Face layer made by hand calls it if its config has "
+        "_attn_implementation = 'sdpa'. If it mixes no tokens, wrap it: adadepth.Pointwise(block).",
+    ),
+    "no attention, rows apart": (
+        lambda: loop(ad.RowPerToken(nn.Linear(8, 8)))(X),
+        "No attention call was seen in Linear. If it computes softmax(q @ k.T) @ v itself, replace that by "
+        "F.scaled_dot_product_attention(q, k, v). A compiled copy of this function is not seen, nor "
+        "nn.MultiheadAttention with need_weights=True. A Hugging Face layer made by hand calls it if its config has "
+        "_attn_implementation = 'sdpa'. adadepth.Pointwise around attention is wrong: tokens would no longer attend to each "
+        "other.",
     ),
     "output shape": (
         lambda: loop(Block(lambda x: sdpa(x)[..., :3]))(X),
@@ -183,8 +192,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "causal": (
         lambda: loop(causal=False)(X),
-        "RecurrentWrapper(causal=False) expected not causal attention, but the block calls it with is_causal=True. Pass "
-        "causal=True to the wrapper, or is_causal=False in the block.",
+        "RecurrentWrapper(causal=False) expected attention that is not causal, but the block calls it with is_causal=True. "
+        "Pass causal=True to the wrapper, or is_causal=False in the block.",
     ),
     "cross-attention": (
         lambda: loop(Block(cross), causal=False)(X),

@@ -55,7 +55,7 @@ def test_one_query_needs_no_causal_flag(make: Callable[[], nn.Module]) -> None:
         parts = [looped(part, cache=cache).hidden for part in (x[:1, :4], x[:1, 4:5], x[:1, 5:])]
         near(torch.cat(parts, 1), looped(x[:1]).hidden)
         near(looped(x[:, :1]).hidden, torch.cat([looped(x[i : i + 1, :1]).hidden for i in range(3)]))
-    with pytest.raises(ValueError, match="expected not causal attention"):
+    with pytest.raises(ValueError, match="expected attention that is not causal"):
         ad.RecurrentWrapper(PreNorm(DIM, True), 1, causal=False)(torch.randn(1, 1, DIM))
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import adadepth as ad
 from examples import adapt_hf, decode_by_hand
 
 BY_HAND = """\
@@ -16,6 +17,14 @@ one pass without a cache: the same
 def test_a_decode_loop_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     decode_by_hand.main()
     assert capsys.readouterr().out == BY_HAND
+
+
+def test_the_decode_loop_refuses_padding_on_the_right() -> None:
+    embed, head = torch.nn.Embedding(4, 8), torch.nn.Linear(8, 4)
+    looped = ad.RecurrentWrapper(decode_by_hand.Block(8, 2), 2)
+    with pytest.raises(ValueError, match="padding") as error:
+        decode_by_hand.generate(embed, looped, head, torch.ones(1, 2).long(), torch.tensor([[True, False]]), 1)
+    assert str(error.value) == "generate expected padding on the left, got a row that ends in padding. Pad on the left."
 
 
 def test_an_adapted_model_generates_to_its_budget(capsys: pytest.CaptureFixture[str]) -> None:

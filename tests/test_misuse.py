@@ -37,6 +37,20 @@ class Says(ad.Gate):
         return self.score(h)
 
 
+class OfState(ad.Gate):
+    def forward(self, h: Tensor) -> Tensor:  # type: ignore[override]
+        return h[..., 0].sigmoid()
+
+
+class OfTwo(ad.Update):
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:  # type: ignore[override]
+        return x + h
+
+
+def newest(scores: Tensor) -> Tensor:
+    return scores[..., -1]
+
+
 class NoAxis(ad.Update):
     def forward(self, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> Tensor:
         return x + h * scores[..., -1]
@@ -212,6 +226,21 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "RecurrentWrapper reads the data, which torch.vmap does not allow. Make the mapped axis a part of the batch: "
         "x.flatten(0, 1).",
     ),
+    "a gate of one argument": (
+        lambda: loop(OfState()),
+        "The loop calls its gate as gate(h, previous, step), but OfState takes (h). Let it take all of these, also those "
+        "that it does not read.",
+    ),
+    "a rule of one argument": (
+        lambda: loop(ad.LinearGate(DIM), newest),
+        "The loop calls its rule as rule(scores, remaining, positions), but newest takes (scores). Let it take all of "
+        "these, also those that it does not read.",
+    ),
+    "an update of two arguments": (
+        lambda: loop(None, None, OfTwo()),
+        "The loop calls its update as update(x, h, start, scores, step), but OfTwo takes (x, h). Let it take all of "
+        "these, also those that it does not read.",
+    ),
     "weights of the bare block": (
         lambda: loop().load_state_dict(block().state_dict()),
         "RecurrentWrapper.load_state_dict expected names that begin with 'block.', 'gate.' or 'update.', got those of the "
@@ -225,6 +254,11 @@ def test_the_message(name: str) -> None:
     call, message = ERRORS[name]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+def test_a_type_error_in_a_gate_is_not_taken_for_one_of_the_block() -> None:
+    with pytest.raises(TypeError, match="unsupported operand"):
+        loop(Says(lambda h: h[..., 0] + "a"), ad.Threshold(0.5))(X)  # type: ignore[operator]
 
 
 def test_a_gate_of_another_dtype() -> None:

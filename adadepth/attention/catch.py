@@ -144,9 +144,9 @@ def _check_mask(view: TokenView, attn_mask: Tensor | None, is_causal: bool, quer
         )
     if is_causal == view.causal or (view.causal and queries == 1):
         return  # one query attends to all earlier tokens: for it, blocks do not set the flag
-    said = "causal" if view.causal else "not causal"
+    wanted = "causal attention" if view.causal else "attention that is not causal"
     raise ValueError(
-        f"RecurrentWrapper(causal={view.causal}) expected {said} attention, but the block calls it with "
+        f"RecurrentWrapper(causal={view.causal}) expected {wanted}, but the block calls it with "
         f"is_causal={is_causal}. Pass causal={is_causal} to the wrapper, or is_causal={view.causal} in the block"
         + (" (adadepth.CausalEncoder does it for nn.TransformerEncoderLayer)." if view.causal else ".")
     )

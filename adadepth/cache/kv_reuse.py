@@ -33,10 +33,11 @@ class KVReuseCache:
             "filled": an entry for every iteration of the loop. This is the fastest. "compact": an entry for every
             iteration that the token ran. This needs memory for the sum of depths, and is slower to read.
             "single": the newest entry alone, which every iteration reads. This is an approximation: the results
-            are those of one pass only if all depths are 1. A model that was not trained for it may have a much
-            higher loss (benchmarks/RESULTS.md, "single").
-        capacity: the most tokens a row may hold, allocated at once. None: it has room for the first pass, and grows
-            by half when it is full.
+            are those of one pass only if all depths are 1, or if the block carries the keys and values of its first
+            iteration in its state (docs/decoding.md, "One entry for each token, exactly"). A model that was not
+            trained for it may have a much higher loss (benchmarks/RESULTS.md, "single").
+        capacity: the most tokens a row may hold. "filled" and "single" allocate this at once for each row; "compact"
+            allocates entries as tokens run. None: it has room for the first pass, and grows when it is full.
 
     Attributes: `layout`, `capacity`; `steps` of the loop, None before the first pass; `layers`, the attention calls of
     the block, 0 before the first pass.

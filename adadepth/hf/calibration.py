@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from ..calibration import Goal, arguments, fit
+from ..calibration import Goal, arguments, check_rule, fit
 from ..calibration import OutOfReach as OutOfReach
 from ..loop.wrapper import RecurrentWrapper
 from ..rules import Rule, Threshold
@@ -43,9 +43,10 @@ def calibrate(
 
     Arguments:
         model: an adapted causal language model, or a `RecurrentWrapper`.
-        data: two batches or more. The threshold is not fitted to every second one, which gives the `unseen` values.
-            For a language model, a batch is ids `(batch, seq)`, or a mapping with `input_ids` and perhaps
-            `attention_mask`. For a `RecurrentWrapper`, it is rows `(batch, seq, dim)`, or a mapping of its arguments.
+        data: two batches or more. The threshold is fitted to the first, third, fifth and so on. The others only
+            measure the `unseen` values. For a language model, a batch is ids `(batch, seq)`, or a mapping with
+            `input_ids` and perhaps `attention_mask`. For a `RecurrentWrapper`, it is rows `(batch, seq, dim)`, or a
+            mapping of its arguments.
         relative_flops: (F0 + mean depth · F) / (F0 + F). F is the number of parameters of the looped layers, F0 that of
             the layers that run once. If the whole backbone is looped, this is the mean depth.
         rule: makes a rule from a threshold: `Threshold`, `SurvivalThreshold` or a function. The search takes
@@ -55,6 +56,7 @@ def calibrate(
         no real token; `OutOfReach`, a `ValueError`, if no threshold costs `relative_flops`.
     Source: relative FLOPs: AdaPonderLM, arXiv 2603.01914.
     """
+    check_rule(rule)
     looped = model if isinstance(model, RecurrentWrapper) else model.loop
     batches = [arguments(batch if model is looped else _of_language(batch), model) for batch in data]
     depth = flops.depth(model, relative_flops)

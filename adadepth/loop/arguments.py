@@ -69,9 +69,11 @@ def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
         got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {got}.")
     if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
+        longer = mask.dim() == 2 and mask.shape[1] > x.shape[1]
         raise ValueError(
             f"mask expected shape (batch, seq) = {tuple(x.shape[:2])} and dtype torch.bool, True for real tokens, got "
             f"{tuple(mask.shape)} {mask.dtype}."
+            + (f" With a cache, pass the mask of the new tokens only: mask[:, -{x.shape[1]}:]." if longer else "")
         )
     if start is not None and (start.shape != x.shape or start.dtype != x.dtype):
         raise ValueError(
@@ -120,7 +122,7 @@ def check_given(given: Mapping[str, Any] | None, shape: tuple[int, int]) -> Mapp
             f"block_kwargs expected a mapping of the block's arguments by name, got {type(given).__name__}."
         )
     for name, value in given.items():
-        _check_broadcasts(f"block_kwargs['{name}']", value, shape)
+        _check_broadcasts(name, value, shape)
     return given
 
 
@@ -134,12 +136,12 @@ def _check_broadcasts(name: str, value: Any, shape: tuple[int, int]) -> None:
         return
     fits = value.dim() > 1 and all(size in (1, whole) for size, whole in zip(value.shape, shape, strict=False))
     if not fits:
-        batch, seq = shape
+        by_row = f" For one entry per row pass {name}.unsqueeze(1)." if value.shape[0] == shape[0] else ""
         raise ValueError(
-            f"{name} expected a tensor of shape (batch, seq, ...), one entry per token, or (batch, 1, ...), one per "
-            f"row, or (1, seq, ...), the same for all rows, with (batch, seq) = ({batch}, {seq}), got "
-            f"{tuple(value.shape)}. Give a tensor with one entry per row its second axis: c.unsqueeze(1). A tensor "
-            "without entries for tokens or rows must be a part of the block."
+            f"block_kwargs['{name}'] has shape {tuple(value.shape)}, which does not fit (batch, seq) = {shape}."
+            f"{by_row} Expected are (batch, seq, ...), one entry per token; (batch, 1, ...), one per row; or (1, seq, "
+            "...), the same for all rows. If the block itself expects (batch, dim), also use "
+            "adadepth.RowPerToken(block). A tensor that belongs to no token or row should be an attribute of the block."
         )
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..attention.apart import RowPerToken
 from ..attention.catch import catching, takes_view
 from ..attention.context import Here, Together, Window, active, asked
 from ..attention.dense import DenseView, WholeView
@@ -20,7 +21,7 @@ from ..attention.view import KV, TokenView
 from ..cache.paged import PagedView
 from ..cache.tokens import CachedTokens, JoinedTokens
 from ..cache.view import CachedView
-from .explain import explain
+from .explain import explain, per_row
 
 # For each kind of tokens the default view, and the view for `one_call=True`.
 _VIEWS: dict[type[TokenSet], tuple[type[TokenView], type[TokenView]]] = {
@@ -73,9 +74,14 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
         with nullcontext() if view.bare else catching():
             out = block(copied, view, **given) if taken else block(copied, **given)
     except Exception as error:
-        if torch.compiler.is_compiling() or (said := explain(block, x, view.here, given, error)) is None:
+        if torch.compiler.is_compiling():
             raise
-        raise ValueError(said) from error
+        hint, said = per_row(block, given, error), explain(block, x, view.here, given, error)
+        if said is not None:
+            raise ValueError(f"{said} {hint}".rstrip()) from error
+        if hint:
+            error.add_note(hint)
+        raise
     finally:
         active.view, active.here, active.block = None, before, None
     if written is not None and x._version != written:
@@ -145,9 +151,18 @@ def _check_output(block: nn.Module, x: Tensor, out: object, view: TokenView, tak
             "alone."
         )
     if not (view.calls or view.elsewhere or view.bare or taken):
-        raise ValueError(
-            f"No attention call was seen in {type(block).__name__}. Its attention must call "
-            "F.scaled_dot_product_attention (not a compiled copy of it, nor nn.MultiheadAttention with "
-            "need_weights=True); a Hugging Face layer made by hand does so if its config has _attn_implementation = "
-            "'sdpa'. If it mixes no tokens, wrap it: adadepth.Pointwise(block)."
-        )
+        raise _unseen(block)
+
+
+def _unseen(block: nn.Module) -> ValueError:
+    """The error for a block without an attention call."""
+    last = "If it mixes no tokens, wrap it: adadepth.Pointwise(block)."
+    if isinstance(block, RowPerToken):
+        block = block.block
+        last = "adadepth.Pointwise around attention is wrong: tokens would no longer attend to each other."
+    return ValueError(
+        f"No attention call was seen in {type(block).__name__}. If it computes softmax(q @ k.T) @ v itself, replace "
+        "that by F.scaled_dot_product_attention(q, k, v). A compiled copy of this function is not seen, nor "
+        "nn.MultiheadAttention with need_weights=True. A Hugging Face layer made by hand calls it if its config has "
+        f"_attn_implementation = 'sdpa'. {last}"
+    )

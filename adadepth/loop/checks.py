@@ -1,5 +1,6 @@
 """Checks of a loop's pieces: each is of the right kind, goes with the others, and returns the right shape."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from operator import index
@@ -30,7 +31,25 @@ def check_part(name: str, part: Any) -> Any:
         _check_block(part)
     elif part is not None and (isinstance(part, type) or not _FITS[name](part)):
         raise ValueError(f"RecurrentWrapper expected {name} to be {_WANTED[name]}, got {_named(part)}. {_ORDER}")
+    elif part is not None:
+        _check_call(name, part)
     return part
+
+
+def _check_call(name: str, part: Any) -> None:
+    """Check that a piece accepts the arguments with which the loop calls it."""
+    takes, call = _TAKES[name], part.forward if isinstance(part, nn.Module) else part
+    try:
+        signature = inspect.signature(call)
+    except (TypeError, ValueError):  # for a callable that is written in C
+        return
+    try:
+        signature.bind(*takes)
+    except TypeError:
+        raise ValueError(
+            f"The loop calls its {name} as {name}({', '.join(takes)}), but {getattr(part, '__name__', _named(part))} "
+            f"takes ({', '.join(signature.parameters)}). Let it take all of these, also those that it does not read."
+        ) from None
 
 
 def _check_block(block: Any) -> None:
@@ -64,6 +83,11 @@ _FITS = {
     "gate": lambda part: _holds(Gate, part),
     "rule": lambda part: callable(part) and not isinstance(part, Gate | Update),
     "update": lambda part: _holds(Update, part),
+}
+_TAKES = {
+    "gate": ("h", "previous", "step"),
+    "rule": ("scores", "remaining", "positions"),
+    "update": ("x", "h", "start", "scores", "step"),
 }
 _WANTED = {
     "gate": "an adadepth.Gate",

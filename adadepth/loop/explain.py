@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.apart import RowPerToken
 from ..attention.catch import COMPILED, takes_view
 from ..attention.context import Here, Together
 from ..attention.tokens import Packed
+from ..gates import Gate
 from ..updates import Update
 
 FLEX = (
@@ -32,7 +34,7 @@ def explain(
     if isinstance(error, NotImplementedError) or type(error).__module__.startswith("torch._dynamo"):
         return _in_graph(name, text)
     if isinstance(error, TypeError):
-        return _arguments(piece, given)
+        return None if isinstance(piece, Gate | Update) else _arguments(piece, given)
     if isinstance(error, RuntimeError):
         if said := _mismatch(piece, h):
             return said
@@ -52,23 +54,49 @@ def _in_graph(name: str, text: str) -> str | None:
     return f"A submodule of {name} {COMPILED}" if COMPILED in text else None
 
 
+def per_row(block: nn.Module, given: Mapping[str, Any], error: Exception) -> str:
+    """What to try if a raw `error` may come from an argument that the block expects once for each row; else empty."""
+    names = [name for name, value in given.items() if isinstance(value, Tensor) and value.dim() > 2]
+    if not names or isinstance(error, TypeError) or any(isinstance(part, RowPerToken) for part in block.modules()):
+        return ""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is not None and frame.tb_frame.f_globals.get("__name__", "").startswith("adadepth."):
+        return ""  # our own errors say what to do
+    return (
+        f"{type(block).__name__} got {' and '.join(names)} as (rows, length, ...). If it expects (batch, ...), wrap "
+        "it: adadepth.RowPerToken(block)."
+    )
+
+
+def missing(block: nn.Module, given: Mapping[str, Any]) -> list[str]:
+    """The arguments without a default that a block's forward takes beside `x` and the view, and that are not given."""
+    try:
+        takes = list(inspect.signature(block.forward).parameters.values())
+    except (TypeError, ValueError):
+        return []
+    named = [p for p in takes[1 + takes_view(block) :] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in named if p.default is p.empty and p.name not in given]
+
+
 def _arguments(block: nn.Module, given: Mapping[str, Any]) -> str | None:
     """The explanation of missing or unknown arguments of a block's forward."""
     if not isinstance(block, nn.Module):
         return None
+    if isinstance(block, RowPerToken):
+        block = block.block
     try:
         takes = inspect.signature(block.forward)
-        beside = [p for p in list(takes.parameters.values())[1 + takes_view(block) :] if p.default is p.empty]
     except (TypeError, ValueError):
         return None
-    missing = [p.name for p in beside if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given]
     unknown = [name for name in given if name not in takes.parameters]
     if any(p.kind is p.VAR_KEYWORD for p in takes.parameters.values()):
         unknown = []
     called = f"A block is called as block(x{', view' * takes_view(block)}, **block_kwargs), but {type(block).__name__}"
-    if missing:
+    if lacks := missing(block, given):
         return (
-            f"{called} also needs {', '.join(missing)}. Pass it as looped(x, block_kwargs={{'{missing[0]}': ...}}): a "
+            f"{called} also needs {', '.join(lacks)}. Pass it as looped(x, block_kwargs={{'{lacks[0]}': ...}}): a "
             "tensor (batch, seq, ...) with one entry per token, or (batch, 1, ...) with one per row, is packed as x is."
         )
     if unknown:

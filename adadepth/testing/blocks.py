@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from ..attention.apart import RowPerToken
 from ..loop.agreement import Case, check, untouched
+from ..loop.explain import missing
 from ..loop.selfcheck import mixed
 from ..loop.wrapper import RecurrentWrapper
 from ..masks import depth_mask
@@ -26,8 +28,15 @@ def check_block(block: nn.Module, dim: int, *, causal: bool = True, steps: int =
 
     Arguments: `block`, as for `RecurrentWrapper`; `dim`, the width of its state; `causal`; `steps`, the greatest
     number of iterations, and `seq`, the longest row, for a block with a table of iterations or positions.
-    Raises: `ValueError` that names the innermost module whose outputs first differ; or what the loop itself raises.
+    Raises: `ValueError` that names the innermost module whose outputs first differ; for a block that needs further
+        arguments; or what the loop itself raises.
     """
+    inner = block.block if isinstance(block, RowPerToken) else block
+    if lacks := missing(inner, {}):
+        raise ValueError(
+            f"check_block gives the block x alone, but {type(inner).__name__} also needs {', '.join(lacks)}. Check its "
+            f"loop with your own input: adadepth.check_looped(looped, x, block_kwargs={{'{lacks[0]}': ...}})."
+        )
     weight = next((p for p in block.parameters() if p.is_floating_point()), torch.empty(0))
     x = torch.randn(_BATCH, seq, dim, generator=torch.Generator().manual_seed(0), device="cpu").to(weight)
     looped = RecurrentWrapper(copy.deepcopy(block), steps, causal=causal)
