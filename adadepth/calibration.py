@@ -66,7 +66,7 @@ def calibrate(
 
     Arguments:
         model: a `RecurrentWrapper`, or a module that holds exactly one.
-        data: two batches or more. The threshold is not fitted to every second one, which gives `unseen_depth`. A
+        data: two batches or more. The first, third, fifth, … fit the threshold; the others give `unseen_depth`. A
             tensor is the model's first argument; a mapping holds its arguments by name. Tensors are moved to the
             model's device, those in nested mappings too.
         mean_depth: the wanted mean number of iterations over real tokens.

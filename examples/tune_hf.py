@@ -55,8 +55,9 @@ class HoldDepth:
 
     def log(self: Any, logs: dict[str, float], *args: Any) -> None:
         if "loss" in logs:
-            price = self.budget.multiplier.item()
-            logs = {**logs, "mean_depth": self.depth, "price": price}
+            held = {"mean_depth": self.depth}
+            held["multiplier"] = self.budget.multiplier.item()
+            logs = {**logs, **held}
         super().log(logs, *args)  # type: ignore[misc]
 
 

@@ -239,7 +239,7 @@ def test_a_held_depth_is_logged_and_priced_in_training_only(tmp_path: Path) -> N
     assert found["eval_loss"] == pytest.approx(own_loss(trainer.model, TEXTS[:1]), rel=1e-5) and found["eval_seen"] == 4
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    assert 1 < logged["mean_depth"] < STEPS and logged["price"] == pytest.approx(2.0)
+    assert 1 < logged["mean_depth"] < STEPS and logged["multiplier"] == pytest.approx(2.0)
     own, over = own_loss(adapted(), TEXTS[:1]), logged["mean_depth"] - 1.5
     assert logged["loss"] == pytest.approx(own + (2.0 + 0.3 * over) * over, rel=1e-4)
     inputs = {**batch(TEXTS[:1])}
@@ -248,7 +248,7 @@ def test_a_held_depth_is_logged_and_priced_in_training_only(tmp_path: Path) -> N
     assert loss.shape == () and outputs.logits.shape[:2] == (1, 8)
 
 
-def test_a_resumed_training_keeps_its_price(tmp_path: Path) -> None:
+def test_a_resumed_training_keeps_its_multiplier(tmp_path: Path) -> None:
     texts = Dataset.from_dict({"text": TEXTS})
     options = common(tmp_path, save_strategy="steps", save_steps=1)
     trainer = tune_hf.fine_tune_to_a_depth(adapted(), texts, tokenizer(), 1.5, **options)
