@@ -43,7 +43,8 @@ def calibrate(
 
     Arguments:
         model: an adapted causal language model, or a `RecurrentWrapper`.
-        data: two batches or more. The first, third, fifth, … fit the threshold; the others give the `unseen` values. For a language model, a batch is ids `(batch, seq)`, or a mapping with `input_ids` and perhaps
+        data: two batches or more. The first, third, fifth, … fit the threshold; the others give the `unseen` values.
+            For a language model, a batch is ids `(batch, seq)`, or a mapping with `input_ids` and perhaps
             `attention_mask`. For a `RecurrentWrapper`, it is rows `(batch, seq, dim)`, or a mapping of its arguments.
         relative_flops: (F0 + mean depth · F) / (F0 + F). F is the number of parameters of the looped layers, F0 that of
             the layers that run once. If the whole backbone is looped, this is the mean depth.
