@@ -28,7 +28,8 @@ class DepthBudget(nn.Module):
     It holds the mean over the batch, not the depth of each token. It has no effect on a rule that does not read the
     score, and cannot reach a depth that `min_depth`, `max_depth` or such a rule excludes. If hard exits depend on
     scores near 0 (`Threshold(1e-4)`), its gradient is nearly 0: use a threshold from 0.05 up. With gradient
-    accumulation, every call counts as a step. On many ranks, each has its own price, unless you gather the trace:
+    accumulation, every call counts as a step: divide `gain`, and the loss, by the number of
+    micro-batches. On many ranks, each has its own price, unless you gather the trace:
     `budget(Trace(*map(ranks.gather, trace)))`.
 
     Shapes: the loss is `()`; 0 where no token is real.

@@ -3,9 +3,11 @@
 `pip install '.[trl]'`. Each function is what `docs/hugging-face-tools.md` shows; `tests/test_trl.py` runs them.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 import adadepth as ad
 from adadepth.hf import adapt, traces
@@ -15,7 +17,7 @@ def fine_tune(model: Any, texts: Any, tokenizer: Any, **options: Any) -> Any:
     """Supervised fine-tuning, with several texts in a row and no padding."""
     from trl import SFTConfig, SFTTrainer
 
-    arguments = SFTConfig(padding_free=True, **options)
+    arguments = SFTConfig(padding_free=True, max_length=None, **options)
     trainer = SFTTrainer(
         model,
         arguments,
@@ -24,6 +26,58 @@ def fine_tune(model: Any, texts: Any, tokenizer: Any, **options: Any) -> Any:
     )
     trainer.train()
     return trainer
+
+
+class HoldDepth:
+    """For a trainer: a second loss that holds the mean depth, and its log."""
+
+    budget: ad.DepthBudget
+
+    def compute_loss(
+        self: Any,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        given = model, inputs, return_outputs, num_items_in_batch
+        with traces(model) as seen:
+            result = super().compute_loss(*given)  # type: ignore[misc]
+        if not model.training:
+            return result
+        loss, *outputs = result if return_outputs else (result,)
+        self.depth = ad.expected_depth(seen[0]).item()
+        steps = 1
+        if num_items_in_batch is not None:  # then nobody divides the loss
+            steps = self.current_gradient_accumulation_steps
+        loss = loss + self.budget(seen[0]) / steps
+        return (loss, *outputs) if return_outputs else loss
+
+    def log(self: Any, logs: dict[str, float], *args: Any) -> None:
+        if "loss" in logs:
+            held = {"mean_depth": self.depth}
+            held["multiplier"] = self.budget.multiplier.item()
+            logs = {**logs, **held}
+        super().log(logs, *args)  # type: ignore[misc]
+
+
+class SaveBudget(TrainerCallback):  # type: ignore[misc]
+    """Saves the budget in each checkpoint, and loads it on resuming."""
+
+    def __init__(self, budget: ad.DepthBudget) -> None:
+        self.budget = budget
+
+    def path(self, args: Any, state: Any) -> Path:
+        folder = f"checkpoint-{state.global_step}"
+        return Path(args.output_dir) / folder / "budget.pt"
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.is_world_process_zero:
+            torch.save(self.budget.state_dict(), self.path(args, state))
+
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if state.global_step:
+            self.budget.load_state_dict(torch.load(self.path(args, state)))
 
 
 def fine_tune_to_a_depth(
@@ -36,19 +90,18 @@ def fine_tune_to_a_depth(
     """The same, with a second loss that holds the mean depth."""
     from trl import SFTConfig, SFTTrainer
 
-    budget = ad.DepthBudget(mean_depth).to(model.device)
+    class Trainer(HoldDepth, SFTTrainer):  # type: ignore[misc]
+        budget = ad.DepthBudget(mean_depth).to(model.device)
 
-    class Trainer(SFTTrainer):  # type: ignore[misc]
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            with traces(self.model) as seen:
-                loss = super().compute_loss(*args, **kwargs)
-            return loss + budget(seen[-1])
-
+    arguments = SFTConfig(**options)
+    # The budget is called once per micro-batch.
+    Trainer.budget.gain /= arguments.gradient_accumulation_steps
     trainer = Trainer(
         model,
-        SFTConfig(**options),
+        arguments,
         train_dataset=texts,
         processing_class=tokenizer,
+        callbacks=[SaveBudget(Trainer.budget)],
     )
     trainer.train()
     return trainer
@@ -64,6 +117,14 @@ def with_lora(model: Any, rank: int = 8) -> Any:
         modules_to_save=["loop.gate", "loop.update"],
     )
     return get_peft_model(model, config)
+
+
+def with_saved_lora(model: Any, folder: str) -> Any:
+    """The adapted base with adapters from `folder` merged into it."""
+    from peft import PeftModel
+
+    trained = PeftModel.from_pretrained(model, folder)
+    return trained.merge_and_unload().eval()
 
 
 def with_qlora(path: str, steps: int, dim: int, rank: int = 8) -> Any:

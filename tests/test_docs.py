@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import shlex
@@ -159,6 +160,8 @@ def test_a_command_names_what_exists(line: str) -> None:
             path = ROOT / module.replace(".", "/")
             source = (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
             assert all(f'"{word}"' in source for word in arguments if word.startswith("--"))
+        case ["curl", "http://localhost:8000/v1/completions", "--json", body]:
+            assert json.loads(body).keys() == {"model", "prompt", "max_tokens", "max_depth"}
         case other:
             pytest.fail(f"say here how to check {other}")
 

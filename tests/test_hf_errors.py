@@ -264,8 +264,8 @@ def test_attention_refuses_what_it_cannot_honour() -> None:
     with pytest.raises(RuntimeError) as error:
         model.base(IDS)
     assert str(error.value) == (
-        "The attention of an adapted LlamaAttention() was called outside a looped block: it works only in a block that "
-        "a RecurrentWrapper runs."
+        "LlamaAttention expected to run in an adapted model, got a call of the model that was adapted (model.base). "
+        "Call the model that adapt returned."
     )
     attention = model.base.model.layers[0].self_attn
     plain = attention.forward

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,12 +34,14 @@ from transformers.cli.serving import chat_completion, completion, response, util
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM
+from adadepth.hf.asked import ASKED as OPTIONS
+from adadepth.hf.asked import Asked
 from adadepth.hf.cache import CACHE
 from adadepth.hf.clients import Departures
 from adadepth.hf.counts import Counts, metrics
 from adadepth.hf.memory import bytes_of, bytes_per_token
 from adadepth.hf.serve import main, prepared
-from adadepth.hf.server import REPLACED
+from adadepth.hf.server import REPLACED, Completions
 from examples.ask import ask
 
 NEW, CAPACITY = 8, 2000
@@ -266,6 +269,19 @@ def test_other_ways_of_asking(server: Server, model: Any) -> None:
     sampled: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "seed": 1, "max_depth": 2}
     assert example == wanted(model, "abc", **sampled)[:2]
     assert (said.output_text, said.usage.depth) == wanted(model, "abc", True, max_depth=1)[:2]
+
+
+def test_a_greedy_request_sets_no_sampling_options() -> None:
+    """transformers warns of them."""
+    handler: Any = object.__new__(Completions)
+    handler.generation_state = SimpleNamespace(_compile=False)
+    OPTIONS.set(Asked())
+    usual = GenerationConfig(do_sample=True, temperature=0.7, top_k=20, max_new_tokens=4)
+    config = handler._build_generation_config({"temperature": 0, "top_p": 0.9, "max_tokens": 4}, usual)
+    config.validate(strict=True)
+    assert config.do_sample is False
+    options = OPTIONS.get().options
+    assert options == {"do_sample": False, "temperature": None, "top_k": None}
 
 
 @pytest.mark.parametrize("number", [60, pytest.param(1000, marks=pytest.mark.every)])

@@ -196,11 +196,86 @@ def test_fine_tuning_as_the_page_shows_it(tmp_path: Path) -> None:
     model, texts = adapted(), Dataset.from_dict({"text": TEXTS})
     before = weights(model)
     options = common(tmp_path, max_steps=1)
-    tune_hf.fine_tune(model, texts, tokenizer(), max_length=None, **options)
+    tune_hf.fine_tune(model, texts, tokenizer(), **options)
     assert {*LEARN} <= changed(model, before)
     before = weights(model)
     tune_hf.fine_tune_to_a_depth(model, texts, tokenizer(), 1.5, **options)
     assert {*LEARN} <= changed(model, before)
+
+
+class _Held(tune_hf.HoldDepth, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+    """Its price does not adapt, so that steps can be compared."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.budget = ad.DepthBudget(1.5, gain=1e-12)
+        super().__init__(*args, **kwargs)
+
+
+def _held(path: Path, **options: Any) -> Any:
+    """A trainer of four rows of the same text, so that every micro-batch has the same loss."""
+    arguments = trl.SFTConfig(**common(path, max_steps=1, optim="sgd", learning_rate=1.0, max_grad_norm=0.0, **options))
+    data = rows(TEXTS[:1] * 4)
+    return _Held(adapted(), arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer())
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    moved = []
+    for size in (4, 2):
+        trainer = _held(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=4 // size)
+        before = weights(trainer.model)
+        trainer.train()
+        moved.append({name: weight - before[name] for name, weight in trainer.model.named_parameters()})
+    whole, parts = moved
+    for name in LEARN:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-6)
+    assert whole[LEARN[0]].abs().max() > 1e-4
+
+
+def test_a_held_depth_is_logged_and_priced_in_training_only(tmp_path: Path) -> None:
+    trainer = _held(tmp_path)
+    trainer.budget.multiplier.fill_(2.0)
+    trainer.compute_metrics = lambda predicted: {"seen": len(predicted.predictions)}
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(own_loss(trainer.model, TEXTS[:1]), rel=1e-5) and found["eval_seen"] == 4
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 1 < logged["mean_depth"] < STEPS and logged["multiplier"] == pytest.approx(2.0)
+    own, over = own_loss(adapted(), TEXTS[:1]), logged["mean_depth"] - 1.5
+    assert logged["loss"] == pytest.approx(own + (2.0 + 0.3 * over) * over, rel=1e-4)
+    inputs = {**batch(TEXTS[:1])}
+    trainer.model.train()
+    loss, outputs = trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+    assert loss.shape == () and outputs.logits.shape[:2] == (1, 8)
+
+
+def test_a_resumed_training_keeps_its_multiplier(tmp_path: Path) -> None:
+    texts = Dataset.from_dict({"text": TEXTS})
+    options = common(tmp_path, save_strategy="steps", save_steps=1)
+    trainer = tune_hf.fine_tune_to_a_depth(adapted(), texts, tokenizer(), 1.5, **options)
+    saved = torch.load(tmp_path / "checkpoint-2" / "budget.pt")
+    assert saved["multiplier"] == trainer.budget.multiplier != 0
+    trainer.budget.multiplier.zero_()
+    trainer.budget.gain, trainer.args.max_steps = 1e-12, 3
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3 and trainer.budget.multiplier == pytest.approx(saved["multiplier"])
+
+
+def test_saved_adapters_as_the_page_shows_them(tmp_path: Path) -> None:
+    model = tune_hf.with_lora(adapted(), rank=2)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(0.05)
+    model.save_pretrained(tmp_path / "adapters")
+    merged = tune_hf.with_saved_lora(adapted(), str(tmp_path / "adapters"))
+    assert isinstance(merged, AdaptiveForCausalLM)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AdaptiveForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    given = batch()
+    with torch.no_grad():
+        expected = model.eval()(**given).logits
+        assert not torch.allclose(adapted().eval()(**given).logits, expected, atol=1e-3)
+        torch.testing.assert_close(again(**given).logits, expected)
 
 
 def test_adapters_as_the_page_shows_them(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any, final
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from ..attention.catch import current_view
+from ..attention.context import active
+from ..attention.view import TokenView
 
 NAME = "adadepth"
 # What layers pass along that does not concern attention, or is known here in a better way.
@@ -60,7 +61,12 @@ def attention(
     answers `(rows, length, heads, head_dim)`, and no weights.
     Raises: `RuntimeError` outside an adapted model, `ValueError` for a mask or for what is not known here.
     """
-    view = current_view(f"The attention of an adapted {type(module).__name__}")
+    if active.view is None:
+        raise RuntimeError(
+            f"{type(module).__name__} expected to run in an adapted model, got a call of the model that was adapted "
+            "(model.base). Call the model that adapt returned."
+        )
+    view: TokenView = active.view
     if attention_mask is not None or others.get("is_causal") is False:
         raise ValueError(
             f"{type(module).__name__} passes "

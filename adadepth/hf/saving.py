@@ -22,7 +22,7 @@ tags: [adadepth]
 # {name}, with adaptive depth
 
 {base} whose {layers}, each token as often as it needs: at most {steps} times.
-It needs the package adadepth: `pip install 'adadepth[hf]'`.
+It needs the package adadepth: `pip install 'adadepth[hf] @ git+https://github.com/adadepth/adadepth'`.
 
 ```python
 import adadepth.hf  # so that transformers knows the model

@@ -58,6 +58,8 @@ class Asks:
         config = super()._build_generation_config(_without(body), usual, use_cb=use_cb)  # type: ignore[misc]
         if body.get("temperature") or (body.get("temperature") is None and body.get("top_p") is not None):
             config.do_sample = True  # as any client expects that asks for a temperature
+        if config.do_sample is False:  # transformers warns of sampling options in greedy search
+            config.temperature = config.top_p = config.top_k = None
         if config.sequence_bias:  # of a body's logit_bias, in which whole numbers are usual
             config.sequence_bias = {ids: float(bias) for ids, bias in config.sequence_bias.items()}
         if config.max_new_tokens < 1:
