@@ -178,7 +178,7 @@ class Conditioned(PreNorm):
         super().__init__(DIM, causal)
         self.mix, self.attends = mix, attends
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # type: ignore[override]
         x = x * (1 + c[:, None])
         return (super().forward(x) if self.attends else x) + self.mix(x)
 
@@ -214,7 +214,7 @@ def test_tokens_that_mix_behind_row_per_token_are_found(mix: str, causal: bool) 
         block = ad.Pointwise(ad.RowPerToken(Conditioned(MIXES[mix], attends=False)))
     loop = ad.RecurrentWrapper(block, STEPS, causal=causal)
     x = torch.randn(3, 8, DIM)
-    call = {"max_depth": mixed_depths(x), "block_kwargs": {"c": torch.randn(3, 1, DIM)}}
+    call: dict[str, Any] = {"max_depth": mixed_depths(x), "block_kwargs": {"c": torch.randn(3, 1, DIM)}}
     message = (
         r"Conditioned gives another result behind RowPerToken than on whole rows: one iteration differs by \S+ "
         r"relative. RowPerToken is for blocks that mix tokens in F.scaled_dot_product_attention only. Replace "
@@ -438,7 +438,7 @@ def test_check_looped_takes_the_call_as_it_will_be() -> None:
 
 
 def test_row_per_token_refuses_blocks_that_take_the_view() -> None:
-    block = PreNorm(DIM, True)
+    block: Any = PreNorm(DIM, True)
     block.takes_view = True
     for wrong, remedy in (
         (ad.Pointwise(nn.Linear(DIM, DIM)), "Write Pointwise(RowPerToken(block))."),
