@@ -123,10 +123,6 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "a list": (lambda: called(min_depth=[2]), "min_depth expected an int from 1 to steps=3, got [2]."),
     "a bool": (lambda: loop()(X, min_depth=True), "min_depth expected an int from 1 to steps=3, got True."),
     "min_depth": (lambda: loop()(X, min_depth=0), "min_depth expected an int from 1 to steps=3, got 0."),
-    "min above max": (
-        lambda: loop()(X, min_depth=3, max_depth=2),
-        "min_depth expected an int up to max_depth=2, got 3. Raise max_depth, or omit min_depth.",
-    ),
     "depth dtype": (
         lambda: loop()(X, max_depth=torch.ones(2, 1)),
         "max_depth expected integers, got a tensor of torch.float32. Round it to the depths you mean.",

@@ -438,7 +438,7 @@ def test_a_saved_folder_says_what_it_needs_and_loads_by_itself(tmp_path: Path) -
     model.register_for_auto_class()
     model.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "import adadepth.hf" in card and "pip install 'adadepth[hf]'" in card and "layers 1 to 2 run" in card
+    assert "import adadepth.hf" in card and "pip install 'adadepth[hf] @ git+" in card and "layers 1 to 2 run" in card
     assert "PerIterationMLPGate, " in card
     command = [sys.executable, "-c", LOAD, str(tmp_path / "saved"), str(tmp_path / "out.pt")]
     env = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}

@@ -118,7 +118,7 @@ def test_a_layer_is_a_few_graphs_whatever_the_lengths(skip: bool, grad: bool) ->
         pytest.param(lambda: Layer(window=2), marks=pytest.mark.every),
         pytest.param(lambda: Layer(sinks=True, softcap=2.0), marks=pytest.mark.every),
         pytest.param(lambda: Layer(dropout_p=0.5), marks=pytest.mark.every),
-        lambda: Layer(times=3),
+        pytest.param(lambda: Layer(times=3), marks=pytest.mark.every),
     ],
 )
 def test_however_a_layer_attends(make: Callable[[], nn.Module]) -> None:

@@ -32,10 +32,6 @@ class Bounds(NamedTuple):
         """Check both depths against the loop's `steps` and the rows' `(batch, seq)`, and move them to the rows."""
         least = _checked("min_depth", min_depth, steps, shape, device)
         most = _checked("max_depth", max_depth, steps, shape, device)
-        if isinstance(least, int) and isinstance(most, int) and least > most:
-            raise ValueError(
-                f"min_depth expected an int up to max_depth={most}, got {least}. Raise max_depth, or omit min_depth."
-            )
         return cls(
             steps=most if isinstance(most, int) else steps,
             least=least if isinstance(least, int) else 1,
