@@ -10,6 +10,7 @@ import torch
 from narrow import the
 
 import adadepth as ad
+from examples.figures import spread
 from examples.puzzles import __main__ as command
 from examples.puzzles import report, study, task
 from examples.puzzles import train as training
@@ -122,8 +123,8 @@ def test_the_segments_that_fixed_numbers_need() -> None:
     assert [report.needed(share, points) for share in (0.4, 0.7)] == [1.0, 2.0]
     assert report.needed(0.8, points) == pytest.approx(3.0)
     assert math.isnan(report.needed(0.95, points))
-    assert report.spread([1.0]) == "+1.0"
-    assert report.spread([1.0, 3.0]) == "+2.0 ± 1.0"
+    assert spread([1.0], ".1f") == "+1.0"
+    assert spread([1.0, 3.0], ".1f") == "+2.0 ± 1.0"
 
 
 def judged(solved: float, segments: float) -> Judged:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from .._modes import evaluating
 from ..attention.context import Window, active
 from ..cache.kv_reuse import KVReuseCache
 from ..updates import Replace
@@ -75,6 +76,16 @@ def check(looped: Any, case: Case) -> bool:
     if (far := off(packed.hidden, dense.hidden, case.mask, dtype)) > EXACT[dtype]:
         raise ValueError(_sentence(looped, case, far, dtype))
     return True
+
+
+def check_some_mode(looped: Any, case: Case) -> None:
+    """Compare in the wrapper's own mode or, if that is random, in evaluation mode.
+
+    Raises: as `check`.
+    """
+    if not check(looped, case) and looped.training:
+        with evaluating(looped):
+            check(looped, case)
 
 
 def coarsest(looped: nn.Module, x: Tensor) -> torch.dtype:

@@ -7,10 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._modes import evaluating
 from ..attention.context import Window
 from ..attention.tokens import TokenSet, WholeTokens
-from .agreement import Case, check, untouched
+from .agreement import Case, check_some_mode, untouched
 from .blocks import each
 from .eager import in_eager
 from .whole_rows import check_whole_rows
@@ -44,9 +43,7 @@ def check_itself(looped: Any, x: Tensor, mask: Tensor | None, more: Mapping[str,
         return
     try:
         with in_eager(), untouched(looped, x.device):
-            if not check(looped, case) and looped.training:
-                with evaluating(looped):
-                    check(looped, case)
+            check_some_mode(looped, case)
             check_whole_rows(looped, case)
     except ValueError as error:
         error.add_note(

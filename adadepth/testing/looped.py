@@ -10,7 +10,7 @@ from torch import Tensor
 from .._modes import evaluating
 from .._types import HiddenRows, MaskRows
 from ..cache.kv_reuse import KVReuseCache
-from ..loop.agreement import EXACT, Case, altered, check, coarsest, off, untouched
+from ..loop.agreement import EXACT, Case, altered, check_some_mode, coarsest, off, untouched
 from ..loop.blocks import each
 from ..loop.selfcheck import mixed, shortened
 from ..loop.whole_rows import check_whole_rows
@@ -32,20 +32,13 @@ def check_looped(looped: RecurrentWrapper, x: HiddenRows, mask: MaskRows | None 
     more = {name: value for name, value in call.items() if name in ("start", "block_kwargs")}
     with untouched(looped, x.device):
         altered(looped, skip=False, self_check=False)(x, mask=mask, **call)  # an error here is not due to packing
-        _check(looped, Case(x, shortened(real), mixed(x, looped.steps), more))
+        check_some_mode(looped, Case(x, shortened(real), mixed(x, looped.steps), more))
         check_whole_rows(looped, Case(x, real, mixed(x, looped.steps), more))
         depth = altered(looped, skip=True, self_check=False)(x, mask=mask, **call).trace.depth
-        _check(looped, Case(x, real, depth, more))
+        check_some_mode(looped, Case(x, real, depth, more))
         if looped.causal:
             with evaluating(looped):
                 _check_cache(looped, Case(x, real, mixed(x, looped.steps), more))
-
-
-def _check(looped: RecurrentWrapper, case: Case) -> None:
-    """Compare in the wrapper's own mode or, if that is random, in evaluation mode."""
-    if not check(looped, case) and looped.training:
-        with evaluating(looped):
-            check(looped, case)
 
 
 def _check_cache(looped: RecurrentWrapper, case: Case) -> None:

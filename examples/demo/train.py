@@ -11,6 +11,7 @@ from torch import Tensor
 
 import adadepth as ad
 
+from ..figures import cosine
 from .exits import Policy, Probed
 from .model import AdaptiveLM, Shape
 from .text import random_windows
@@ -137,7 +138,4 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 def schedule(step: int, steps: int) -> float:
     """The share of the learning rate: a linear warm-up over a twentieth of the steps, then a cosine to a tenth."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / (steps - warm))
+    return cosine(step, steps, max(1, steps // 20))

@@ -5,7 +5,6 @@ with the cross-entropy of the state at which each token exits, and what the poli
 without exits goes through the same stages, with the same batches and learning rates.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol, Self
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import adadepth as ad
 
+from ..figures import cosine
 from .model import Interpreter, Prediction
 from .policies import Guided, Policy
 from .task import Sample, Task
@@ -161,7 +161,4 @@ def cross_entropy(out: Prediction, values: Tensor) -> Tensor:
 
 def schedule(step: int, steps: int) -> float:
     """The share of the learning rate: a linear warm-up, then a cosine to a tenth."""
-    warm = min(WARM, max(1, steps // 10))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / (steps - warm))
+    return cosine(step, steps, min(WARM, max(1, steps // 10)))

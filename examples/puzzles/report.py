@@ -3,8 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from statistics import mean, stdev
+from statistics import mean
 
+from ..figures import spread
 from .study import FIXED, Judged, Result
 
 COLUMNS: dict[str, Callable[[Judged], float]] = {
@@ -12,6 +13,7 @@ COLUMNS: dict[str, Callable[[Judged], float]] = {
     "segments": lambda judged: judged.segments,
     "ms a puzzle": lambda judged: judged.milliseconds,
 }
+FORM = ".1f"
 HALTING = "halting"
 TRAINED = "fixed at {}, trained so"
 HELD = "halting, held at {}"
@@ -49,7 +51,9 @@ class Size:
             pairs = list(zip(halting, self.rows[TRAINED.format(fixed)], strict=True))
             solved = [100 * (ours.solved - theirs.solved) for ours, theirs in pairs]
             more = [100 * (ours.segments / theirs.segments - 1) for ours, theirs in pairs]
-            lines.append(f"against {fixed}, trained so: solved {spread(solved)} points, segments {spread(more)} %")
+            lines.append(
+                f"against {fixed}, trained so: solved {spread(solved, FORM)} points, segments {spread(more, FORM)} %"
+            )
         lines.append(f"at an equal share solved, against fixed, trained so: {self.equally(TRAINED)}")
         lines.append(f"at an equal share solved, against the same weights held: {self.equally(HELD)}")
         return "\n".join(lines)
@@ -58,7 +62,7 @@ class Size:
         """How many segments halting takes more than fixed numbers need for the same share of solved puzzles."""
         more = [self.more(seed, fixed) for seed in range(len(self.seeds))]
         reached = [percent for percent in more if not math.isnan(percent)]
-        said = [f"segments {spread(reached)} %"] if reached else []
+        said = [f"segments {spread(reached, FORM)} %"] if reached else []
         if beyond := len(more) - len(reached):
             said.append(f"in {beyond} of {len(more)} seeds no fixed number solves as many")
         return "; ".join(said)
@@ -77,10 +81,3 @@ def needed(solved: float, points: Sequence[tuple[float, float]]) -> float:
         if high >= solved:
             return near + (far - near) * (solved - low) / (high - low)
     return math.nan
-
-
-def spread(values: Sequence[float]) -> str:
-    """The mean, and the standard error if there are several."""
-    if len(values) == 1:
-        return f"{values[0]:+.1f}"
-    return f"{mean(values):+.1f} ± {stdev(values) / math.sqrt(len(values)):.1f}"

@@ -1,14 +1,14 @@
 """What a reader sees: one table, differences from the model without a loop, and a passage coloured by depth."""
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 
 from adadepth import viz
 
+from ..figures import spread
 from .model import GATES, PLAIN
 from .study import Row
 
@@ -37,7 +37,7 @@ def _line(name: str, seeds: Seeds, times: Times) -> list[str]:
     return [
         name,
         f"{mean(row.loss for row in rows):.4f}",
-        "" if name == PLAIN.name else spread(differences),
+        "" if name == PLAIN.name else spread(differences, ".4f"),
         f"{mean(row.depth for row in rows):.2f}",
         f"{mean(row.flops for row in rows):.2f}",
         *(f"{timed[what]:.1f}" if what in timed else "" for what in ("prefill", "decode")),
@@ -45,13 +45,6 @@ def _line(name: str, seeds: Seeds, times: Times) -> list[str]:
 
 
 USED = {f"{GATES.name}, exits, mean 2": GATES.name}  # the row whose model is timed
-
-
-def spread(values: Sequence[float]) -> str:
-    """The mean, and its standard error if there are several."""
-    if len(values) == 1:
-        return f"{values[0]:+.4f}"
-    return f"{mean(values):+.4f} ± {stdev(values) / math.sqrt(len(values)):.4f}"
 
 
 def page(source: str, seeds: Seeds, times: Times, shown: tuple[list[str], list[int]], note: str) -> str:

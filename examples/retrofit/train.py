@@ -11,6 +11,7 @@ from torch import Tensor
 import adadepth as ad
 from adadepth.hf import calibrate, flops
 
+from ..figures import cosine
 from .model import Arm, learned
 
 RATES = {"lora": 5e-4, "gate": 3e-3, "update": 3e-2}  # by what a parameter belongs to
@@ -47,7 +48,7 @@ def train(model: Any, arm: Arm, windows: Tensor, fitted: Tensor, plan: Plan, see
         rows = windows[torch.randint(len(windows), (plan.batch,), generator=order)]
         total, loss = objective(model, rows)
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
-            group["lr"] = rate * schedule(step, plan.steps)
+            group["lr"] = rate * cosine(step, plan.steps, max(1, plan.steps // 10))
         optimiser.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(learned(model).values(), 1.0)
@@ -98,11 +99,3 @@ def nats(logits: Tensor, ids: Tensor) -> Tensor:
 def rule_for(model: Any, fitted: Tensor, batch: int, depth: float = 2.0) -> ad.Rule:
     """The rule by which tokens exit after `depth` iterations, on average."""
     return calibrate(model, fitted.split(batch), flops.relative(model, depth)).rule
-
-
-def schedule(step: int, steps: int) -> float:
-    """The share of the learning rate: a linear warm-up over a tenth, then a cosine to a tenth."""
-    warm = max(1, steps // 10)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / (steps - warm))
