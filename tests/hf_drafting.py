@@ -55,7 +55,7 @@ def drafting(model: Any, share: float = 0.0, to: int | None = None) -> Iterator[
     def spoiled(request: Request, tokens: Tokens, logits: Tensor, likeliest: int) -> Choice:
         choice = choose(request, tokens, logits, likeliest)
         # Without a coda, what is read of a token that has left is kept: it is no guess.
-        guess = not tokens.left or (model.coda is not None and tokens is not request.chain[0])
+        guess = not tokens.exited or (model.coda is not None and tokens is not request.chain[0])
         if not guess or chance.random() >= share:
             return choice
         guesses.spoiled += 1

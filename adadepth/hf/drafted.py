@@ -47,7 +47,7 @@ def drafted(
             sample=bool(config.do_sample),
             noise=noise,
             number=i,
-            before=row[~mask[i]].tolist(),
+            padding=row[~mask[i]].tolist(),
             **{name: row_of(value, i) for name, value in own.items()},
         )
         for i, row in enumerate(input_ids)
@@ -58,7 +58,7 @@ def drafted(
     texts = [torch.tensor(request.columns, device=input_ids.device) for request in requests]
     longest = max(map(len, texts))
     if cache.goes_on:  # then a row that ends early runs its last token
-        engine.run_through([one for one, text in zip(requests, texts, strict=True) if len(text) < longest])
+        engine.run_last_tokens([one for one, text in zip(requests, texts, strict=True) if len(text) < longest])
     cache.take(held, _real(requests, input_ids.device)[:, : longest - 1])
     sequences = pad_sequence(texts, batch_first=True, padding_value=_padding(texts, stopping_criteria, config))
     if not config.return_dict_in_generate:
@@ -89,7 +89,7 @@ def _run(engine: Engine, requests: list[Request], criteria: StoppingCriteriaList
 
 def _real(requests: list[Request], device: torch.device) -> Tensor:
     """Which columns of their texts hold real tokens, `(batch, longest)` bool."""
-    rows = [torch.arange(len(one.columns), device=device) >= len(one.before) for one in requests]
+    rows = [torch.arange(len(one.columns), device=device) >= len(one.padding) for one in requests]
     return pad_sequence(rows, batch_first=True)
 
 

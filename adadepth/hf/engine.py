@@ -1,4 +1,4 @@
-"""Many requests at once: their tokens share calls of the block, each at its own iteration."""
+"""The `Engine`: runs many requests at once. Their tokens share calls of the block, each at its own iteration."""
 
 from collections import deque
 from time import perf_counter
@@ -11,16 +11,16 @@ from ..serving import DepthBatch
 from .cache import AdaptiveCache
 from .counts import Counts
 from .drafts import Drafts
-from .flight import Flight, Lost, without
+from .flight import FailedTokens, Flight, without
 from .inputs import learned_positions
 from .outside import Outside
 from .requests import Request, Tokens, check_rule
 
-_PROMPTS = 512  # tokens of prompts that may be in flight when another prompt begins
+_PROMPTS = 512  # no further prompt begins while this many prompt tokens are in the loop
 
 
 class Chosen(NamedTuple):
-    """The next token of a request; `go_on` or `end` is to follow before the next step."""
+    """The next token of a request. The caller must call `go_on`, `stop` or `end` before the next step."""
 
     request: Request
     token: int
@@ -28,7 +28,7 @@ class Chosen(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A request that cannot go on, and why; it has ended."""
+    """A request that failed, and the error. The engine has already ended it."""
 
     request: Request
     error: Exception
@@ -39,23 +39,24 @@ Event = Chosen | Refused
 
 @final
 class Engine:
-    """Runs the requests that are added to it, action by action.
+    """Runs requests step by step. Each `step` runs either the block or the head once.
 
-    Each gets the tokens, and each token the depth, that `generate` would give it alone. Layers before and after the
-    loop run once for each token: before it begins, and, in the order of the row, when it has left. A token may begin as
-    a guess, while the one before it runs: it goes on if that is chosen in the end, and is dropped if not.
+    A request gets the same tokens, at the same depths, as from `generate` alone. The layers before the loop run once
+    for each token, before it enters the loop. The layers after the loop run once for each token after it has exited, in
+    the order of the row. While a token still runs, the next token may start as a guess. The guess is kept if the head
+    then chooses that token, and dropped otherwise.
 
     Arguments:
         model: an adapted model in evaluation mode.
-        rows: how many requests are in progress; others wait.
-        width: how many tokens a call of the block runs at most, those of prompts aside. Prompts begin as soon as a row
-            is free and fewer than 512 tokens of other prompts are in flight.
-        cache: a new one; its capacity is the most tokens of a request, prompt and answer. `rows * capacity` are
-            allocated at once.
-        drafts: how the next token is guessed, where a call has room for it; None: no token is.
+        rows: the number of requests in progress; further requests wait.
+        width: the most tokens that a call of the block runs, not counting those of prompts. A prompt starts as soon as
+            a row is free and fewer than 512 tokens of other prompts are in the loop.
+        cache: a new cache. Its capacity is the most tokens of a request, prompt and answer together. Memory for
+            `rows * capacity` tokens is allocated at once.
+        drafts: how the next token is guessed if a call has room for it; None: tokens are not guessed.
 
-    Raises: `ValueError` for sizes below 1, a cache that holds something or has no capacity, or a rule that is only for
-        some rows.
+    Raises: `ValueError` for sizes below 1, a cache that is not empty or has no capacity, or a rule that does not
+        accept any row.
     """
 
     def __init__(self, model: Any, rows: int, width: int, cache: AdaptiveCache, drafts: Drafts | None = None) -> None:
@@ -70,17 +71,17 @@ class Engine:
         self._free = [*reversed(range(rows))]
         self._owners: dict[int, Request] = {}
         self._waiting = deque[Request]()
-        self._left = deque[Tokens]()  # have left the loop, before coda and head
-        self._guessing: list[Tokens] = []  # what stands behind them may be guessed now
+        self._exited = deque[Tokens]()  # exited the loop; coda and head have not run
+        self._guessing: list[Tokens] = []  # their next token may be guessed now
 
     @property
     def in_progress(self) -> int:
-        """How many requests have a row."""
+        """The number of requests that have a row."""
         return len(self._owners)
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a row."""
+        """The number of requests that wait for a row."""
         return len(self._waiting)
 
     @property
@@ -90,15 +91,15 @@ class Engine:
         return sum(part.cache.nbytes for part in parts if part is not None)
 
     def check(self, request: Request) -> None:
-        """That a request may be added.
+        """Check that a request can be added.
 
-        Raises: `ValueError` if it does not fit into a row, and what its depths raise.
+        Raises: `ValueError` if it does not fit into a row, and whatever a function that gives its depths raises.
         """
         self._flight.check_fits(request.longest)
         request.bounds(self.loop.looped.steps, Tokens(request, 0, request.ids), self.outside.device)
 
     def add(self, request: Request) -> None:
-        """Serve a request as soon as a row is free.
+        """Add a request. It starts as soon as a row is free.
 
         Raises: `ValueError` if it does not fit into a row.
         """
@@ -106,14 +107,14 @@ class Engine:
         self._waiting.append(request)
 
     def go_on(self, request: Request) -> None:
-        """A request whose token was chosen is to get another."""
+        """Continue a request whose token was chosen with another token."""
         if request.chain:
-            self._certain(request.chain[0])
+            self._queue_exited(request.chain[0])
         else:
-            self._flight.next(request, request.ids[-1:])
+            self._flight.add(request, request.ids[-1:])
 
     def end(self, request: Request) -> None:
-        """Forget a request, wherever it is; its row is free."""
+        """End a request, waiting or in progress, and free its row."""
         self.stop(request)
         if self._owners.pop(request.row, None) is not None:
             self.outside.release(request.row)
@@ -121,112 +122,112 @@ class Engine:
             self._free.append(request.row)
 
     def stop(self, request: Request) -> None:
-        """A request gets no more tokens; its row keeps what it holds."""
+        """Stop a request: it gets no more tokens, but its row and cache entries are kept."""
         if request.row < 0:
             self._waiting.remove(request)
-        self._cut(request, 0)
+        self._drop_from(request, 0)
         request.noise.end(request.number)
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Begin as many tokens as there is room for; then run the head, if more could begin, or else the block."""
-        self._admit()
-        refused = self._lost(self._flight.begin())
-        read = (self._left or self._guessing) and self._flight.room > 0
-        return [*refused, *(self._read() if read else self._call())]
+        """Start as many tokens as there is room for. Then run the head if room is left, otherwise the block."""
+        self._begin_prompts()
+        refused = self._handle_failed(self._flight.begin())
+        use_head = (self._exited or self._guessing) and self._flight.room > 0
+        return [*refused, *(self._run_head() if use_head else self._run_block())]
 
     @torch.no_grad()
-    def run_through(self, requests: list[Request]) -> None:
-        """Run the last tokens of requests that are stopped, for whoever goes on from their rows.
+    def run_last_tokens(self, requests: list[Request]) -> None:
+        """Run the last tokens of stopped requests, so that a later call can continue from their rows.
 
-        Raises: what ends one of them.
+        Raises: the error of the first that fails.
         """
         for request in requests:
             request.longest = len(request.ids)
-            self._flight.next(request, request.ids[-1:])
-        while not all(tokens.left for request in requests for tokens in request.chain):
-            for one in (*self._lost(self._flight.begin()), *self._call()):
-                raise one.error
-        if self._left:
-            self.outside.logits([*self._left], [])  # also what stands behind the loop goes on from there
-            self._left.clear()
+            self._flight.add(request, request.ids[-1:])
+        while not all(tokens.exited for request in requests for tokens in request.chain):
+            for refused in (*self._handle_failed(self._flight.begin()), *self._run_block()):
+                raise refused.error
+        if self._exited:
+            self.outside.logits([*self._exited], [])  # fills the coda's cache
+            self._exited.clear()
 
-    def _admit(self) -> None:
-        """Prompts for which there is a row."""
-        tokens = self._flight.of_prompts
-        while tokens < _PROMPTS and self._waiting and self._free:
+    def _begin_prompts(self) -> None:
+        """Start waiting prompts while rows are free and the limit of prompt tokens allows it."""
+        count = self._flight.prompt_tokens
+        while count < _PROMPTS and self._waiting and self._free:
             request = self._waiting.popleft()
             request.row = self._free.pop()
             self._owners[request.row] = request
-            self._flight.next(request, [*request.ids])
-            tokens += len(request.ids)
+            self._flight.add(request, [*request.ids])
+            count += len(request.ids)
 
-    def _call(self) -> list[Refused]:
-        """Run the block once on all tokens in flight."""
+    def _run_block(self) -> list[Refused]:
+        """Run the block once on all active tokens."""
         self._guessing = []
-        began, singles = perf_counter(), self._flight.singles
+        began, single_tokens = perf_counter(), self._flight.single_tokens
         self.counts.called(self.loop.width - self.loop.room)
-        ran, lost = self._flight.call()
-        refused = self._lost(lost)
+        ran, failed = self._flight.call()
+        refused = self._handle_failed(failed)
         for tokens in ran:
             if tokens is tokens.request.chain[0]:
-                self._certain(tokens)
+                self._queue_exited(tokens)
             self._may_guess(tokens)
-        if self.drafts is not None and singles:
-            self.drafts.calls.see(singles, perf_counter() - began)
+        if self.drafts is not None and single_tokens:
+            self.drafts.calls.see(single_tokens, perf_counter() - began)
         return refused
 
-    def _certain(self, tokens: Tokens) -> None:
-        """Tokens that are no guess, or no longer: once they have left, the head may say what comes behind them."""
-        if tokens.left:
+    def _queue_exited(self, tokens: Tokens) -> None:
+        """Queue tokens for the head if they have exited. They must not be a guess, or their guess must be confirmed."""
+        if tokens.exited:
             tokens.request.depth += tokens.depth
             self.counts.exited(tokens.depth)
-            self._left.append(tokens)
+            self._exited.append(tokens)
 
-    def _lost(self, lost: list[Lost]) -> list[Refused]:
-        """Tokens that cannot go on: nor can their request, if they are no guess."""
+    def _handle_failed(self, failed: list[FailedTokens]) -> list[Refused]:
+        """Drop tokens that failed. Their request fails too, unless they were only a guess."""
         refused = list[Refused]()
-        for tokens, error in lost:
+        for tokens, error in failed:
             chain = tokens.request.chain
             if tokens is chain[0]:
-                refused.append(self._refuse(tokens.request, error))
+                refused.append(self._fail(tokens.request, error))
             else:
-                self._cut(tokens.request, chain.index(tokens))
+                self._drop_from(tokens.request, chain.index(tokens))
         return refused
 
-    def _read(self) -> list[Event]:
-        """Choose the next token of some requests, and guess that of others."""
-        some, guesses = self._choosable(), self._guessable()
-        certain = [tokens for tokens in some if not tokens.read]
-        logits, likeliest = self._logits(certain, guesses)
+    def _run_head(self) -> list[Event]:
+        """Run the head: choose the next token of some requests, and guess the next token of others."""
+        exited, guesses = self._take_exited(), self._take_guessable()
+        certain = [tokens for tokens in exited if not tokens.final]
+        logits, likeliest = self._run_head_on(certain, guesses)
         each = {id(tokens): pair for tokens, *pair in zip([*certain, *guesses], logits, likeliest, strict=True)}
-        events = [self._choose(tokens, *each.get(id(tokens), (None, -1))) for tokens in some]
+        events = [self._choose(tokens, *each.get(id(tokens), (None, -1))) for tokens in exited]
         for tokens in guesses:
             if tokens in tokens.request.chain:
                 self._guess(tokens, *each[id(tokens)])
         return events
 
-    def _choosable(self) -> list[Tokens]:
-        """Those whose next token is chosen now."""
-        tokens, some = 0, list[Tokens]()
-        while self._left and len(some) < self.loop.width and tokens < _PROMPTS:
-            some.append(self._left.popleft())
-            tokens += len(some[-1].ids)
-        return some
+    def _take_exited(self) -> list[Tokens]:
+        """Take from the queue the tokens whose next token is chosen now."""
+        count, taken = 0, list[Tokens]()
+        while self._exited and len(taken) < self.loop.width and count < _PROMPTS:
+            taken.append(self._exited.popleft())
+            count += len(taken[-1].ids)
+        return taken
 
-    def _guessable(self) -> list[Tokens]:
-        """Those whose next token is guessed now: where it pays, and where there is room beside what waits."""
+    def _take_guessable(self) -> list[Tokens]:
+        """Take the tokens whose next token is guessed now: if guesses save time and the next call has room for them."""
         waiting, self._guessing = self._guessing, []
         if self.drafts is None or not waiting:
             return []
-        room = max(0, self._flight.room - self._flight.waiting - len(self._left))
+        room = max(0, self._flight.room - self._flight.waiting - len(self._exited))
         new = [tokens for tokens in waiting if tokens is tokens.request.chain[-1]][:room]
         revised = [tokens for tokens in waiting if tokens is not tokens.request.chain[-1]]
         rows = max(1, self._flight.rows)
         return [tokens for tokens in (*new, *revised) if self.drafts.pays(rows)]
 
-    def _logits(self, certain: list[Tokens], guesses: list[Tokens]) -> tuple[Tensor | list[Tensor], list[int]]:
-        """Logits behind tokens, `(1, vocabulary)` of each, and the likeliest; -1 where one is NaN."""
+    def _run_head_on(self, certain: list[Tokens], guesses: list[Tokens]) -> tuple[Tensor | list[Tensor], list[int]]:
+        """Logits of the next token after each, `(1, vocabulary)`, and its likeliest id; -1 for logits with NaN."""
         if not (certain or guesses):
             return [], []
         began = perf_counter()
@@ -237,58 +238,59 @@ class Engine:
         return logits.unsqueeze(1), likeliest
 
     def _choose(self, tokens: Tokens, logits: Tensor | None, likeliest: int) -> Event:
-        """The next token of a request; what was guessed goes on if it was that."""
+        """Choose the next token of a request. A guess of it is kept if it was right, and dropped otherwise."""
         request = tokens.request
         try:
             choice = tokens.next if logits is None else request.choose(tokens, logits, likeliest)
         except Exception as error:
-            return self._refuse(request, error)
-        assert choice is not None, "it was read"
-        request.chosen(tokens, choice.token)
+            return self._fail(request, error)
+        assert choice is not None, "the head has run for it"
+        request.append(tokens, choice.token)
         self.counts.tokens += 1
         if request.chain and self.drafts is not None:
             first = request.chain[0]
             right, ran = first.ids == [choice.token], sum(sum(one.depth) for one in request.chain)
-            saved, lost = (sum(first.depth), 0) if right else (0, ran)
-            self.drafts.resolved(right, saved, tokens.lost + lost, tokens.reads)
+            saved, wasted = (sum(first.depth), 0) if right else (0, ran)
+            self.drafts.resolved(right, saved, tokens.wasted + wasted, tokens.head_calls)
             if not right:
-                self._cut(request, 0)
+                self._drop_from(request, 0)
         return Chosen(request, *choice)
 
     def _may_guess(self, tokens: Tokens) -> None:
-        """Tokens that have run: whether what stands behind them may be guessed."""
+        """Note tokens that have run if their next token may be guessed now."""
         chain, drafts = tokens.request.chain, self.drafts
-        if drafts is None or tokens.end >= tokens.request.longest or (tokens.left and tokens is chain[0]):
+        if drafts is None or tokens.end >= tokens.request.longest or (tokens.exited and tokens is chain[0]):
             return
-        if (tokens.left or tokens.depth[-1] >= drafts.depth) and (tokens is chain[-1] or drafts.revise):
+        if (tokens.exited or tokens.depth[-1] >= drafts.depth) and (tokens is chain[-1] or drafts.revise):
             self._guessing.append(tokens)
 
     def _guess(self, tokens: Tokens, logits: Tensor, likeliest: int) -> None:
-        """Let a token begin behind these; in place of another, where the guess has changed."""
+        """Guess the next token after these, and start it. It replaces an earlier guess that was different."""
         request, place = tokens.request, tokens.request.chain.index(tokens) + 1
         try:
             tokens.next = request.choose(tokens, logits, likeliest)
-        except Exception:  # where it is no guess any more, it will be raised
+        except Exception:  # raised again when the token is chosen
             return
-        tokens.read = tokens.left and self.outside.coda is None
-        tokens.reads += not tokens.read
-        begun = request.chain[place:]
-        if begun and begun[0].ids != [tokens.next.token]:
-            tokens.lost += sum(sum(one.depth) for one in begun)
-            self._cut(request, place)
+        tokens.final = tokens.exited and self.outside.coda is None
+        tokens.head_calls += not tokens.final
+        earlier = request.chain[place:]
+        if earlier and earlier[0].ids != [tokens.next.token]:
+            tokens.wasted += sum(sum(one.depth) for one in earlier)
+            self._drop_from(request, place)
         if place == len(request.chain):
-            self._flight.next(request, [tokens.next.token])
+            self._flight.add(request, [tokens.next.token])
 
-    def _cut(self, request: Request, place: int) -> None:
-        """Drop the tokens of a request's chain from a place on."""
-        gone = request.chain[place:]
-        if gone:
+    def _drop_from(self, request: Request, place: int) -> None:
+        """Drop the tokens of a request's chain from index `place` on."""
+        dropped = request.chain[place:]
+        if dropped:
             del request.chain[place:]
-            self._flight.drop(request.row, gone)
-            self._guessing = without(self._guessing, gone)
-            self._left = deque(without(self._left, gone))
+            self._flight.drop(request.row, dropped)
+            self._guessing = without(self._guessing, dropped)
+            self._exited = deque(without(self._exited, dropped))
 
-    def _refuse(self, request: Request, error: Exception) -> Refused:
+    def _fail(self, request: Request, error: Exception) -> Refused:
+        """End a request with an error."""
         self.end(request)
         self.counts.failed += 1
         return Refused(request, error)

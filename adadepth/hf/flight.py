@@ -1,4 +1,4 @@
-"""Tokens of requests on their way: what comes before the loop, their turn, and the loop."""
+"""`Flight`: runs tokens of requests through the layers before the loop, and through the loop."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -14,8 +14,8 @@ from .outside import Outside, in_rows
 from .requests import Depths, Request, Tokens
 
 
-class Lost(NamedTuple):
-    """Tokens that cannot go on, and why."""
+class FailedTokens(NamedTuple):
+    """Tokens that failed, and the error."""
 
     tokens: Tokens
     error: Exception
@@ -23,9 +23,10 @@ class Lost(NamedTuple):
 
 @final
 class Flight:
-    """Brings tokens through the layers before the loop, and, as calls have room for them, through it.
+    """The tokens that are in flight: new, ready for the loop, or active in it.
 
-    Those of prompts begin at once, and are not counted. A row holds at most `capacity`.
+    New tokens first run through the layers before the loop. They enter the loop when the next call has room. Tokens of
+    prompts enter at once and are not counted. A row holds at most `capacity` tokens.
     """
 
     def __init__(self, loop: DepthBatch, outside: Outside, capacity: int) -> None:
@@ -36,31 +37,31 @@ class Flight:
 
     @property
     def room(self) -> int:
-        """How many single tokens more a call is to run."""
+        """How many more single tokens fit into the next call."""
         return self.loop.width - sum(len(tokens.ids) == 1 for tokens in self._running.values())
 
     @property
     def waiting(self) -> int:
-        """How many tokens have not begun."""
+        """How many entries have not entered the loop; a prompt is one entry."""
         return len(self._new) + len(self._ready)
 
     @property
-    def of_prompts(self) -> int:
-        """How many tokens of prompts run."""
+    def prompt_tokens(self) -> int:
+        """How many tokens of prompts are active."""
         return sum(len(tokens.ids) for tokens in self._running.values() if len(tokens.ids) > 1)
 
     @property
-    def singles(self) -> int:
-        """How many tokens the next call runs; 0 if those of prompts are among them."""
-        return 0 if self.of_prompts else len(self._running)
+    def single_tokens(self) -> int:
+        """How many tokens the next call runs; 0 if tokens of prompts are among them."""
+        return 0 if self.prompt_tokens else len(self._running)
 
     @property
     def rows(self) -> int:
-        """How many rows the tokens that run are of."""
+        """How many rows have active tokens."""
         return len({row for row, _ in self._running})
 
     def check_fits(self, tokens: int) -> None:
-        """That a row may hold so many.
+        """Check that a row can hold this many tokens.
 
         Raises: `ValueError`.
         """
@@ -71,19 +72,19 @@ class Flight:
                 "fewer new tokens."
             )
 
-    def next(self, request: Request, ids: list[int]) -> None:
-        """The next tokens of a request are these; from now on they are in its chain."""
+    def add(self, request: Request, ids: list[int]) -> None:
+        """Add the next tokens of a request, also to its chain."""
         position = request.chain[-1].end if request.chain else self.loop.length(request.row)
         tokens = Tokens(request, position, ids)
         request.chain.append(tokens)
         self._new.append(tokens)
 
-    def begin(self) -> list[Lost]:
-        """What comes before the loop, for all new tokens in one call; then they begin, as long as there is room.
+    def begin(self) -> list[FailedTokens]:
+        """Run the layers before the loop on all new tokens in one call. Then enter the loop as far as there is room.
 
-        Returns: those whose depths cannot be had, or for which a row is too short.
+        Returns: the tokens that failed, because their row is full or their depths raised an error.
         """
-        lost, bounded = list[Lost](), list[Tokens]()
+        failed, bounded = list[FailedTokens](), list[Tokens]()
         new, self._new = self._new, []
         for tokens in new:
             try:
@@ -91,45 +92,45 @@ class Flight:
                 tokens.bounds = tokens.request.bounds(self.loop.looped.steps, tokens, self.outside.device)
                 bounded.append(tokens)
             except Exception as error:
-                lost.append(Lost(tokens, error))
+                failed.append(FailedTokens(tokens, error))
         for tokens, state in zip(bounded, self.outside.before(bounded) if bounded else [], strict=True):
             tokens.state = state
             self._ready.append(tokens)
-        some = self._next_ready()
+        some = self._take_ready()
         some.sort(key=lambda tokens: (id(tokens.request.rule), tokens.request.row))
         for _, group in groupby(some, key=lambda tokens: id(tokens.request.rule)):
             self._begin([*group])
-        return lost
+        return failed
 
-    def call(self) -> tuple[list[Tokens], list[Lost]]:
-        """Run the block once on all that have begun.
+    def call(self) -> tuple[list[Tokens], list[FailedTokens]]:
+        """Run the block once on all active tokens.
 
-        Returns: those that ran, with what they are now; and those that cannot go on, in the order of positions.
+        Returns: the tokens that ran, with their new state and depth; and those that failed, by position.
         """
-        ran, lost = list[Tokens](), list[Lost]()
+        ran, failed = list[Tokens](), list[FailedTokens]()
         for one in self.loop.call():
             tokens = self._running[one.row, one.position]
             if isinstance(one, Failed):
-                lost.append(Lost(tokens, one.error))
+                failed.append(FailedTokens(tokens, one.error))
                 continue
-            tokens.left, tokens.depth = one.left, one.depth.tolist()
-            # Without layers behind the loop, only the newest token of a prompt is of use.
+            tokens.exited, tokens.depth = one.left, one.depth.tolist()
+            # Without layers after the loop, only the last token of a prompt is needed.
             tokens.state = one.hidden if self.outside.coda is not None else one.hidden[-1:]
             if one.left:
                 del self._running[one.row, one.position]
             ran.append(tokens)
-        return ran, lost
+        return ran, failed
 
-    def drop(self, row: int, gone: list[Tokens]) -> None:
-        """The last tokens of a row go no further, wherever they are."""
-        self.outside.drop(row, gone[0].position)
-        self.loop.drop(row, gone[0].position)
-        for tokens in gone:
+    def drop(self, row: int, dropped: list[Tokens]) -> None:
+        """Drop the last tokens of a row, new, ready or active."""
+        self.outside.drop(row, dropped[0].position)
+        self.loop.drop(row, dropped[0].position)
+        for tokens in dropped:
             self._running.pop((row, tokens.position), None)
-        self._new, self._ready = without(self._new, gone), deque(without(self._ready, gone))
+        self._new, self._ready = without(self._new, dropped), deque(without(self._ready, dropped))
 
-    def _next_ready(self) -> list[Tokens]:
-        """All prompts, and as many single tokens as there is room for."""
+    def _take_ready(self) -> list[Tokens]:
+        """Take all prompts that are ready, and as many single tokens as there is room for."""
         room, some, rest = self.room, list[Tokens](), deque[Tokens]()
         for tokens in self._ready:
             single = len(tokens.ids) == 1
@@ -139,7 +140,7 @@ class Flight:
         return some
 
     def _begin(self, some: list[Tokens]) -> None:
-        """Begin tokens under one rule."""
+        """Let tokens with the same rule enter the loop."""
         states = [tokens.state for tokens in some if tokens.state is not None]
         x, mask = in_rows(states)
         least, most = self._depths(states, [tokens.bounds for tokens in some])
@@ -148,7 +149,7 @@ class Flight:
         self._running |= {(tokens.request.row, tokens.position): tokens for tokens in some}
 
     def _depths(self, states: list[Tensor], bounds: list[Depths]) -> tuple[Tensor | None, ...]:
-        """The bounds of tokens that begin together, in rows; None where none has any."""
+        """The bounds of tokens that enter together, as padded rows; None if no token has bounds."""
         if not any(bounds):
             return None, None
         steps = self.loop.looped.steps
@@ -159,6 +160,6 @@ class Flight:
         return tuple(pad_sequence([pair[i] for pair in whole], True, 1) for i in range(2))
 
 
-def without(some: Iterable[Tokens], gone: list[Tokens]) -> list[Tokens]:
-    """Those of some that have not gone."""
-    return [tokens for tokens in some if tokens not in gone]
+def without(some: Iterable[Tokens], dropped: list[Tokens]) -> list[Tokens]:
+    """The tokens of `some` that are not in `dropped`."""
+    return [tokens for tokens in some if tokens not in dropped]

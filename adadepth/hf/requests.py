@@ -1,4 +1,4 @@
-"""A request: a text that is being made beside others, as `generate` would make it alone."""
+"""`Request`: a text that is generated together with others, with the same result as from `generate` alone."""
 
 import copy
 from dataclasses import dataclass, field
@@ -14,16 +14,16 @@ from ..rules import Rule
 from .depths import GivenDepth, of_columns
 from .noise import Noise
 
-# What a request may ask for beside the options of a GenerationConfig.
+# Options of a request that are not those of a GenerationConfig.
 OWN = ("min_depth", "max_depth", "rule", "seed")
-# Options that change a text, but not through a logits processor.
-_REFUSED = ("stop_strings", "max_time", "token_healing")
+# Options that change a text without a logits processor, so the engine would ignore them.
+_UNSUPPORTED = ("stop_strings", "max_time", "token_healing")
 
 
 def configured(config: GenerationConfig, options: dict[str, Any]) -> tuple[GenerationConfig, dict[str, Any]]:
-    """A configuration with the options of a request, and those options that are adadepth's own.
+    """Return the configuration with the options of a request, and separately the options in `OWN`.
 
-    Raises: `ValueError` for options that are not known, or that serving cannot honour.
+    Raises: `ValueError` for options that are unknown or that serving does not support.
     """
     config = copy.deepcopy(config)
     unknown = config.update(**options)
@@ -34,7 +34,7 @@ def configured(config: GenerationConfig, options: dict[str, Any]) -> tuple[Gener
             f"{', '.join(OWN)}."
         )
     mode = str(config.get_generation_mode().value)
-    refused = [name for name in _REFUSED if getattr(config, name, None)]
+    refused = [name for name in _UNSUPPORTED if getattr(config, name, None)]
     if getattr(config, "guidance_scale", None) not in (None, 1):
         refused.append("guidance_scale")
     if mode not in ("greedy_search", "sample") or refused:
@@ -46,7 +46,7 @@ def configured(config: GenerationConfig, options: dict[str, Any]) -> tuple[Gener
 
 
 def check_rule(rule: Rule, device: torch.device) -> None:
-    """That a rule is one for any request.
+    """Check that a rule accepts the tokens of any request.
 
     Raises: `ValueError`.
     """
@@ -59,17 +59,19 @@ Depths = tuple[Tensor, Tensor] | None
 @final
 @dataclass(eq=False)
 class Tokens:
-    """Tokens of a request that begin together: those of its prompt, or a single one.
+    """Tokens of a request that enter the loop together: those of its prompt, or a single token.
 
     Attributes:
-        position: where the first stands in the row.
-        ids: theirs; of a single one perhaps a guess.
-        bounds: their least and most depths, `(n,)` each; None: any.
-        state: `(n, dim)`, what the loop is given, and later what it gave last.
-        depth: the iterations that each has run.
-        left: whether all have left the loop.
-        next: the token behind them, as the head last said; `read` when they had left, it is chosen.
-        reads, lost: how often the head was asked for a guess, and the iterations that were lost by guessing anew.
+        position: the position of the first token in the row.
+        ids: their ids; a single token may be a guess.
+        bounds: their least and greatest depths, `(n,)` each; None: no bounds.
+        state: `(n, dim)`: the input of the loop, and later its newest output.
+        depth: the number of iterations that each token has run.
+        exited: whether all of them have exited.
+        next: the next token after them, from the newest run of the head. It is a guess unless `final`.
+        final: whether the head ran after they had exited, so that `next` needs no further run of the head.
+        head_calls: how many further runs of the head their guesses took.
+        wasted: the iterations of earlier guesses that a later guess replaced.
     """
 
     request: "Request"
@@ -78,20 +80,20 @@ class Tokens:
     bounds: Depths = None
     state: Tensor | None = None
     depth: list[int] = field(default_factory=list)
-    left: bool = False
+    exited: bool = False
     next: "Choice | None" = None
-    read: bool = False
-    reads: int = 0
-    lost: int = 0
+    final: bool = False
+    head_calls: int = 0
+    wasted: int = 0
 
     @property
     def end(self) -> int:
-        """Where the token behind them stands."""
+        """The position of the next token after them."""
         return self.position + len(self.ids)
 
 
 class Choice(NamedTuple):
-    """A token, and the logarithm of its probability on request."""
+    """A token, and the logarithm of its probability if the request asks for it."""
 
     token: int
     logprob: float | None
@@ -100,17 +102,18 @@ class Choice(NamedTuple):
 @final
 @dataclass(eq=False)
 class Request:
-    """What is to be made, and how far it is.
+    """A request and its progress.
 
     Attributes:
-        ids: of the prompt and, behind it, of the answer so far.
-        longest: how many tokens its row holds at most; the last token of an answer is not run.
-        processors, sample, noise: how a token is chosen from logits; of the noise it takes `column` by column.
-        logprobs: whether to say how likely the tokens were.
-        before: ids of padding in front, for those that read ids in columns.
-        depth: iterations of each token that has run.
-        row: the row of the caches that is its own, -1 as long as it waits.
-        chain: its tokens that are not chosen through: the first are certain, those behind them are guesses.
+        ids: the ids of the prompt and of the answer so far.
+        longest: the most tokens that its row holds; the last token of an answer is not run.
+        processors, sample, noise: how a token is chosen from logits. Sampling uses `noise`, drawn for each column.
+        logprobs: whether to return the log probabilities of the tokens.
+        number: its row in `noise`.
+        padding: the ids of left padding, for processors and depth functions that read ids in columns.
+        depth: the depth of each token that has run.
+        row: its row in the caches; -1 while it waits.
+        chain: its tokens whose next token is not chosen yet. The first entry is certain, the others are guesses.
     """
 
     ids: list[int]
@@ -123,7 +126,7 @@ class Request:
     max_depth: GivenDepth = None
     rule: Rule | None = None
     number: int = 0
-    before: list[int] = field(default_factory=list)
+    padding: list[int] = field(default_factory=list)
     depth: list[int] = field(default_factory=list)
     row: int = -1
     chain: list[Tokens] = field(default_factory=list)
@@ -135,15 +138,15 @@ class Request:
     def of(
         cls, model: Any, config: GenerationConfig, ids: list[int], new: int | None, logprobs: bool, options: Any
     ) -> "Request":
-        """A request for at most `new` tokens behind a prompt.
+        """A request for at most `new` tokens after a prompt.
 
-        Raises: `ValueError` for a prompt or options that cannot be served.
+        Raises: `ValueError` for a prompt or options that serving does not support.
         """
         _check_prompt(ids, model.get_input_embeddings().weight.shape[0])
         config, own = configured(config, options)
         longest = len(ids) + max(new or 1, 1) - 1
         config.max_length = longest + 1
-        config.pad_token_id = 0  # no row is padded: keeps transformers from warning that none is known
+        config.pad_token_id = 0  # no row is padded; without it transformers would warn that no padding token is set
         model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=model.device)
         prompt = torch.tensor([ids], device=model.device)
         processors = model._get_logits_processor(
@@ -156,14 +159,14 @@ class Request:
         return cls([*ids], longest, processors, bool(config.do_sample), Noise(1, generator), logprobs, **own)
 
     def bounds(self, steps: int, tokens: Tokens, device: torch.device) -> Depths:
-        """The least and the most iterations of each of these tokens; None: any number.
+        """The least and the greatest depth of each of these tokens; None: no bounds.
 
         Raises: `ValueError` as `RecurrentWrapper` does, and whatever a function of the ids raises.
         """
         if self.min_depth is None and self.max_depth is None:
             return None
-        ids = torch.tensor([self.until(tokens)], device=device)
-        columns = len(self.before) + tokens.position, len(self.before) + tokens.end
+        ids = torch.tensor([self.ids_until(tokens)], device=device)
+        columns = len(self.padding) + tokens.position, len(self.padding) + tokens.end
         given = {name: of_columns(name, getattr(self, name), ids, *columns) for name in ("min_depth", "max_depth")}
         shape = (1, len(tokens.ids))
         bounds = Bounds.of(steps, **given, shape=shape, device=device)
@@ -172,26 +175,26 @@ class Request:
         least, most = (torch.as_tensor(depth, device=device).expand(shape)[0] for depth in (least, most))
         return least, most
 
-    def chosen(self, tokens: Tokens, token: int) -> None:
-        """The token behind its certain tokens is chosen: it is of the text."""
+    def append(self, tokens: Tokens, token: int) -> None:
+        """Append the token that was chosen after `tokens`, which leave the chain."""
         self.ids.append(token)
         self.noise.forget(self.number, len(self.ids) - self.prompt)
         self.chain.remove(tokens)
 
     @property
     def columns(self) -> list[int]:
-        """The ids so far, padding in front among them."""
-        return [*self.before, *self.ids]
+        """The ids so far, with left padding."""
+        return [*self.padding, *self.ids]
 
-    def until(self, tokens: Tokens) -> list[int]:
-        """The ids of the text up to these tokens, padding and guesses among them."""
+    def ids_until(self, tokens: Tokens) -> list[int]:
+        """The ids up to the end of these tokens, with left padding and guesses."""
         guesses = [one.ids[0] for one in self.chain if one.position >= len(self.ids) and one.position < tokens.end]
-        return [*self.before, *self.ids[: tokens.end], *guesses]
+        return [*self.padding, *self.ids[: tokens.end], *guesses]
 
     def choose(self, tokens: Tokens, logits: Tensor, likeliest: int) -> Choice:
-        """The token behind these from its logits `(1, vocabulary)`.
+        """Choose the next token after these from its logits `(1, vocabulary)`. `likeliest` is -1 for logits with NaN.
 
-        Raises: `ValueError` for logits that are NaN, and what a logits processor raises.
+        Raises: `ValueError` for logits that are NaN, and whatever a logits processor raises.
         """
         if likeliest < 0:
             raise ValueError(
@@ -200,9 +203,9 @@ class Request:
             )
         if not (self.processors or self.sample or self.logprobs):
             return Choice(likeliest, None)
-        scores = self.processors(torch.tensor([self.until(tokens)], device=logits.device), logits)
+        scores = self.processors(torch.tensor([self.ids_until(tokens)], device=logits.device), logits)
         probabilities = scores.softmax(-1)
-        if bool(probabilities.isnan().any()):  # drawing from them would choose at random
+        if bool(probabilities.isnan().any()):  # sampling from NaN would return an arbitrary token
             raise ValueError(
                 "The request's options turn the logits of its next token into NaN. Look for a temperature too close to "
                 "0, or for options that forbid every token."
@@ -214,6 +217,7 @@ class Request:
 
 
 def _check_prompt(ids: list[int], words: int) -> None:
+    """Check that a prompt has ids, all of a vocabulary of `words` tokens."""
     if not ids or not all(isinstance(word, int) and 0 <= word < words for word in ids):
         wrong = [word for word in ids if not isinstance(word, int) or not 0 <= word < words]
         got = repr(wrong[0]) if wrong else "none"
