@@ -118,10 +118,10 @@ def _call(batch: DepthBatch, how: How, chance: random.Random) -> list[Ran | Fail
     if not how.waits or chance.random() < 0.4:
         return batch.call()
     for run in batch._passes:
-        run.leave_out()
+        run.apply_drops()
     wait, steps = set[tuple[int, int]](), dict[tuple[int, int], int]()
     for run in batch._passes:
-        places = {(run.flights[i].row, run.flights[i].position) for i in run.going}
+        places = {(run.chunks[i].row, run.chunks[i].position) for i in run.active}
         steps |= dict.fromkeys(places, run.part[0]) if places else {}
         wait |= places if chance.random() < 0.4 else set()
     ordered = sorted(steps)

@@ -414,7 +414,7 @@ def test_memory_does_not_grow_with_requests(requests: int) -> None:
     assert max(sizes[len(sizes) // 4 :]) <= max(sizes[: len(sizes) // 4])
     assert not batch.cache.lengths.any()
     assert not batch._passes
-    assert not batch._done
+    assert not batch._exited
     assert_alone(loop, x[:1], (batch.begin([5], x[:1]), left(batch)[5])[1])
 
 

@@ -1,4 +1,4 @@
-"""Serving: tokens of many iterations in one call of the block; `DepthBatch` (torch only)."""
+"""Serving: `DepthBatch` runs tokens of different iterations in one call of the block. It needs torch only."""
 
 from .batch import DepthBatch as DepthBatch
 from .batch import Failed as Failed

@@ -26,7 +26,7 @@ from ..loop.iterations import AskBlock, AskGate, AskUpdate
 from ..loop.selfcheck import check_itself, due
 from ..loop.wrapper import RecurrentWrapper
 from ..rules import Rule
-from .passes import Flight, Pass
+from .passes import Chunk, Pass
 
 A = TypeVar("A", AskBlock, AskGate, AskUpdate)
 Asked = tuple[Pass, A]
@@ -88,21 +88,21 @@ class DepthBatch:
         cache.reserve(rows, looped.steps, device, looped._identity, looped.one_call)
         self.looped, self.cache, self.rows, self.width = looped, cache, rows, width
         self._passes: list[Pass] = []
-        self._flights: list[list[Flight]] = [[] for _ in range(rows)]
-        self._done: dict[Flight, Tensor] = {}
-        self._seen: Rule | None = None
+        self._chunks: list[list[Chunk]] = [[] for _ in range(rows)]
+        self._exited: dict[Chunk, Tensor] = {}  # depths of chunks that the cache does not keep yet
+        self._checked: Rule | None = None
 
     @property
     def room(self) -> int:
         """How many more tokens fit into the next call; negative if it has more than `width`."""
         for run in self._passes:
-            run.leave_out()
+            run.apply_drops()
         return self.width - sum(run.size for run in self._passes)
 
     def length(self, row: int) -> int:
         """The number of tokens in a row, those that still run included. It is the position of the row's next token."""
-        flights = self._flights[row]
-        return flights[-1].position + flights[-1].tokens if flights else self.cache._lengths[row]
+        chunks = self._chunks[row]
+        return chunks[-1].position + chunks[-1].tokens if chunks else self.cache._lengths[row]
 
     @torch.no_grad()
     def begin(
@@ -143,9 +143,9 @@ class DepthBatch:
             check_itself(loop, x, mask, {"start": start, "block_kwargs": given})
         run = Pass(loop, x, tokens, start, bounds, given)
         self._passes.append(run)
-        for flight in run.flights:
-            if flight.tokens:
-                self._flights[flight.row].append(flight)
+        for chunk in run.chunks:
+            if chunk.tokens:
+                self._chunks[chunk.row].append(chunk)
 
     @torch.no_grad()
     def call(self, wait: Collection[tuple[int, int]] = ()) -> list[Ran | Failed]:
@@ -162,15 +162,15 @@ class DepthBatch:
             may call again.
         """
         for run in self._passes:
-            run.leave_out()
-        self._answer_blocks(self._without(wait))
+            run.apply_drops()
+        self._answer_blocks(self._to_run(wait))
         failed = self._answer_gates(self._asked(AskGate))
-        going = self._asked(AskUpdate)
-        ran = [*self._left(), *_going(going)]
-        self._answer_updates(going)
+        continuing = self._asked(AskUpdate)
+        ran = [*self._exits(), *_continuing(continuing)]
+        self._answer_updates(continuing)
         for run in self._passes:
             if run.error is not None:
-                _note(failed, [run.flights[index] for index in run.going], run.error)
+                _record_failure(failed, [run.chunks[index] for index in run.active], run.error)
         self._passes = [run for run in self._passes if run.ask is not None]
         for row, failure in failed.items():
             self.drop(row, failure.position)
@@ -179,11 +179,11 @@ class DepthBatch:
 
     def drop(self, row: int, position: int) -> None:
         """Forget the tokens of a row from `position` on. They stop, and the row's next token gets this position."""
-        flights, end = self._flights[row], self.length(row)
-        while flights and flights[-1].position + flights[-1].tokens > position:
-            flight = flights.pop()
-            self._done.pop(flight, None)
-            flight.run.drop(flight.index)
+        chunks, end = self._chunks[row], self.length(row)
+        while chunks and chunks[-1].position + chunks[-1].tokens > position:
+            chunk = chunks.pop()
+            self._exited.pop(chunk, None)
+            chunk.run.drop(chunk.index)
         self.cache.forget(row, slice(position, end))
 
     def release(self, row: int) -> None:
@@ -191,27 +191,27 @@ class DepthBatch:
         self.drop(row, 0)
 
     def _loop_with(self, rule: Rule | None) -> RecurrentWrapper:
-        """The loop, with another rule if one is given; its own must be one for any row, once that is seen."""
+        """The loop, with another rule if one is given. The loop's own rule is checked once: it must accept any row."""
         if rule is not None:
             loop: RecurrentWrapper = altered(self.looped, rule=rule)
             return loop
-        if self.looped.rule is not None and self.looped.rule is not self._seen:
+        if self.looped.rule is not None and self.looped.rule is not self._checked:
             check_any_row(self.looped.rule, "what stays, for any row", self.cache.depth.device)
-            self._seen = self.looped.rule
+            self._checked = self.looped.rule
         return self.looped
 
     def _asked(self, kind: type[A]) -> "list[Asked[A]]":
         return [(run, run.ask) for run in self._passes if isinstance(run.ask, kind)]
 
-    def _without(self, wait: Collection[tuple[int, int]]) -> "list[Asked[AskBlock]]":
-        """The passes that are to run, where some tokens wait.
+    def _to_run(self, wait: Collection[tuple[int, int]]) -> "list[Asked[AskBlock]]":
+        """The passes that run now, without those whose tokens wait.
 
         Raises: `ValueError` as `call` does.
         """
         asked = self._asked(AskBlock)
         if not wait:
             return asked
-        places = {run: {(f.row, f.position) for f in run.flights if f.index in run.going} for run, _ in asked}
+        places = {run: {(f.row, f.position) for f in run.chunks if f.index in run.active} for run, _ in asked}
         if unknown := set(wait).difference(*places.values()):
             raise ValueError(f"call expected wait to be rows and positions of tokens in flight, got {min(unknown)}.")
         waiting = [run for run in places if places[run] & set(wait)]
@@ -220,8 +220,8 @@ class DepthBatch:
                 f"Rows that began together must wait together, got wait={sorted(wait)}, without "
                 f"{min(places[apart[0]] - set(wait))}. Begin rows one by one if they must wait separately."
             )
-        for flights in self._flights:
-            _check_order([flight for flight in flights if flight not in self._done], waiting)
+        for chunks in self._chunks:
+            _check_order([chunk for chunk in chunks if chunk not in self._exited], waiting)
         return [(run, ask) for run, ask in asked if run not in waiting]
 
     def _answer_blocks(self, asked: "list[Asked[AskBlock]]") -> None:
@@ -236,19 +236,19 @@ class DepthBatch:
             run.answer((part, None))
 
     def _answer_gates(self, asked: "list[Asked[AskGate]]") -> dict[int, Failed]:
-        """Also says which rows had a score that is no number."""
+        """Answer the gate's requests. Returns the rows that failed because a score is NaN."""
         failed: dict[int, Failed] = {}
         for group in _groups(asked, self.looped.gate):
             runs = [run for run, _ in group]
             h, previous = _joined([ask.h for _, ask in group]), _joined([ask.previous for _, ask in group])
-            scores = scored(self.looped, _here(runs), h, previous, group[0][1].step)
+            scores = scored(self.looped, _context(runs), h, previous, group[0][1].step)
             for run, score in _split(scores, runs):
                 step, tokens = run.part
                 try:
                     check_scores(self.looped, step, torch.stack(score.aminmax()).tolist())
                 except ValueError as error:
-                    wrong = zip(run.of_tokens(), score[0].isnan().tolist(), strict=True)
-                    _note(failed, [flight for flight, bad in wrong if bad], error)
+                    wrong = zip(run.chunk_of_each(), score[0].isnan().tolist(), strict=True)
+                    _record_failure(failed, [chunk for chunk, bad in wrong if bad], error)
                 run.answer(tokens.rows(score.nan_to_num()))
         return failed
 
@@ -259,22 +259,22 @@ class DepthBatch:
             scores = [F.pad(ask.scores, (last - ask.step, 0), value=1.0) for _, ask in group]
             x, h = _joined([ask.x for _, ask in group]), _joined([ask.h for _, ask in group])
             start = _joined([ask.start for _, ask in group])
-            for run, part in _split(updated(self.looped, _here(runs), x, h, start, _joined(scores), last), runs):
+            for run, part in _split(updated(self.looped, _context(runs), x, h, start, _joined(scores), last), runs):
                 run.answer(part)
 
-    def _left(self) -> Iterator[Ran]:
-        """The rows of which tokens have left; what is whole from a row's beginning on is held by the cache."""
-        for flight, hidden, depth in [left for run in self._passes for left in run.left()]:
-            self._done[flight] = depth
-            flights = self._flights[flight.row]
-            while flights and flights[0] in self._done:
-                self.cache.hold(flight.row, self._done.pop(flights.pop(0)))
-            yield Ran(flight.row, flight.position, hidden, depth, True)
+    def _exits(self) -> Iterator[Ran]:
+        """The chunks that have exited. The cache keeps each once all earlier chunks of its row have exited."""
+        for chunk, hidden, depth in [each for run in self._passes for each in run.exits()]:
+            self._exited[chunk] = depth
+            chunks = self._chunks[chunk.row]
+            while chunks and chunks[0] in self._exited:
+                self.cache.hold(chunk.row, self._exited.pop(chunks.pop(0)))
+            yield Ran(chunk.row, chunk.position, hidden, depth, True)
 
 
-def _check_order(flights: list[Flight], waiting: list[Pass]) -> None:
-    """That no token of a row runs an iteration that one before it has not run."""
-    for before, after in pairwise(flights):
+def _check_order(chunks: list[Chunk], waiting: list[Pass]) -> None:
+    """Check that no token runs an iteration that an earlier token of its row, which waits, has not run."""
+    for before, after in pairwise(chunks):
         depth, _ = before.run.part
         if before.run in waiting and after.run not in waiting and after.run.part[0] >= depth:
             raise ValueError(
@@ -283,48 +283,48 @@ def _check_order(flights: list[Flight], waiting: list[Pass]) -> None:
             )
 
 
-def _note(failed: dict[int, Failed], flights: list[Flight], error: Exception) -> None:
-    """The first of a row's tokens that cannot go on stand for those behind them."""
-    for flight in flights:
-        if flight.row not in failed or flight.position < failed[flight.row].position:
-            failed[flight.row] = Failed(flight.row, flight.position, error)
+def _record_failure(failed: dict[int, Failed], chunks: list[Chunk], error: Exception) -> None:
+    """Record a failure for each row: the one at the smallest position, since all later tokens are dropped."""
+    for chunk in chunks:
+        if chunk.row not in failed or chunk.position < failed[chunk.row].position:
+            failed[chunk.row] = Failed(chunk.row, chunk.position, error)
 
 
-def _going(asked: "list[Asked[AskUpdate]]") -> Iterator[Ran]:
-    """The tokens that go on and are alone in their flight."""
+def _continuing(asked: "list[Asked[AskUpdate]]") -> Iterator[Ran]:
+    """The tokens that continue and are alone in their chunk."""
     for run, ask in asked:
         depth = torch.full((1,), ask.step + 1)
-        for place, flight in enumerate(run.of_tokens()):
-            if flight.tokens == 1 and flight.index in run.going:
-                yield Ran(flight.row, flight.position, ask.h[0, place : place + 1], depth, False)
+        for place, chunk in enumerate(run.chunk_of_each()):
+            if chunk.tokens == 1 and chunk.index in run.active:
+                yield Ran(chunk.row, chunk.position, ask.h[0, place : place + 1], depth, False)
 
 
 def _groups(asked: "list[Asked[A]]", piece: Any) -> "list[list[Asked[A]]]":
-    """Those that a piece is asked about together."""
+    """The requests that share a call of a piece: each pass by itself if the piece reads `step`, otherwise all."""
     return [[one] for one in asked] if piece is None or piece.reads_step else [asked] if asked else []
 
 
-def _here(runs: list[Pass]) -> Here | Together:
-    """Where all their tokens stand."""
+def _context(runs: list[Pass]) -> Here | Together:
+    """The context that gives iteration, row and position of the passes' tokens."""
     parts = [run.part for run in runs]
     each = [Here(tokens, step) for step, tokens in parts]
     return each[0] if len(each) == 1 else Together(each, JoinedTokens(parts))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
-    """One after the other."""
+    """The passes' tokens, concatenated along the sequence."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _split(joined: Tensor, runs: list[Pass]) -> Iterator[tuple[Pass, Tensor]]:
-    """What is each one's of it."""
+    """Each pass with its part of the joined tokens."""
     return zip(runs, joined.split([run.size for run in runs], 1), strict=True)
 
 
 def together(parts: list[Any]) -> Any:
-    """What passes were given for each of their tokens, one after the other.
+    """Join the `block_kwargs` of passes: tensors with one entry for each token are concatenated.
 
-    Raises: `ValueError` where they were given different things that are not of each token.
+    Raises: `ValueError` if other values differ between the passes.
     """
     first = parts[0]
     if isinstance(first, Tensor) and first.dim():
