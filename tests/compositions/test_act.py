@@ -1,7 +1,7 @@
 """ACT (Graves 2016, arXiv 1603.08983) in a Universal Transformer (Dehghani et al. 2018, arXiv 1807.03819).
 
-One difference: the Universal Transformer copies a halted token's state on, so that others see keys
-and values made of it; here they go on seeing those of its last iteration.
+One difference: the Universal Transformer copies the state of an exited token to later iterations, and computes keys and
+values from it. Here attention reads the keys and values of the token's last iteration.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ import adadepth as ad
 
 
 class StepBlock(nn.Module):
-    """A block that is told where each token is and in which iteration."""
+    """A block with embeddings of the iteration and of each token's position."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def model() -> UniversalTransformer:
 
 
 def cost_by_definition(halting: Tensor, steps: int) -> Tensor:
-    """N + R of one token, of its halting units: N is the first n whose sum reaches 1 - eps, R what is then left."""
+    """N + R of one token: N is the first n whose halting units sum to 1 - eps, R is 1 minus the sum before it."""
     left = torch.ones((), dtype=halting.dtype)
     for n in range(1, steps):
         if left - halting[n - 1] <= 0.01:
@@ -57,7 +57,7 @@ def cost_by_definition(halting: Tensor, steps: int) -> Tensor:
     return steps + left
 
 
-def test_ponder_cost_and_its_gradient_are_those_of_the_definition(model: UniversalTransformer) -> None:
+def test_ponder_cost_and_its_gradient_equal_the_definition(model: UniversalTransformer) -> None:
     trace = model.double()(toy.batch(0)[0]).trace
     halting = (1 - trace.scores).flatten(0, 1)
     got, want = ad.ponder_cost(trace), torch.stack([cost_by_definition(token, steps=4) for token in halting]).mean()
@@ -70,7 +70,7 @@ def test_ponder_cost_and_its_gradient_are_those_of_the_definition(model: Univers
 
 def test_a_higher_time_penalty_lowers_the_ponder_cost() -> None:
     ids, labels = toy.batch(toy.HELD_OUT, rows=128)
-    costs, depths, answered = [], [], []
+    costs, depths, losses = [], [], []
     for penalty in (0.0, 0.03, 0.3):
         torch.manual_seed(0)
         model = UniversalTransformer(steps=4)
@@ -83,10 +83,10 @@ def test_a_higher_time_penalty_lowers_the_ponder_cost() -> None:
             out = model(ids)
         costs.append(ad.ponder_cost(out.trace).item())
         depths.append(out.trace.depth.double().mean().item())
-        answered.append(toy.losses(model.head(out.hidden), labels).mean().item())
+        losses.append(toy.losses(model.head(out.hidden), labels).mean().item())
     assert costs[0] > costs[1] + 0.3 > costs[2] + 0.6
     assert depths[0] > depths[1] > depths[2]
-    assert answered[0] < answered[2]
+    assert losses[0] < losses[2]
 
 
 def test_packed_equals_dense(model: UniversalTransformer) -> None:

@@ -1,7 +1,7 @@
-"""A trajectory trained under a fixed prior over its iterations, and exits put on it afterwards.
+"""A loop trained under a fixed prior over its iterations; exits are added afterwards.
 
-Source: PonderNet's prior (arXiv 2107.05407) as weights of the losses, without a gate; the exits are a
-criterion's, or those of a gate that is fitted to what the frozen trajectory's later iterations gain.
+Source: PonderNet's prior (arXiv 2107.05407) as weights of the losses, without a gate. The exits come from a criterion,
+or from a gate that is fitted on the frozen model to predict how much later iterations lower the loss.
 """
 
 import copy
@@ -26,7 +26,7 @@ class Looped(nn.Module):
 
 
 def prior_loss(model: Looped, out: ad.Output, labels: Tensor, rate: float) -> Tensor:
-    """The iterations' losses, weighted by the prior."""
+    """The losses of the iterations, weighted by the prior."""
     each = ad.per_iteration_loss(out.states, model.head, labels)
     steps = each.shape[-1]
     prior = ad.depth_prior("geometric", steps, rate, each.device)
@@ -34,7 +34,7 @@ def prior_loss(model: Looped, out: ad.Output, labels: Tensor, rate: float) -> Te
 
 
 class Gain(ad.Gate):
-    """How much less the best later iteration's loss is expected to be than this one's, in nats."""
+    """Predicts by how many nats the best later iteration lowers the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,20 +65,20 @@ def frozen(trained: Looped) -> Looped:
     return copy.deepcopy(trained)
 
 
-def answered(model: Looped, **call: Any) -> tuple[float, float]:
+def evaluate(model: Looped, **call: Any) -> tuple[float, float]:
     """Mean depth and loss on held-out rows."""
     ids, labels = toy.batch(toy.HELD_OUT, rows=128)
     out = model(ids, **call)
     return out.trace.depth.double().mean().item(), toy.losses(model.head(out.hidden), labels).mean().item()
 
 
-def test_every_iteration_answers_and_later_ones_better(frozen: Looped) -> None:
-    each = [answered(frozen, max_depth=depth)[1] for depth in (1, 2, 3, 4)]
+def test_every_iteration_predicts_and_later_ones_predict_better(frozen: Looped) -> None:
+    each = [evaluate(frozen, max_depth=depth)[1] for depth in (1, 2, 3, 4)]
     assert each[0] < 0.7
     assert max(each[1:]) < each[0] - 0.2
 
 
-def test_the_fitted_gate_judges_the_trajectory_and_does_not_change_it(frozen: Looped) -> None:
+def test_the_fitted_gate_predicts_the_gain_and_does_not_change_the_states(frozen: Looped) -> None:
     ids, labels = toy.batch(toy.HELD_OUT, rows=128)
     scored = frozen(ids)
     each = toy.losses(frozen.head(scored.states), labels)
@@ -88,24 +88,24 @@ def test_the_fitted_gate_judges_the_trajectory_and_does_not_change_it(frozen: Lo
     assert torch.stack([gain.flatten(), expected.flatten()]).corrcoef()[0, 1] > 0.3
 
 
-def test_one_model_serves_every_budget_and_beats_exits_at_random(frozen: Looped) -> None:
-    """By the price of an iteration alone."""
+def test_one_model_meets_three_budgets_and_beats_random_exits(frozen: Looped) -> None:
+    """Only the threshold changes, which is the price of an iteration."""
     depths = []
     for price in (0.02, 0.1, 0.3):
         frozen.looped.rule = ad.Threshold(price)
-        depth, loss = answered(frozen)
+        depth, loss = evaluate(frozen)
         depths.append(depth)
         drawn = ad.uniform_depths((128, toy.LENGTH), 4, depth)
-        assert loss < answered(frozen, min_depth=drawn, max_depth=drawn)[1] - 0.02
+        assert loss < evaluate(frozen, min_depth=drawn, max_depth=drawn)[1] - 0.02
     assert depths[0] > depths[1] + 0.3 > depths[2] + 0.6
 
 
-def test_a_criterion_without_parameters_exits_too(frozen: Looped) -> None:
+def test_a_criterion_without_parameters_beats_random_exits(frozen: Looped) -> None:
     frozen.looped.gate, frozen.looped.rule = ad.KLGate(frozen.head), ad.Threshold(0.05)
-    depth, loss = answered(frozen)
+    depth, loss = evaluate(frozen)
     drawn = ad.uniform_depths((128, toy.LENGTH), 4, depth)
     assert 2 < depth < 3
-    assert loss < answered(frozen, min_depth=drawn, max_depth=drawn)[1] - 0.02
+    assert loss < evaluate(frozen, min_depth=drawn, max_depth=drawn)[1] - 0.02
 
 
 @pytest.mark.parametrize("criterion", ["fitted", "KL"])

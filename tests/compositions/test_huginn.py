@@ -1,6 +1,6 @@
 """Huginn (Geiping et al. 2025, arXiv 2502.05171): a random number of iterations from a random state.
 
-One difference: the paper's coda has attention of its own; this head reads each token alone.
+One difference: the paper's coda has attention of its own. The head here reads each token by itself.
 """
 
 import copy
@@ -19,19 +19,19 @@ import adadepth as ad
 
 
 class Adapter(ad.Update):
-    """The next input from the state and the embedding; no gradient passes before iteration `cut`."""
+    """Maps state and embedding to the next input. Gradients stop before iteration `cut`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mix, self.cut = nn.Linear(2 * toy.DIM, toy.DIM), 0
 
     def forward(self, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> Tensor:
-        # Detached every time, not only at the cut: so no graph outlives its iteration.
+        # Detached at every iteration before the cut, so that each graph is freed at once.
         return self.mix(torch.cat([h.detach() if step < self.cut else h, start], -1))
 
 
 class Huginn(nn.Module):
-    """`keep`: the iterations, counted from the last, that gradients reach."""
+    """`keep`: gradients pass through the last `keep` iterations."""
 
     def __init__(self, steps: int, keep: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def make_noise(ids: Tensor) -> Tensor:
 
 
 def draw_depth(mean: float, steps: int) -> int:
-    """Log-normal Poisson, the paper's, within 1..steps."""
+    """Draw from the paper's log-normal Poisson distribution, clipped to 1..steps."""
     rate = math.log(mean) - 0.125 + 0.5 * torch.randn(())
     return min(int(torch.poisson(rate.exp())) + 1, steps)
 
@@ -72,7 +72,7 @@ def truncated_by_hand(model: Huginn, ids: Tensor, noise: Tensor, depth: int) -> 
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 6])
-def test_gradients_are_those_of_a_truncated_loop_written_by_hand(depth: int) -> None:
+def test_gradients_equal_those_of_a_truncated_loop_written_by_hand(depth: int) -> None:
     ids, labels = toy.batch(0)
     model, noise = Huginn(steps=6, keep=2).double(), make_noise(ids).double()
     out, by_hand = model(ids, noise, depth), truncated_by_hand(model, ids, noise, depth)
@@ -82,14 +82,14 @@ def test_gradients_are_those_of_a_truncated_loop_written_by_hand(depth: int) -> 
 
 
 class Saved:
-    """A tensor that the backward pass will need, for as long as its graph lives."""
+    """A tensor that is saved for the backward pass; it is alive as long as its graph."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach()  # a node whose output it is would else keep itself alive
+        self.tensor = tensor.detach()  # an output that is attached would keep its own node alive
 
 
 def most_saved(model: Huginn, depth: int, mask: Tensor | None) -> int:
-    """The largest number of numbers saved for the backward pass at any time of a forward pass."""
+    """The most values that are saved for the backward pass at any time during a forward pass."""
     alive: weakref.WeakSet[Saved] = weakref.WeakSet()
     most, ids = 0, toy.batch(0)[0]
 
@@ -107,7 +107,7 @@ def most_saved(model: Huginn, depth: int, mask: Tensor | None) -> int:
 
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
-def test_truncated_backpropagation_costs_the_memory_of_the_iterations_it_keeps(skip: bool, padded: bool) -> None:
+def test_truncated_backpropagation_needs_the_memory_of_the_kept_iterations(skip: bool, padded: bool) -> None:
     mask = toy.ragged(toy.batch(0)[1])[0] if padded else None
     kept, whole = Huginn(steps=12, keep=3), Huginn(steps=12, keep=12)
     kept.looped.skip = whole.looped.skip = skip
@@ -118,7 +118,7 @@ def test_truncated_backpropagation_costs_the_memory_of_the_iterations_it_keeps(s
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[Huginn, list[int]]:
-    """And the depths that its batches had."""
+    """The model, and the depths of its training batches."""
     torch.manual_seed(0)
     model, depths = Huginn(steps=8, keep=2), []
 
@@ -130,7 +130,7 @@ def trained() -> tuple[Huginn, list[int]]:
     return model, depths
 
 
-def test_a_random_depth_per_batch_trains_and_every_depth_serves(trained: tuple[Huginn, list[int]]) -> None:
+def test_after_training_at_random_depths_every_depth_predicts_well(trained: tuple[Huginn, list[int]]) -> None:
     model, depths = trained
     assert set(depths) == set(range(1, 9))
     ids, labels = toy.batch(toy.HELD_OUT, rows=128)
@@ -140,7 +140,7 @@ def test_a_random_depth_per_batch_trains_and_every_depth_serves(trained: tuple[H
     assert max(each[1:]) < each[0] - 0.15
 
 
-def test_the_state_forgets_the_noise_it_came_from(trained: tuple[Huginn, list[int]]) -> None:
+def test_the_last_state_hardly_depends_on_the_noise(trained: tuple[Huginn, list[int]]) -> None:
     model, ids = trained[0], toy.batch(toy.HELD_OUT)[0]
     with torch.no_grad():
         one, other = (model(ids, make_noise(ids), 8, states=True).states for _ in range(2))
@@ -148,7 +148,7 @@ def test_the_state_forgets_the_noise_it_came_from(trained: tuple[Huginn, list[in
     assert apart[0] > 0.1 and apart[-1] < 0.02
 
 
-def test_tokens_leave_once_their_prediction_settles(trained: tuple[Huginn, list[int]]) -> None:
+def test_tokens_exit_once_their_prediction_settles(trained: tuple[Huginn, list[int]]) -> None:
     model = copy.deepcopy(trained[0]).eval()
     ids, labels = toy.batch(toy.HELD_OUT, rows=128)
     noise = make_noise(ids)

@@ -11,7 +11,7 @@ import adadepth as ad
 
 
 class LoopTransformer(nn.Module):
-    """`update=ad.InputInjection()` is the paper's; without it, the state alone is fed back."""
+    """`update=ad.InputInjection()` is the paper's update. Without it, the state alone is fed back."""
 
     def __init__(self, steps: int, update: ad.Update | None = None) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ def answer_loss(model: LoopTransformer, out: ad.Output, labels: Tensor) -> Tenso
     return toy.losses(model.head(out.hidden), labels).mean()
 
 
-def test_is_the_loop_written_by_hand() -> None:
+def test_equals_a_loop_written_by_hand() -> None:
     ids, labels = toy.batch(0)
     model = LoopTransformer(3, ad.InputInjection()).double()
     out = model(ids)
@@ -40,9 +40,9 @@ def test_is_the_loop_written_by_hand() -> None:
     toy.assert_same_gradients(model, answer_loss(model, out, labels), by_hand)
 
 
-def test_the_same_parameters_answer_more_with_more_iterations() -> None:
+def test_a_second_iteration_adds_right_answers_and_no_parameters() -> None:
     ids, labels = toy.batch(toy.HELD_OUT, rows=128)
-    answered, sizes = [], set()
+    right, sizes = [], set()
     for steps in (1, 2):
         torch.manual_seed(0)
         model = LoopTransformer(steps)
@@ -51,10 +51,10 @@ def test_the_same_parameters_answer_more_with_more_iterations() -> None:
             return answer_loss(model, model(ids), labels)
 
         toy.train(loss, [model], steps=100)
-        answered.append((model.head(model(ids).hidden).argmax(-1) == labels).double().mean().item())
+        right.append((model.head(model(ids).hidden).argmax(-1) == labels).double().mean().item())
         sizes.add(sum(p.numel() for p in model.parameters()))
     assert len(sizes) == 1
-    assert answered[1] > answered[0] + 0.05
+    assert right[1] > right[0] + 0.05
 
 
 @pytest.mark.parametrize("update", [None, ad.InputInjection()])

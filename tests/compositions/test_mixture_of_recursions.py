@@ -1,7 +1,8 @@
 """Mixture-of-Recursions (Bae et al. 2025, arXiv 2507.10524), token choice: a token's depth is chosen before the loop.
 
-Causal, as top-k routing over a sequence is not. One difference: a token that left shows later tokens the keys and
-values of its last iteration; the paper hides it, or shows those of its first, as tests/test_single.py does.
+Token choice is causal; top-k routing over a sequence is not. One difference: attention reads the keys and values of an
+exited token from its last iteration. The paper masks such a token, or uses its first iteration, as
+tests/test_single.py does.
 """
 
 from typing import Any
@@ -23,7 +24,7 @@ class Router(ad.Gate):
 
     def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
         if step > 0:
-            return torch.ones_like(h[..., 0])  # the choice is made
+            return torch.ones_like(h[..., 0])  # the depth is already chosen
         p, choice = self.probabilities(previous).max(-1)
         return choice + p
 
@@ -52,18 +53,18 @@ class MixtureOfRecursions(nn.Module):
 
 
 def mor_loss(model: MixtureOfRecursions, ids: Tensor, out: ad.Output, labels: Tensor, balance: float) -> Tensor:
-    """And the balancing loss of Switch Transformers: steps · Σ share chosen · mean probability."""
+    """The task's loss, plus the balancing loss of Switch Transformers: steps · Σ share chosen · mean probability."""
     p = model.looped.gate.probabilities(model.embed(ids))[labels >= 0]  # type: ignore[union-attr, operator]
     share = nn.functional.one_hot(out.trace.depth[labels >= 0] - 1, p.shape[-1]).to(p).mean(0)
     return toy.losses(model.logits(ids, out), labels).mean() + balance * p.shape[-1] * (share * p.mean(0)).sum()
 
 
-def test_gate_and_rule_keep_their_contracts() -> None:
+def test_gate_and_rule_meet_their_contracts() -> None:
     ad.testing.check_rule(Chosen(), steps=3)
     ad.testing.check_gate(Router(3), toy.DIM, 3, update=ad.Replace())
 
 
-def test_what_runs_is_the_depth_that_was_chosen() -> None:
+def test_each_token_runs_its_chosen_depth() -> None:
     model, ids = MixtureOfRecursions(steps=3), toy.batch(0)[0]
     out = model(ids)
     chosen = the(Router, model.looped.gate).probabilities(model.embed(ids)).argmax(-1) + 1
@@ -73,7 +74,7 @@ def test_what_runs_is_the_depth_that_was_chosen() -> None:
     assert torch.equal(model(ids, min_depth=chosen, max_depth=chosen).hidden, out.hidden)
 
 
-def test_later_tokens_change_nothing_before_them() -> None:
+def test_later_tokens_do_not_change_earlier_ones() -> None:
     model, ids = MixtureOfRecursions(steps=3).double(), toy.batch(0)[0]
     whole = model(ids)
     assert whole.trace.depth.unique().numel() == 3
@@ -86,7 +87,7 @@ def test_later_tokens_change_nothing_before_them() -> None:
         torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-13)
 
 
-def test_the_router_learns_from_the_loss_through_the_probability_of_its_choice() -> None:
+def test_the_router_gets_a_gradient_through_the_probability_of_its_choice() -> None:
     model, (ids, labels) = MixtureOfRecursions(steps=3), toy.batch(0)
     weights = list(the(Router, model.looped.gate).parameters())
     gradients = torch.autograd.grad(mor_loss(model, ids, model(ids), labels, 0.0), weights)

@@ -1,4 +1,4 @@
-"""Ouro (Zhu et al. 2025, arXiv 2510.25741): the loss expected under the exits, kept spread by their entropy."""
+"""Ouro (Zhu et al. 2025, arXiv 2510.25741): the expected loss over the exits, minus their entropy."""
 
 import copy
 from typing import Any
@@ -22,12 +22,12 @@ class Ouro(nn.Module):
         return self.looped(self.embed(ids), states=True, **call)
 
     def exit_at(self, cumulative: float) -> None:
-        """At inference: leave once the exit probabilities so far sum to `cumulative`."""
+        """At inference, a token exits once its exit probabilities sum to `cumulative`."""
         self.looped.rule = ad.SurvivalThreshold(1 - cumulative)
 
 
 def entropy(trace: ad.Trace) -> Tensor:
-    """Of each token's exits, (batch, seq), in nats."""
+    """The entropy of each token's exits, (batch, seq), in nats."""
     p = trace.exit_probs
     return -(p * p.clamp_min(1e-9).log()).sum(-1)
 
@@ -39,7 +39,7 @@ def ouro_loss(model: Ouro, out: ad.Output, labels: Tensor, beta: float) -> Tenso
 
 @pytest.fixture(scope="module")
 def trained() -> dict[float, Ouro]:
-    """By their weight of the entropy."""
+    """One model for each weight of the entropy."""
     models = {}
     for beta in (0.0, 0.05, 0.3):
         torch.manual_seed(0)
@@ -53,7 +53,7 @@ def trained() -> dict[float, Ouro]:
     return models
 
 
-def test_the_entropy_keeps_the_exits_from_all_moving_to_the_last_iteration(trained: dict[float, Ouro]) -> None:
+def test_the_entropy_term_moves_exits_away_from_the_last_iteration(trained: dict[float, Ouro]) -> None:
     ids = toy.batch(toy.HELD_OUT, rows=64)[0]
     traces = [model(ids).trace for model in trained.values()]
     spread = [entropy(trace).mean() for trace in traces]
@@ -63,7 +63,7 @@ def test_the_entropy_keeps_the_exits_from_all_moving_to_the_last_iteration(train
 
 
 @pytest.mark.parametrize("cumulative", [0.1, 0.5, 0.9])
-def test_a_token_leaves_where_its_cumulative_exit_probability_is_reached(cumulative: float) -> None:
+def test_a_token_exits_where_its_cumulative_exit_probability_reaches_the_threshold(cumulative: float) -> None:
     model, ids = Ouro(steps=4), toy.batch(0, rows=64)[0]
     toy.spread(the(nn.Module, model.looped.gate))
     model.exit_at(cumulative)
@@ -74,17 +74,17 @@ def test_a_token_leaves_where_its_cumulative_exit_probability_is_reached(cumulat
     assert trace.depth.unique().numel() > 1
 
 
-def test_a_higher_threshold_exits_later_and_answers_more(trained: dict[float, Ouro]) -> None:
+def test_a_higher_threshold_exits_later_and_lowers_the_loss(trained: dict[float, Ouro]) -> None:
     model = copy.deepcopy(trained[0.3])
     ids, labels = toy.batch(toy.HELD_OUT, rows=64)
-    depths, answered = [], []
+    depths, losses = [], []
     for cumulative in (0.1, 0.3, 0.6, 0.9):
         model.exit_at(cumulative)
         out = model(ids)
         depths.append(out.trace.depth.double().mean().item())
-        answered.append(toy.losses(model.head(out.hidden), labels).mean().item())
+        losses.append(toy.losses(model.head(out.hidden), labels).mean().item())
     assert depths == sorted(depths) and depths[0] + 2 < depths[-1]
-    assert answered[2] < answered[1] < answered[0] - 0.2
+    assert losses[2] < losses[1] < losses[0] - 0.2
 
 
 @pytest.mark.parametrize("exits", [False, True])

@@ -10,7 +10,7 @@ import adadepth as ad
 
 
 class PonderLM(nn.Module):
-    """The looped block is the whole backbone, final norm and all; the head is the embedding, transposed."""
+    """The looped block is the whole backbone with its final norm. The head is the transposed embedding."""
 
     def __init__(self, steps: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ def answer_loss(model: PonderLM, out: ad.Output, labels: Tensor) -> Tensor:
     return toy.losses(model.head(out.hidden), labels).mean()
 
 
-def test_is_the_loop_written_by_hand() -> None:
+def test_equals_a_loop_written_by_hand() -> None:
     ids, labels = toy.batch(0)
     model = PonderLM(3).double()
     x = model.embed(ids)
@@ -41,9 +41,9 @@ def test_is_the_loop_written_by_hand() -> None:
     toy.assert_same_gradients(model, answer_loss(model, out, labels), by_hand)
 
 
-def test_pondering_adds_answers_and_no_parameters() -> None:
+def test_a_second_iteration_lowers_the_loss_and_adds_no_parameters() -> None:
     ids, labels = toy.batch(toy.HELD_OUT, rows=128)
-    answered, names = [], []
+    losses, names = [], []
     for steps in (1, 2):
         torch.manual_seed(0)
         model = PonderLM(steps)
@@ -52,13 +52,13 @@ def test_pondering_adds_answers_and_no_parameters() -> None:
             return answer_loss(model, model(ids), labels)
 
         toy.train(loss, [model], steps=100)
-        answered.append(answer_loss(model, model(ids), labels).item())
+        losses.append(answer_loss(model, model(ids), labels).item())
         names.append([name for name, _ in model.named_parameters()])
     assert names[0] == names[1]
-    assert answered[1] < answered[0] - 0.1
+    assert losses[1] < losses[0] - 0.1
 
 
-def test_a_criterion_cuts_the_trajectory_and_does_not_change_it() -> None:
+def test_a_criterion_adds_exits_and_does_not_change_states() -> None:
     model, ids = PonderLM(3), toy.batch(0)[0]
     without = model(ids)
     model.looped.gate = ad.EntropyGate(model.head)

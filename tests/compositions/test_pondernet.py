@@ -1,6 +1,6 @@
-"""PonderNet (Banino et al. 2021, arXiv 2107.05407): a distribution of exits, the loss expected under it, and a prior.
+"""PonderNet (Banino et al. 2021, arXiv 2107.05407): the expected loss over a distribution of exits, and a prior.
 
-One difference: the paper halts whole inputs, this halts tokens.
+One difference: in the paper, whole inputs halt. Here single tokens exit.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def model() -> PonderNet:
     return model
 
 
-def test_exits_are_the_products_of_the_definition(model: PonderNet) -> None:
+def test_exit_probabilities_equal_the_definition(model: PonderNet) -> None:
     trace = model.double()(toy.batch(0)[0]).trace
     halting = torch.cat([1 - trace.scores, torch.ones_like(trace.scores[..., :1])], -1)
     before = torch.cat([torch.ones_like(halting[..., :1]), (1 - halting[..., :-1]).cumprod(-1)], -1)
@@ -46,7 +46,7 @@ def test_exits_are_the_products_of_the_definition(model: PonderNet) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
-def test_exits_move_to_the_prior_when_the_loss_is_flat(model: PonderNet, rate: float) -> None:
+def test_exits_move_to_the_prior_if_all_iterations_have_the_same_loss(model: PonderNet, rate: float) -> None:
     prior, ids = ad.depth_prior("geometric", steps=4, rate=rate), toy.batch(toy.HELD_OUT)[0]
     for p in model.head.parameters():
         nn.init.zeros_(p)  # every iteration predicts the same
@@ -62,7 +62,7 @@ def test_exits_move_to_the_prior_when_the_loss_is_flat(model: PonderNet, rate: f
     assert distance() < 0.06
 
 
-def test_exits_leave_the_prior_for_the_iterations_that_answer() -> None:
+def test_exits_move_from_the_prior_to_iterations_with_a_lower_loss() -> None:
     prior, (ids, labels) = ad.depth_prior("geometric", steps=4, rate=0.5), toy.batch(toy.HELD_OUT)
     model = PonderNet(steps=4)
     toy.train(lambda i, y: ponder_loss(model, model(i), y, prior, 0.05), [model], steps=60)
@@ -77,7 +77,7 @@ def test_exits_leave_the_prior_for_the_iterations_that_answer() -> None:
 def test_drawn_exits_are_as_frequent_as_their_probabilities() -> None:
     model, ids = PonderNet(steps=4), torch.full((4000, 1), 3)
     soft = model(ids[:1]).trace.exit_probs[0, 0]
-    model.looped.rule = ad.SurvivalThreshold(torch.rand(ids.shape))  # each token leaves as drawn
+    model.looped.rule = ad.SurvivalThreshold(torch.rand(ids.shape))  # each token exits at an iteration drawn at random
     frequencies = model(ids).trace.exit_probs.mean((0, 1))
     assert soft.min() > 0.05
     assert (frequencies - soft).abs().max() < 0.03
@@ -89,7 +89,9 @@ def test_packed_equals_dense(model: PonderNet, drawn: bool) -> None:
     mask, labels = toy.ragged(labels)
     prior, most = ad.depth_prior("geometric", steps=4, rate=0.3).double(), torch.randint(1, 5, ids.shape)
     if drawn:
-        model.looped.rule = ad.SurvivalThreshold(torch.rand(ids.shape))  # each token leaves as drawn
+        model.looped.rule = ad.SurvivalThreshold(
+            torch.rand(ids.shape)
+        )  # each token exits at an iteration drawn at random
 
     def run() -> tuple[ad.Output, Tensor]:
         out = model(ids, mask=mask, max_depth=most)

@@ -1,4 +1,4 @@
-"""Every composition is made of public pieces, in about 30 lines: what stands above the first test of its file."""
+"""A composition is the code above the first test of its file: about 30 lines that use public names only."""
 
 import ast
 import inspect
@@ -19,7 +19,7 @@ def public_names() -> set[str]:
 
 
 def private_uses(source: str) -> list[str]:
-    """What a source uses of adadepth, or of any object, that is not public."""
+    """The names that a source uses and that are private, of adadepth or of any object."""
     found = []
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -37,7 +37,7 @@ def private_uses(source: str) -> list[str]:
 
 
 def composition(source: str) -> list[str]:
-    """Its lines without imports, docstrings, comments and blank ones."""
+    """The lines of a composition, without imports, docstrings, comments and blank lines."""
     lines: set[int] = set()
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and (node.name.startswith("test_") or node.decorator_list):
@@ -61,7 +61,7 @@ def lines_of(node: ast.stmt) -> set[int]:
 
 
 @pytest.mark.parametrize("path", [*FILES, Path(toy.__file__)], ids=lambda path: path.stem)
-def test_public_pieces_are_enough(path: Path) -> None:
+def test_compositions_use_public_names_only(path: Path) -> None:
     assert private_uses(path.read_text()) == []
 
 
@@ -72,7 +72,7 @@ def test_a_method_is_about_thirty_lines(path: Path) -> None:
     assert len(lines) <= 32
 
 
-def test_all_methods_are_here() -> None:
+def test_every_method_has_a_file() -> None:
     methods = "act fixed_prior huginn loop_transformer mixture_of_recursions ouro ponder_lm pondernet think_at_hard"
     methods += " tiny_recursive_models"
     assert [path.stem for path in FILES] == [f"test_{method}" for method in methods.split()]
@@ -94,7 +94,7 @@ def test_private_uses_are_found(source: str, found: list[str]) -> None:
     assert private_uses(source) == found
 
 
-def test_lines_are_counted_without_what_explains_them() -> None:
+def test_docstrings_and_comments_are_not_counted() -> None:
     source = '''
 """Doc."""
 import torch

@@ -1,6 +1,6 @@
-"""Think-at-Hard (Fu et al. 2025, arXiv 2511.08577): only tokens whose first answer is wrong are thought over.
+"""Think-at-Hard (Fu et al. 2025, arXiv 2511.08577): only tokens with a wrong first answer run twice.
 
-One difference: the paper's later iterations see the keys and values of all earlier ones ("duo-causal" attention).
+One difference: in the paper, later iterations attend to the keys and values of all earlier ones ("duo-causal").
 """
 
 import copy
@@ -87,21 +87,21 @@ def test_lora_changes_only_later_iterations() -> None:
     assert torch.equal((after != before)[:, :, 1].any(-1), hard)
 
 
-def test_thinking_over_only_what_is_hard_answers_most(trained: ThinkAtHard) -> None:
+def test_a_second_iteration_for_hard_tokens_only_gives_the_most_right_answers(trained: ThinkAtHard) -> None:
     model, (ids, labels) = copy.deepcopy(trained), toy.batch(toy.HELD_OUT, rows=128)
     hard = model.find_hard(ids, labels)
 
-    def answered(**call: Any) -> float:
+    def accuracy(**call: Any) -> float:
         return (model.head(model(ids, **call).hidden).argmax(-1) == labels).double().mean().item()
 
-    once, twice, oracle = answered(max_depth=1), answered(), answered(max_depth=1 + hard.long())
+    once, twice, oracle = accuracy(max_depth=1), accuracy(), accuracy(max_depth=1 + hard.long())
     model.looped.rule = ad.Threshold(0.5)
-    decided, thought_over = answered(), model(ids).trace.depth == 2
+    decided, ran_twice = accuracy(), model(ids).trace.depth == 2
     assert oracle > decided > once + 0.01
-    assert twice < once  # what is easy is overthought
-    assert (thought_over == hard).double().mean() > 0.9
-    assert thought_over[hard].double().mean() > 0.4
-    assert thought_over.double().mean() < 0.25
+    assert twice < once  # a second iteration makes right answers wrong
+    assert (ran_twice == hard).double().mean() > 0.9
+    assert ran_twice[hard].double().mean() > 0.4
+    assert ran_twice.double().mean() < 0.25
 
 
 @pytest.mark.parametrize("decides", [False, True])

@@ -1,6 +1,6 @@
 """Tiny recursive models (HRM, Wang et al. 2025, arXiv 2506.21734; TRM, Jolicoeur-Martineau 2025, arXiv 2510.04871).
 
-One small network refines a latent state and an answer; each puzzle halts as a whole. Training runs one segment a call.
+One small network refines a latent state and an answer. Each puzzle halts as a whole. Training runs one segment a call.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ import adadepth as ad
 
 
 class Segment(nn.Module):
-    """The state is answer y and latent z, side by side. Gradients pass through the last recursion."""
+    """The state is answer y and latent z, concatenated. Gradients pass through the last recursion only."""
 
     def __init__(self, net: nn.Module, recursions: int, updates: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Segment(nn.Module):
 
 
 def first_token_decides(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
-    """A rule: the whole row goes on while the score of its first token is at least 1/2."""
+    """A rule: the whole row continues while the score of its first token is at least 1/2."""
     first = scores[..., -1].masked_fill(positions > 0, 0).sum(1, keepdim=True)
     return torch.where(first >= 0.5, remaining, 0)
 
@@ -55,13 +55,13 @@ class TinyRecursiveModel(nn.Module):
 
 
 def segment_loss(logits: Tensor, out: ad.Output, labels: Tensor) -> Tensor:
-    """Of the answers after one segment, and of the score, which is the chance that not all of them are right."""
+    """The loss of the answers, plus that of the score: the probability that some answer of the row is wrong."""
     wrong = ((logits.argmax(-1) != labels) & (labels >= 0)).any(1).to(logits)
     return toy.losses(logits, labels).mean() + F.binary_cross_entropy(out.trace.scores[:, 0, 0], wrong)
 
 
 def carried(model: TinyRecursiveModel, out: ad.Output, done: Tensor) -> Tensor:
-    """The next call's state; a new puzzle stands where one is done."""
+    """The state for the next call. A row that is done restarts from the initial state."""
     return torch.where(done[:, None, None], model.initial, out.hidden.detach())
 
 
@@ -77,13 +77,13 @@ def start(model: TinyRecursiveModel, ids: Tensor) -> Tensor:
     return model.initial.expand(*ids.shape, -1)
 
 
-def one(ids: Tensor) -> Tensor:
-    """One segment a row. An int would shorten the loop, and the last iteration has no score."""
+def one_segment(ids: Tensor) -> Tensor:
+    """`max_depth` of one segment for each row. An int would shorten the loop, and the last iteration has no score."""
     return torch.ones(len(ids), 1, dtype=torch.long)
 
 
 def solved_by_hand(model: TinyRecursiveModel, ids: Tensor, segments: int) -> tuple[Tensor, list[int]]:
-    """Logits and segments, puzzle by puzzle."""
+    """The logits, and how many segments each puzzle ran; one puzzle after the other."""
     net, gate = the(Segment, model.looped.block).net, the(ad.LinearGate, model.looped.gate).proj
     hidden, ran = [], []
     for row in ids:
@@ -105,7 +105,7 @@ def solved_by_hand(model: TinyRecursiveModel, ids: Tensor, segments: int) -> tup
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_it_is_a_loop_over_segments_written_by_hand(model: TinyRecursiveModel, skip: bool) -> None:
+def test_equals_a_loop_over_segments_written_by_hand(model: TinyRecursiveModel, skip: bool) -> None:
     ids, labels = toy.batch(0)
     model.looped.skip = skip
     out = model(ids, start(model, ids))
@@ -118,7 +118,7 @@ def test_it_is_a_loop_over_segments_written_by_hand(model: TinyRecursiveModel, s
     toy.assert_same_gradients(trained, *losses)
 
 
-def test_the_rule_lets_whole_rows_go_and_the_loop_is_exact(model: TinyRecursiveModel) -> None:
+def test_the_rule_exits_whole_rows_and_the_loop_is_exact(model: TinyRecursiveModel) -> None:
     ad.testing.check_rule(first_token_decides, causal=False)
     ids = toy.batch(0)[0]
     mask = toy.ragged(ids)[0]
@@ -128,42 +128,42 @@ def test_the_rule_lets_whole_rows_go_and_the_loop_is_exact(model: TinyRecursiveM
     assert all(row[real].unique().numel() == 1 for row, real in zip(depth, mask, strict=True))
 
 
-def test_a_rule_that_looks_across_a_row_is_never_asked_with_a_cache(model: TinyRecursiveModel) -> None:
+def test_a_loop_that_is_not_causal_refuses_a_cache(model: TinyRecursiveModel) -> None:
     ids = toy.batch(0)[0]
     with pytest.raises(ValueError, match="causal"):
         model(ids, start(model, ids), cache=ad.KVReuseCache())
 
 
-def test_segments_one_by_one_are_the_segments_of_one_call(model: TinyRecursiveModel) -> None:
-    """Rows that are done start again from the initial state, others go on from theirs."""
+def test_one_segment_per_call_equals_all_segments_in_one_call(model: TinyRecursiveModel) -> None:
+    """Rows that are done start again from the initial state; the others continue from their own."""
     ids = toy.batch(0)[0]
     none, done = torch.zeros(len(ids)).bool(), torch.arange(len(ids)) % 2 == 0
-    out = model(ids, start(model, ids), max_depth=one(ids))
-    out = model(ids, carried(model, out, none), max_depth=one(ids))
+    out = model(ids, start(model, ids), max_depth=one_segment(ids))
+    out = model(ids, carried(model, out, none), max_depth=one_segment(ids))
     state = carried(model, out, done)
     assert not state.requires_grad
-    third = model(ids, state, max_depth=one(ids)).hidden
+    third = model(ids, state, max_depth=one_segment(ids)).hidden
     first, whole = (model(ids, start(model, ids), min_depth=n, max_depth=n).hidden for n in (1, 3))
     toy.assert_close("rows that are done", third[done], first[done])
-    toy.assert_close("rows that go on", third[~done], whole[~done])
+    toy.assert_close("rows that continue", third[~done], whole[~done])
     assert not torch.allclose(first, whole)
 
 
-def test_gradients_pass_through_the_last_recursion_alone(model: TinyRecursiveModel) -> None:
+def test_gradients_pass_through_the_last_recursion_only(model: TinyRecursiveModel) -> None:
     ids, labels = toy.batch(0)
     state = start(model, ids).clone().requires_grad_()
-    out = model(ids, state, max_depth=one(ids))
+    out = model(ids, state, max_depth=one_segment(ids))
     loss = segment_loss(model.logits(out), out, labels)
     assert torch.autograd.grad(loss, state, allow_unused=True)[0] is None
 
 
 def test_the_score_learns_whether_all_answers_are_right() -> None:
-    """Half of the rows are learned by heart; the others have no answer that could be."""
+    """Half of the rows have fixed labels, which are memorised. The labels of the others change at every step."""
     model, (ids, labels) = TinyRecursiveModel(segments=3), toy.batch(0, rows=8)
     optimizer, state = torch.optim.AdamW(model.parameters(), 2e-3), start(model, ids)
     for step in range(150):
         labels[4:] = toy.batch(step)[1][:4]
-        out = model(ids, state, max_depth=one(ids))
+        out = model(ids, state, max_depth=one_segment(ids))
         optimizer.zero_grad()
         segment_loss(model.logits(out), out, labels).backward()
         optimizer.step()

@@ -1,8 +1,8 @@
-"""A task on which depth pays, a block that knows nothing of adadepth, and what every composition is tested by.
+"""A task that needs depth, a block that does not use adadepth, and the assertions that all compositions share.
 
-The task is two hops: a token with the number n at place t points at place min(n, t) of its row, the
-token there points on in the same way, and the label is the number at the second place. One iteration
-of a trained block answers about 86 % of the tokens, two nearly all.
+The task is two hops. A token with the number n at position t points at position min(n, t) of its row. The token there
+points at another position in the same way, and the label is the number at that position. A trained block predicts about
+86 % of the labels with one iteration, and nearly all with two.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import adadepth as ad
 
 DIM, NUMBERS, LENGTH = 32, 8, 12
-HELD_OUT = 10**6  # no seed of training
+HELD_OUT = 10**6  # training uses smaller seeds
 
 
 class Block(nn.Module):
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Embed(nn.Module):
-    """Numbers (batch, seq) to (batch, seq, DIM): the number's vector and the place's."""
+    """Numbers (batch, seq) to (batch, seq, DIM): the sum of the embeddings of number and position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class Embed(nn.Module):
 
 
 def make_head() -> nn.Sequential:
-    """A final norm, which stands outside the loop, and a linear map to the numbers."""
+    """A final norm, which is outside the loop, and a linear map to the numbers."""
     return nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, NUMBERS))
 
 
 def spread(gate: nn.Module) -> None:
-    """Scores on both sides of 1/2, whatever the gate's initial bias."""
+    """Draw a gate's weights so that scores are on both sides of 1/2, whatever its initial bias."""
     for p in gate.parameters():
         nn.init.normal_(p, std=0.4)
 
@@ -64,7 +64,7 @@ def batch(seed: int, rows: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def ragged(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """A mask with padding anywhere, and the labels with -100 there."""
+    """A mask with padding anywhere, and the labels with -100 at padding."""
     mask = torch.rand(labels.shape, generator=torch.Generator().manual_seed(0)) < 0.8
     return mask, labels.masked_fill(~mask, -100)
 
@@ -76,7 +76,7 @@ def losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def train(loss: Callable[[Tensor, Tensor], Tensor], modules: Iterable[nn.Module], steps: int, lr: float = 5e-3) -> None:
-    """`steps` steps of AdamW on what `loss(ids, labels)` returns."""
+    """Train for `steps` steps of AdamW on `loss(ids, labels)`."""
     optimizer = torch.optim.AdamW([p for module in modules for p in module.parameters()], lr)
     for step in range(steps):
         optimizer.zero_grad()
@@ -85,7 +85,7 @@ def train(loss: Callable[[Tensor, Tensor], Tensor], modules: Iterable[nn.Module]
 
 
 def assert_packed_equals_dense(model: Any, run: Callable[[], tuple[ad.Output, Tensor]], *, mixed: bool = True) -> None:
-    """In float64: all of the output, the loss, and every parameter's gradient of both; `mixed`: at different depths."""
+    """Assert the same output, loss and gradients in float64; `mixed` says whether tokens exit at different depths."""
     model.double()
     packed, dense = (measured(model, run, skip) for skip in (True, False))
     depth = dense["live"].sum(-1)
@@ -95,7 +95,7 @@ def assert_packed_equals_dense(model: Any, run: Callable[[], tuple[ad.Output, Te
 
 
 def assert_same_gradients(model: nn.Module, got: Tensor, want: Tensor) -> None:
-    """Of two losses, in every parameter."""
+    """Assert that two losses have the same gradient in every parameter."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     each = (torch.autograd.grad(loss, parameters) for loss in (got, want))
     for name, *pair in zip(names, *each, strict=True):
@@ -103,7 +103,7 @@ def assert_same_gradients(model: nn.Module, got: Tensor, want: Tensor) -> None:
 
 
 def assert_close(name: str, got: Tensor, want: Tensor) -> None:
-    """max|Δ| against max|want|; the rest is rounding, for what is 0 by calculus (a key's bias, say)."""
+    """Assert a small largest error, relative to max|want|. The constant is for exact zeros (a key's bias, say)."""
     assert got.shape == want.shape
     assert got.dtype == want.dtype
     error, size = (got - want).abs().max(), want.abs().max()
@@ -111,6 +111,7 @@ def assert_close(name: str, got: Tensor, want: Tensor) -> None:
 
 
 def measured(model: Any, run: Callable[[], tuple[ad.Output, Tensor]], skip: bool) -> dict[str, Tensor]:
+    """The output, the loss and all gradients of a run with this `skip`."""
     model.looped.skip = skip
     out, loss = run()
     results = {"loss": loss, "hidden": out.hidden, "scores": out.trace.scores, "exits": out.trace.exit_probs}
