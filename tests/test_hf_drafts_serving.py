@@ -59,7 +59,9 @@ def assert_empty(engine: Engine, rows: int) -> None:
             assert not part.cache.lengths.any() and not part.cache.depth.any()
             assert not any(run.active for run in part._passes) and not part._exited and not any(part._chunks)
             assert part.room == part.width
-    assert not (flight._new or flight._ready or flight._running or engine._exited or engine._guessing or engine._owners)
+    assert not (
+        flight._new or flight._ready or flight._running or engine._exited or engine._guesses.waiting or engine._owners
+    )
     assert sorted(engine._free) == [*range(rows)]
 
 

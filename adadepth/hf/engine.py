@@ -11,7 +11,8 @@ from ..serving import DepthBatch
 from .cache import AdaptiveCache
 from .counts import Counts
 from .drafts import Drafts
-from .flight import FailedTokens, Flight, without
+from .flight import FailedTokens, Flight
+from .guesses import Guesses
 from .inputs import learned_positions
 from .outside import Outside
 from .requests import Request, Tokens, check_rule
@@ -68,11 +69,11 @@ class Engine:
         self.capacity = min(capacity for capacity in (limit, given) if capacity is not None)
         self.drafts, self.counts = drafts, Counts()
         self._flight = Flight(self.loop, self.outside, self.capacity)
+        self._guesses = Guesses(drafts, self._flight)
         self._free = [*reversed(range(rows))]
         self._owners: dict[int, Request] = {}
         self._waiting = deque[Request]()
         self._exited = deque[Tokens]()  # exited the loop; coda and head have not run
-        self._guessing: list[Tokens] = []  # their next token may be guessed now
 
     @property
     def in_progress(self) -> int:
@@ -125,7 +126,8 @@ class Engine:
         """Stop a request: it gets no more tokens, but its row and cache entries are kept."""
         if request.row < 0:
             self._waiting.remove(request)
-        self._drop_from(request, 0)
+        self._guesses.drop(request, 0)
+        self._exited = deque(tokens for tokens in self._exited if tokens.request is not request)
         request.noise.end(request.number)
 
     @torch.no_grad()
@@ -133,7 +135,7 @@ class Engine:
         """Start as many tokens as there is room for. Then run the head if room is left, otherwise the block."""
         self._begin_prompts()
         refused = self._handle_failed(self._flight.begin())
-        use_head = (self._exited or self._guessing) and self._flight.room > 0
+        use_head = (self._exited or self._guesses.waiting) and self._flight.room > 0
         return [*refused, *(self._run_head() if use_head else self._run_block())]
 
     @torch.no_grad()
@@ -164,7 +166,7 @@ class Engine:
 
     def _run_block(self) -> list[Refused]:
         """Run the block once on all active tokens."""
-        self._guessing = []
+        self._guesses.waiting = []
         began, single_tokens = perf_counter(), self._flight.single_tokens
         self.counts.called(self.loop.width - self.loop.room)
         ran, failed = self._flight.call()
@@ -172,7 +174,7 @@ class Engine:
         for tokens in ran:
             if tokens is tokens.request.chain[0]:
                 self._queue_exited(tokens)
-            self._may_guess(tokens)
+            self._guesses.note(tokens)
         if self.drafts is not None and single_tokens:
             self.drafts.calls.see(single_tokens, perf_counter() - began)
         return refused
@@ -192,12 +194,13 @@ class Engine:
             if tokens is chain[0]:
                 refused.append(self._fail(tokens.request, error))
             else:
-                self._drop_from(tokens.request, chain.index(tokens))
+                self._guesses.drop(tokens.request, chain.index(tokens))
         return refused
 
     def _run_head(self) -> list[Event]:
         """Run the head: choose the next token of some requests, and guess the next token of others."""
-        exited, guesses = self._take_exited(), self._take_guessable()
+        exited = self._take_exited()
+        guesses = self._guesses.take(self._flight.room - self._flight.waiting - len(self._exited))
         certain = [tokens for tokens in exited if not tokens.final]
         logits, likeliest = self._run_head_on(certain, guesses)
         each = {id(tokens): pair for tokens, *pair in zip([*certain, *guesses], logits, likeliest, strict=True)}
@@ -214,17 +217,6 @@ class Engine:
             taken.append(self._exited.popleft())
             count += len(taken[-1].ids)
         return taken
-
-    def _take_guessable(self) -> list[Tokens]:
-        """Take the tokens whose next token is guessed now: if guesses save time and the next call has room for them."""
-        waiting, self._guessing = self._guessing, []
-        if self.drafts is None or not waiting:
-            return []
-        room = max(0, self._flight.room - self._flight.waiting - len(self._exited))
-        new = [tokens for tokens in waiting if tokens is tokens.request.chain[-1]][:room]
-        revised = [tokens for tokens in waiting if tokens is not tokens.request.chain[-1]]
-        rows = max(1, self._flight.rows)
-        return [tokens for tokens in (*new, *revised) if self.drafts.pays(rows)]
 
     def _run_head_on(self, certain: list[Tokens], guesses: list[Tokens]) -> tuple[Tensor | list[Tensor], list[int]]:
         """Logits of the next token after each, `(1, vocabulary)`, and its likeliest id; -1 for logits with NaN."""
@@ -247,47 +239,16 @@ class Engine:
         assert choice is not None, "the head has run for it"
         request.append(tokens, choice.token)
         self.counts.tokens += 1
-        if request.chain and self.drafts is not None:
-            first = request.chain[0]
-            right, ran = first.ids == [choice.token], sum(sum(one.depth) for one in request.chain)
-            saved, wasted = (sum(first.depth), 0) if right else (0, ran)
-            self.drafts.resolved(right, saved, tokens.wasted + wasted, tokens.head_calls)
-            if not right:
-                self._drop_from(request, 0)
+        self._guesses.resolve(tokens, choice.token)
         return Chosen(request, *choice)
 
-    def _may_guess(self, tokens: Tokens) -> None:
-        """Note tokens that have run if their next token may be guessed now."""
-        chain, drafts = tokens.request.chain, self.drafts
-        if drafts is None or tokens.end >= tokens.request.longest or (tokens.exited and tokens is chain[0]):
-            return
-        if (tokens.exited or tokens.depth[-1] >= drafts.depth) and (tokens is chain[-1] or drafts.revise):
-            self._guessing.append(tokens)
-
     def _guess(self, tokens: Tokens, logits: Tensor, likeliest: int) -> None:
-        """Guess the next token after these, and start it. It replaces an earlier guess that was different."""
-        request, place = tokens.request, tokens.request.chain.index(tokens) + 1
+        """Guess the next token after these from its logits, and start it."""
         try:
-            tokens.next = request.choose(tokens, logits, likeliest)
+            guess = tokens.request.choose(tokens, logits, likeliest)
         except Exception:  # raised again when the token is chosen
             return
-        tokens.final = tokens.exited and self.outside.coda is None
-        tokens.head_calls += not tokens.final
-        earlier = request.chain[place:]
-        if earlier and earlier[0].ids != [tokens.next.token]:
-            tokens.wasted += sum(sum(one.depth) for one in earlier)
-            self._drop_from(request, place)
-        if place == len(request.chain):
-            self._flight.add(request, [tokens.next.token])
-
-    def _drop_from(self, request: Request, place: int) -> None:
-        """Drop the tokens of a request's chain from index `place` on."""
-        dropped = request.chain[place:]
-        if dropped:
-            del request.chain[place:]
-            self._flight.drop(request.row, dropped)
-            self._guessing = without(self._guessing, dropped)
-            self._exited = deque(without(self._exited, dropped))
+        self._guesses.start(tokens, guess, final=tokens.exited and self.outside.coda is None)
 
     def _fail(self, request: Request, error: Exception) -> Refused:
         """End a request with an error."""
