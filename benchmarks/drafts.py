@@ -108,7 +108,7 @@ class Spoiling:
 
         def spoiled(request: Request, tokens: Tokens, logits: Tensor, likeliest: int) -> Choice:
             choice = choose(request, tokens, logits, likeliest)
-            guess = not (tokens.left and tokens is request.chain[0])
+            guess = not (tokens.exited and tokens is request.chain[0])
             wrong = guess and dice.random() < share
             return choice._replace(token=(choice.token + 1) % logits.shape[-1]) if wrong else choice
 
