@@ -59,7 +59,9 @@ def cached(s: Setting, cut: Cut) -> tuple[oracle.Result, ad.KVReuseCache]:
 
 
 @every
-@pytest.mark.parametrize(("only_mixed", "examples"), [(True, 8), (False, 4)])
+@pytest.mark.parametrize(
+    ("only_mixed", "examples"), [(True, 4), (False, 3), pytest.param(True, 30, marks=pytest.mark.every)]
+)
 def test_prefill_in_every_split_and_decode_is_one_full_forward(kind: str, only_mixed: bool, examples: int) -> None:
     @of_its_own(kind, examples)
     @given(case=cases(causal=[True]), cut=cuts(*EXACT))
@@ -76,7 +78,7 @@ def test_prefill_in_every_split_and_decode_is_one_full_forward(kind: str, only_m
 
 @pytest.mark.parametrize("kind", ["attention", "grouped-query", "encoder", "view", "window"])
 def test_the_same_in_float32(kind: str) -> None:
-    @of_its_own(kind, 8)
+    @of_its_own(kind, 4)
     @given(
         case=cases(["threshold", "threshold per row", "lookahead threshold"], causal=[True]), cut=cuts(*EXACT, "single")
     )
@@ -102,7 +104,7 @@ def piecewise(kind: Kind, case: Case, s: Setting, cut: Cut) -> oracle.Result:
 def test_single_shows_each_earlier_token_s_newest_iteration(kind: str) -> None:
     lossy = 0
 
-    @of_its_own(kind, 7)
+    @of_its_own(kind, 4)
     @given(case=cases(causal=[True]), cut=cuts("single"))
     def check(case: Case, cut: Cut) -> None:
         nonlocal lossy
@@ -115,7 +117,7 @@ def test_single_shows_each_earlier_token_s_newest_iteration(kind: str) -> None:
         lossy += not torch.allclose(want.hidden, by_definition(DEEP[kind], case, s).hidden)
 
     check()
-    assert lossy >= 2 or kind == "pointwise"
+    assert lossy >= 1 or kind == "pointwise"
 
 
 @every

@@ -142,7 +142,7 @@ MOVES: list[Callable[[History], object]] = [
 
 @every
 def test_after_any_history_a_cache_answers_as_the_rows_it_holds(kind: str) -> None:
-    @of_its_own(kind, 6)
+    @of_its_own(kind, 4)
     @given(
         case=cases([rule for rule in RULES if "per row" not in rule], causal=[True]),
         layout=st.sampled_from(EXACT),

@@ -33,9 +33,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return made
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.every] if kind in ("multihead", "view") else []) for kind in KINDS]
+)
 def test_it_is_the_definition(kind: str, seen: list[None]) -> None:
-    @of_its_own(kind, 6)
+    @of_its_own(kind, 3)
     @given(case=cases(causal=[True]))
     def check(case: Case) -> None:
         s = setting(BLOCKS[kind], case, torch.float64)

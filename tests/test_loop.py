@@ -42,15 +42,20 @@ def test_the_oracle_shares_no_code() -> None:
     assert imported == {"collections.abc", "typing", "torch"}
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_packed_equals_dense_equals_oracle_at_mixed_depths(kind: str) -> None:
-    seen = compare(kind, only_mixed=True, examples=20)
-    assert seen >= 20
+many = pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.every)])
 
 
+@many
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_packed_equals_dense_equals_oracle_in_any_case(kind: str) -> None:
-    compare(kind, only_mixed=False, examples=10)
+def test_packed_equals_dense_equals_oracle_at_mixed_depths(kind: str, examples: int) -> None:
+    seen = compare(kind, only_mixed=True, examples=examples)
+    assert seen >= examples
+
+
+@many
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_packed_equals_dense_equals_oracle_in_any_case(kind: str, examples: int) -> None:
+    compare(kind, only_mixed=False, examples=examples // 2)
 
 
 def compare(kind: str, only_mixed: bool, examples: int) -> int:
@@ -75,7 +80,7 @@ def compare(kind: str, only_mixed: bool, examples: int) -> int:
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_packed_equals_dense_in_float32(kind: str) -> None:
-    @of_its_own(kind, 5)
+    @of_its_own(kind, 3)
     @given(case=cases(["threshold", "threshold per row", "lookahead threshold"]))
     def check(case: Case) -> None:
         s = setting(BLOCKS[kind], case, torch.float32)

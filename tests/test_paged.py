@@ -61,7 +61,7 @@ def in_rows(loop: ad.RecurrentWrapper, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", DEEP)
 def test_prefill_in_every_split_and_decode_are_the_definition(kind: str, calls: list[Sequences]) -> None:
-    @of_its_own(kind, 6)
+    @of_its_own(kind, 4)
     @given(case=cases(causal=[True]), cut=cuts("filled", "single"))
     def check(case: Case, cut: Cut) -> None:
         s = setting(DEEP[kind], case, torch.float64)
@@ -88,7 +88,7 @@ def test_each_request_is_one_full_forward_over_it(kind: str, calls: list[Sequenc
         spoiled=st.booleans(),
     )
 
-    @of_its_own(kind, 6)
+    @of_its_own(kind, 4)
     @given(case=cases(causal=[True]), how=hows)
     def check(case: Case, how: Served) -> None:
         s = setting(DEEP[kind], case, torch.float64)

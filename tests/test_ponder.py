@@ -295,7 +295,7 @@ def test_what_is_said_of_the_operator_to_a_compiler_is_true(dtype: torch.dtype) 
 
 @pytest.mark.plain
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.every), True])
 @pytest.mark.usefixtures("double")
 def test_the_dense_loop_compiles_whole(tied: bool) -> None:
     model, ids = Model(tied), torch.arange(10).view(2, 5)

@@ -40,7 +40,7 @@ def inference() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", DEEP)
 def test_each_request_is_one_full_forward_over_it(kind: str) -> None:
-    @of_its_own(kind, 8)
+    @of_its_own(kind, 4)
     @given(case=cases(causal=[True]), how=hows)
     def check(case: Case, how: How) -> None:
         s = setting(DEEP[kind], case, torch.float64)

@@ -20,9 +20,9 @@ from adadepth.loop.bounds import Bounds
 from adadepth.serving import batch
 from adadepth.testing import pieces
 
-# Of the products of gates and rules, of blocks and executions and of updates every third by default.
+# Of the products of gates and rules, of blocks and executions, of caches and blocks every third by default.
 SOME = [
-    pytest.param(name, marks=[pytest.mark.every] if name.startswith(("loop", "block")) and i % 3 else [])
+    pytest.param(name, marks=[pytest.mark.every] if name.startswith(("loop", "block", "cache")) and i % 3 else [])
     for i, name in enumerate(SCENARIOS)
 ]
 

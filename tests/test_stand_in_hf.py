@@ -139,7 +139,16 @@ if find_spec("omegaconf") is not None:
     SCENARIOS |= {f"flagship, {method}": partial(step_of_flagship, method=method) for method in methods}
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+# Of each kind every second by default, and of the flagship's methods every third.
+KINDS = [(name, name.partition(",")[0]) for name in SCENARIOS]
+AT = [[kind for _, kind in KINDS[:i]].count(kind) for i, (_, kind) in enumerate(KINDS)]
+SOME = [
+    pytest.param(name, marks=[pytest.mark.every] if i % (3 if kind == "flagship" else 2) else [])
+    for i, (name, kind) in zip(AT, KINDS, strict=True)
+]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_as_on_the_cpu(name: str) -> None:
     check(SCENARIOS[name])
 
