@@ -1,22 +1,28 @@
-"""Trainings on two ranks, one after the other: `accelerate launch ... tests/launched.py TRAININGS.json`.
+"""Trainings on two ranks, one after the other: `python tests/launched.py ACCELERATE.yaml TRAININGS.json`.
 
-Each is `{"sharded": whether by FSDP2, "halts": the row of a step from which on tokens leave at once, or null,
+The ranks are given what `accelerate launch` gives them, but are forked, so that all is imported once. Each training is `{"sharded": whether by FSDP2, "halts": the row of a step from which on tokens leave at once, or null,
 "arguments": those of train.py}`.
 """
 
 import json
 import os
+import socket
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from examples.adaponderlm import routers, train
 from examples.adaponderlm.objective import Objective
 
+RANKS = 2
 FITTING = 20  # steps: a router is asked to be the same everywhere, not to be good
 FSDP = "ACCELERATE_USE_FSDP"
 
@@ -59,7 +65,39 @@ def halting(depths: Any, first_to_halt: int) -> Any:
     return halted
 
 
-def main(path: str) -> None:
+def settings(file: str) -> dict[str, str]:
+    """The variables that `accelerate launch --config_file FILE` sets for its ranks."""
+    asked = launch_command_parser().parse_args(["--config_file", file, __file__])
+    found: dict[str, str] = prepare_multi_gpu_env(_validate_launch_command(asked)[0])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return found | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
+
+
+def ranks(work: Callable[[], None]) -> bool:
+    """Whether every rank did the work."""
+    pids = [rank(i, work) for i in range(RANKS)]
+    status = [os.waitpid(pid, 0)[1] for pid in pids]
+    return not any(status)
+
+
+def rank(number: int, work: Callable[[], None]) -> int:
+    """The process of one rank."""
+    if pid := os.fork():
+        return pid
+    os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
+    status = 1
+    try:
+        work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def run(path: str) -> None:
     torch.set_num_threads(1)
     routers.STEPS = FITTING
     depths = Objective._depths
@@ -71,5 +109,11 @@ def main(path: str) -> None:
         train.main(training["arguments"])
 
 
+def main(file: str, path: str) -> None:
+    os.environ.update(settings(file))
+    if not ranks(lambda: run(path)):
+        sys.exit("a rank failed")
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
