@@ -1,15 +1,14 @@
-"""Trainings on two ranks, one after the other: `python tests/launched.py ACCELERATE.yaml TRAININGS.json`.
+"""Trainings on two ranks, one after the other: `launch(ACCELERATE.yaml, TRAININGS.json)`.
 
-The ranks are given what `accelerate launch` gives them, but are forked, so that all is imported once. Each training is `{"sharded": whether by FSDP2, "halts": the row of a step from which on tokens leave at once, or null,
+The ranks are given what `accelerate launch` gives them, and nothing is imported once more. Each training is
+`{"sharded": whether by FSDP2, "halts": the row of a step from which on tokens leave at once, or null,
 "arguments": those of train.py}`.
 """
 
 import json
 import os
 import socket
-import sys
-import traceback
-from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -75,26 +74,25 @@ def settings(file: str) -> dict[str, str]:
     return found | {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
 
 
-def ranks(work: Callable[[], None]) -> bool:
-    """Whether every rank did the work."""
-    pids = [rank(i, work) for i in range(RANKS)]
-    status = [os.waitpid(pid, 0)[1] for pid in pids]
-    return not any(status)
+def launch(file: str, path: str) -> bool:
+    """Whether every rank did all trainings."""
+    # Without an accelerator, copies of this process, which has imported everything.
+    context: Any = get_context("spawn" if torch.cuda.is_available() else "fork")
+    variables = settings(file)
+    ranks = [context.Process(target=rank, args=(number, variables, path)) for number in range(RANKS)]
+    for one in ranks:
+        one.start()
+    for one in ranks:
+        one.join(600)
+        one.kill()
+    return all(one.exitcode == 0 for one in ranks)
 
 
-def rank(number: int, work: Callable[[], None]) -> int:
-    """The process of one rank."""
-    if pid := os.fork():
-        return pid
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number))
-    status = 1
-    try:
-        work()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
+def rank(number: int, variables: dict[str, str], path: str) -> None:
+    """What one of the processes does."""
+    os.environ.update(variables | {"RANK": str(number), "LOCAL_RANK": str(number)})
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(path)
 
 
 def run(path: str) -> None:
@@ -107,13 +105,3 @@ def run(path: str) -> None:
         halts = training["halts"]
         Objective._depths = depths if halts is None else halting(depths, halts)  # type: ignore[method-assign]
         train.main(training["arguments"])
-
-
-def main(file: str, path: str) -> None:
-    os.environ.update(settings(file))
-    if not ranks(lambda: run(path)):
-        sys.exit("a rank failed")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

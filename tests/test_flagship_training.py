@@ -21,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.state import AcceleratorState
+from launched import FITTING, halting, launch
 from narrow import the
 from safetensors.torch import load_file
 from torch import Tensor
@@ -168,8 +169,7 @@ def launched(rows: list[dict[str, Any]], folder: Path) -> None:
     about = yaml.safe_load((CONFIGS / "accelerate" / "fsdp2.yaml").read_text())
     (folder / "fsdp2.yaml").write_text(yaml.safe_dump(about | {"use_cpu": True, "num_processes": 2}))
     (folder / "trainings.json").write_text(json.dumps(rows))
-    done = said([sys.executable, "tests/launched.py", str(folder / "fsdp2.yaml"), str(folder / "trainings.json")])
-    assert done.returncode == 0, done.stderr
+    assert launch(str(folder / "fsdp2.yaml"), str(folder / "trainings.json"))
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +202,13 @@ def on_ranks(text: list[str], ways: dict[str, tuple[str, ...]], tmp_path_factory
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.every] if name in SELDOM else []) for name in TRAININGS]
 )
 def test_two_ranks_are_one_process(
     on_ranks: Path, ways: dict[str, tuple[str, ...]], text: list[str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launched import FITTING, halting
-
     monkeypatch.setattr(routers, "STEPS", FITTING)
     files, values, halts = TRAININGS[name]
     if halts is not None:
@@ -537,7 +536,7 @@ def test_the_bar_says_how_it_goes(text: list[str], tmp_path: Path, capsys: pytes
     assert [line["step"] for line in curve(tmp_path)] == [4, 8]
 
 
-@pytest.mark.every  # `on_ranks` reads the same settings, and launches by itself
+@pytest.mark.every  # `on_ranks` starts its processes by itself
 def test_launched_as_the_readme_says(text: list[str], tmp_path: Path) -> None:
     values = ["--config", "tiny.yaml", *text, *SMALL, f"out={tmp_path / 'out'}"]
     done = said([*LAUNCH, "examples/adaponderlm/train.py", *values, "train.log=4"])
