@@ -93,10 +93,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
             assert not job.finished()
             train.main(job.command[2:])
             assert job.finished()
-    for job in sweep.evaluations(loaded, out, [0], []):
-        assert not job.finished()
-        evaluate.main(job.command[2:])
-        assert job.finished()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "continuation", partial(analysis.continuation, length=24))
+        for job in sweep.evaluations(loaded, out, [0], []):
+            assert not job.finished()
+            evaluate.main(job.command[2:])
+            assert job.finished()
     return Swept(out=out, sweep=loaded, jobs=jobs, overrides=overrides)
 
 
