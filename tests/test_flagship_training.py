@@ -159,9 +159,9 @@ TRAININGS = {  # files, values, and the row of a step from which on tokens leave
 
 WAYS = ("ddp", "fsdp2")
 RESUMED = ("gates", "fsdp2"), ("router", "ddp")
-# Each training one way, and `make test-every` both: what a rank computes is the same, but for the gradients' way.
-ONE = {"gates": "fsdp2", "one rank halts": "fsdp2", "all halt": "ddp", "gates alone": "ddp", "router": "ddp"}
-SELDOM = ("all halt",)
+# Each training but one in one way, and `make test-every` both: what a rank computes is the same in both.
+ONE = {"gates": "fsdp2", "one rank halts": "fsdp2", "gates alone": "ddp", "router": "ddp"}
+PAIRS = [(name, way) for name in TRAININGS for way in WAYS]
 
 
 def launched(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -173,24 +173,21 @@ def launched(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ways(request: pytest.FixtureRequest) -> dict[str, tuple[str, ...]]:
-    """How each training runs on two ranks."""
-    if "not every" not in request.config.getoption("markexpr"):
-        return dict.fromkeys(TRAININGS, WAYS)
-    return {name: (way,) for name, way in ONE.items() if name not in SELDOM}
+def pairs(request: pytest.FixtureRequest) -> list[tuple[str, str]]:
+    """What is trained on two ranks, and how."""
+    return [*ONE.items()] if "not every" in request.config.getoption("markexpr") else PAIRS
 
 
 @pytest.fixture(scope="module")
-def on_ranks(text: list[str], ways: dict[str, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def on_ranks(text: list[str], pairs: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each training on two ranks by DDP or by FSDP2; two of them are ended and resumed."""
     folder, rows = tmp_path_factory.mktemp("ranks"), []
-    for name in ways:
+    for name, way in pairs:
         files, values, halts = TRAININGS[name]
-        for way in ways[name]:
-            words = ["--config", *files, *text, *SMALL, *values, "train.save=100", f"out={folder / name / way}"]
-            row = {"sharded": way == "fsdp2", "halts": halts}
-            ends = [["train.stop=5"], []] if (name, way) in RESUMED else [[]]
-            rows += [row | {"arguments": [*words, *end]} for end in ends]
+        words = ["--config", *files, *text, *SMALL, *values, "train.save=100", f"out={folder / name / way}"]
+        row = {"sharded": way == "fsdp2", "halts": halts}
+        ends = [["train.stop=5"], []] if (name, way) in RESUMED else [[]]
+        rows += [row | {"arguments": [*words, *end]} for end in ends]
     words = ["--config", "tiny.yaml", *text, *SMALL, *SPREAD, "train.save=100", f"out={folder / 'moved'}"]
     rows += [
         {"sharded": False, "halts": None, "arguments": [*words, "train.stop=3"]},
@@ -204,10 +201,10 @@ def on_ranks(text: list[str], ways: dict[str, tuple[str, ...]], tmp_path_factory
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.every] if name in SELDOM else []) for name in TRAININGS]
+    ("name", "way"), [pytest.param(*p, marks=[] if p in ONE.items() else [pytest.mark.every]) for p in PAIRS]
 )
 def test_two_ranks_are_one_process(
-    on_ranks: Path, ways: dict[str, tuple[str, ...]], text: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+    on_ranks: Path, text: list[str], name: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routers, "STEPS", FITTING)
     files, values, halts = TRAININGS[name]
@@ -216,17 +213,14 @@ def test_two_ranks_are_one_process(
     one = trained(on_ranks / name / "one", *text, *SMALL, *values, "train.save=100", files=tuple(files))
     depths = {line["depth"] for line in one}
     assert depths == {4.0} if name == "gates alone" else min(depths) < 3
-    for way in ways[name]:
-        out = on_ranks / name / way
-        agree(curve(out), one, 1e-5)
-        alike(weights(out), weights(on_ranks / name / "one"), 1e-5)
-        alike(checkpoint(out, 8), checkpoint(on_ranks / name / "one", 8), 1e-5)
-        ids = torch.arange(40).view(2, 20)
-        run = load(out)
-        depth = run.router if run.router is not None else None
-        loss, _ = score_at(run, depth)(ids)
-        assert loss.isfinite().all()
-        assert run.model.generation_config.eos_token_id == run.tokenizer.eos_token_id
+    out = on_ranks / name / way
+    agree(curve(out), one, 1e-5)
+    alike(weights(out), weights(on_ranks / name / "one"), 1e-5)
+    alike(checkpoint(out, 8), checkpoint(on_ranks / name / "one", 8), 1e-5)
+    run = load(out)
+    loss, _ = score_at(run, run.router)(torch.arange(40).view(2, 20))
+    assert loss.isfinite().all()
+    assert run.model.generation_config.eos_token_id == run.tokenizer.eos_token_id
 
 
 def test_a_checkpoint_fits_any_number_of_ranks(on_ranks: Path, whole: Path, text: list[str]) -> None:
