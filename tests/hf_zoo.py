@@ -1,6 +1,8 @@
 """Small random Hugging Face models: one of every architecture that `adadepth.hf` knows, and some with windows."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -98,12 +100,19 @@ def original(kind: str, dtype: torch.dtype = torch.float64) -> Any:
 def spread(
     name: str, layers: slice | None, dtype: torch.dtype = torch.float64, steps: int = STEPS
 ) -> AdaptiveForCausalLM:
-    """An adapted model whose tokens leave at different depths."""
+    """An adapted model whose tokens leave at different depths; a copy of the one that is made for all tests."""
+    model = deepcopy(_spread(name, None if layers is None else (layers.start, layers.stop), dtype, steps))
+    torch.manual_seed(1)
+    return model
+
+
+@cache
+def _spread(name: str, span: tuple[int, int] | None, dtype: torch.dtype, steps: int) -> AdaptiveForCausalLM:
     torch.manual_seed(1)
     gate = ad.PerIterationMLPGate(DIM, steps, hidden=8, bias=0.0)
     for weight in gate.parameters():
         nn.init.normal_(weight)
-    model = adapt(original(name, dtype), steps, gate, layers=layers)
+    model = adapt(original(name, dtype), steps, gate, layers=None if span is None else slice(*span))
     nn.init.constant_(the(ad.ReZero, model.loop.update).alpha, 0.4)
     with torch.no_grad():
         scores = model(IDS, attention_mask=MASK).trace.scores[MASK.bool()]

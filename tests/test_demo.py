@@ -9,6 +9,7 @@ import sysconfig
 import time
 from contextlib import suppress
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -52,9 +53,13 @@ def rows(output: str) -> dict[str, list[str]]:
     return {first: rest for first, *rest in cells}
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.every)])
 def test_a_quick_run_prints_every_figure_and_writes_the_report(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forked: bool
 ) -> None:
+    if forked and not torch.cuda.is_available():  # copies of this process, which has imported everything
+        monkeypatch.setattr("examples.demo.jobs.get_context", lambda _: get_context("fork"))
     monkeypatch.setattr(demo, "Shape", partial(Shape, dim=32))
     demo.main(["--quick", "--steps", "10", "--out", str(tmp_path)])
     output = capsys.readouterr().out

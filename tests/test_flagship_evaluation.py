@@ -27,7 +27,7 @@ from torch.nn.functional import cross_entropy
 
 import adadepth as ad
 from adadepth.diagnostics import Measured, mixture
-from examples.adaponderlm import analysis, evaluate, harness, html, report, sweep, train
+from examples.adaponderlm import analysis, evaluate, harness, html, report, routers, sweep, train
 from examples.adaponderlm.compare import Difference, Point, Result, Table, best_mixture, difference
 from examples.adaponderlm.config import BadInput
 from examples.adaponderlm.evaluate import Options
@@ -38,11 +38,21 @@ from examples.adaponderlm.trained import load, own_depths, score_at
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the quick brown fox jumps over 13 lazy dogs, and then (again) it rests until\nthe next day begins\n"
+FITTING = 100  # steps of fitting a router
 OPTIONS = Options(windows=8, choice=8, batch=4, depths=(2.0, 2.5), repeats=1)
 
 SWEEP = """
 base: [small.yaml]
-set: [train.steps=10, train.batch=4, train.save=10, train.log=2, data.window=32, model.steps=3]
+set:
+  - model.shape.hidden_size=32
+  - model.shape.intermediate_size=64
+  - model.shape.num_attention_heads=2
+  - train.steps=10
+  - train.batch=4
+  - train.save=10
+  - train.log=2
+  - data.window=32
+  - model.steps=3
 seeds: [0]
 budgets: [2.0, 2.5]
 evaluate: [--windows, "8", --choice, "8", --batch, "4", --repeats, "1"]
@@ -77,14 +87,18 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
     loaded, out = sweep.load(str(folder / "mine.yaml")), folder / "out"
     overrides = [f"data.source={folder / 'text.txt'}", f"data.cache={folder / 'cache'}"]
     jobs = sweep.trainings(loaded, out, [0], overrides)
-    for job in jobs:
-        assert not job.finished()
-        train.main(job.command[2:])
-        assert job.finished()
-    for job in sweep.evaluations(loaded, out, [0], []):
-        assert not job.finished()
-        evaluate.main(job.command[2:])
-        assert job.finished()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routers, "STEPS", FITTING)
+        for job in jobs:
+            assert not job.finished()
+            train.main(job.command[2:])
+            assert job.finished()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "continuation", partial(analysis.continuation, length=24))
+        for job in sweep.evaluations(loaded, out, [0], []):
+            assert not job.finished()
+            evaluate.main(job.command[2:])
+            assert job.finished()
     return Swept(out=out, sweep=loaded, jobs=jobs, overrides=overrides)
 
 
@@ -195,8 +209,8 @@ def test_tokens_are_told_how_much_of_their_word_was_seen(swept: Swept, run: str)
     assert torch.allclose(loss, wanted, atol=1e-6)
 
 
-def test_a_window_says_its_depth_once_it_is_fitted() -> None:
-    torch.manual_seed(0)
+def test_a_window_says_its_depth_once_it_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routers, "STEPS", FITTING)
     window, ids = Window(4, 2, window=3, vocabulary=50), torch.randint(50, (8, 16))
     assert window.kinds == 4 and window.kind(ids).unique().tolist() == [2]
     losses = torch.stack([torch.where(ids < 25, 1.0, 4.0 - depth) for depth in range(4)], -1)
@@ -523,18 +537,18 @@ def test_a_sweep_that_cannot_be_run(tmp_path: Path, text: str | None, message: s
 
 
 @pytest.mark.parametrize(
-    ("name", "quick"),
+    ("name", "quick", "count"),
     [
-        *(("small.yaml", True), ("ablation.yaml", False)),
+        *(("small.yaml", True, 1), ("ablation.yaml", False, 1)),
         *(
-            pytest.param(name, name == "ablation.yaml", marks=pytest.mark.every)
-            for name in ("small.yaml", "ablation.yaml")
+            pytest.param(*case, marks=pytest.mark.every)
+            for case in (("small.yaml", False, 3), ("ablation.yaml", True, 1), ("ablation.yaml", False, 3))
         ),
     ],
 )
-def test_the_sweeps_that_are_here(name: str, quick: bool, tmp_path: Path) -> None:
+def test_the_sweeps_that_are_here(name: str, quick: bool, count: int, tmp_path: Path) -> None:
     loaded = sweep.load(name)
-    seeds = loaded.seeds[:1] if quick else loaded.seeds
+    seeds = loaded.seeds[:count]
     jobs = sweep.trainings(loaded, tmp_path, seeds, loaded.quick if quick else [])
     assert len(loaded.seeds) == 3 and len(jobs) == len(loaded.runs) * len(seeds)
     names = {name for name, run in loaded.runs.items() if run.stop is None}

@@ -59,6 +59,11 @@ def write(path: Path, documents: list[str]) -> str:
 
 
 KINDS = ["a.txt", "a.txt.xz", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.parquet"]
+# That all are read is seen of each; what is done with what was read, of text, rows and tables.
+FEW = "a.txt.xz", "a.jsonl.gz", "a.parquet"
+few = pytest.mark.parametrize(
+    "data", [pytest.param(kind, marks=[] if kind in FEW else [pytest.mark.every]) for kind in KINDS], indirect=True
+)
 
 
 @pytest.fixture(params=KINDS)
@@ -90,6 +95,7 @@ def test_an_epoch_has_every_row_of_the_packed_documents_once(data: Data, stream:
     assert predicted == sorted(packed(DOCUMENTS)[1 : 1 + 8 * len(rows)])  # each token but the first, once
 
 
+@few
 def test_epochs_differ_and_seeds_differ_and_are_repeatable(data: Data) -> None:
     rows = len(cut(packed(DOCUMENTS)))
     orders = []
@@ -106,6 +112,7 @@ def test_a_stream_goes_on_from_its_end_to_its_beginning_without_losing_tokens(da
     assert text.windows(replace(data, stream=True), TOKENIZER, 0).batch(len(rows)).tolist() == rows
 
 
+@few
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_order_does_not_depend_on_the_number_of_ranks(data: Data, stream: bool, world: int) -> None:
@@ -117,6 +124,7 @@ def test_the_order_does_not_depend_on_the_number_of_ranks(data: Data, stream: bo
     assert all(rank.state_dict() == ranks[0].state_dict() for rank in ranks)
 
 
+@few
 @pytest.mark.parametrize("stream", [False, True])
 def test_resuming_anywhere_is_exact_on_any_number_of_ranks(data: Data, stream: bool) -> None:
     data = replace(data, stream=stream)
@@ -134,6 +142,7 @@ def test_resuming_anywhere_is_exact_on_any_number_of_ranks(data: Data, stream: b
         assert torch.equal(batches(resumed[1], 2, 2), torch.cat([*rows[i + 2 : i + 4], *rows[i + 6 : i + 8]]))
 
 
+@few
 def test_a_resumed_state_is_the_state_of_who_was_never_ended(data: Data) -> None:
     windows = text.windows(replace(data, stream=True), TOKENIZER, 0)
     for _ in range(30):
@@ -372,6 +381,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     )
 
 
+@few
 def test_a_state_of_the_other_kind_is_refused(data: Data) -> None:
     stored, stream = (text.windows(replace(data, stream=stream), TOKENIZER, 0) for stream in (False, True))
     assert refused(lambda: stored.load_state_dict(stream.state_dict())) == (

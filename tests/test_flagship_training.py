@@ -21,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.state import AcceleratorState
+from launched import FITTING, halting, launch
 from narrow import the
 from safetensors.torch import load_file
 from torch import Tensor
@@ -86,6 +87,15 @@ def agree(got: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: 
         assert a["scores"] == pytest.approx(b["scores"], rel=tolerance, abs=tolerance)
 
 
+@pytest.fixture(scope="module")
+def whole(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    trained(out, *text, *SMALL, *SPREAD)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return out
+
+
 def checkpoint(out: Path, step: int) -> dict[str, Tensor]:
     """Weights and moments, by name."""
     path = out / "checkpoints" / f"step-{step:08d}"
@@ -119,6 +129,7 @@ def said(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.every
 def test_killed_at_any_moment_it_goes_on_as_if_it_had_not_been(text: list[str], tmp_path: Path) -> None:
     values = [*text, *SMALL, *SPREAD, "train.steps=5", "train.save=1"]
     done = said([sys.executable, "tests/killed.py", str(tmp_path), str(KILLS), "0", *values])
@@ -148,9 +159,9 @@ TRAININGS = {  # files, values, and the row of a step from which on tokens leave
 
 WAYS = ("ddp", "fsdp2")
 RESUMED = ("gates", "fsdp2"), ("router", "ddp")
-# Each training one way, and `make test-every` both: what a rank computes is the same, but for the gradients' way.
-BOTH = ("gates",)
-ONE = {"one rank halts": "fsdp2", "all halt": "ddp", "gates alone": "fsdp2", "router": "ddp"}
+# Each training but one in one way, and `make test-every` both: what a rank computes is the same in both.
+ONE = {"gates": "fsdp2", "one rank halts": "fsdp2", "gates alone": "ddp", "router": "ddp"}
+PAIRS = [(name, way) for name in TRAININGS for way in WAYS]
 
 
 def launched(rows: list[dict[str, Any]], folder: Path) -> None:
@@ -158,28 +169,25 @@ def launched(rows: list[dict[str, Any]], folder: Path) -> None:
     about = yaml.safe_load((CONFIGS / "accelerate" / "fsdp2.yaml").read_text())
     (folder / "fsdp2.yaml").write_text(yaml.safe_dump(about | {"use_cpu": True, "num_processes": 2}))
     (folder / "trainings.json").write_text(json.dumps(rows))
-    file = str(folder / "fsdp2.yaml")
-    done = said([*LAUNCH, "--config_file", file, "tests/launched.py", str(folder / "trainings.json")])
-    assert done.returncode == 0, done.stderr
+    assert launch(str(folder / "fsdp2.yaml"), str(folder / "trainings.json"))
 
 
 @pytest.fixture(scope="module")
-def ways(request: pytest.FixtureRequest) -> dict[str, tuple[str, ...]]:
-    """How each training runs on two ranks."""
-    every = "not every" not in request.config.getoption("markexpr")
-    return {name: WAYS if every or name in BOTH else (ONE[name],) for name in TRAININGS}
+def pairs(request: pytest.FixtureRequest) -> list[tuple[str, str]]:
+    """What is trained on two ranks, and how."""
+    return [*ONE.items()] if "not every" in request.config.getoption("markexpr") else PAIRS
 
 
 @pytest.fixture(scope="module")
-def on_ranks(text: list[str], ways: dict[str, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def on_ranks(text: list[str], pairs: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Each training on two ranks by DDP or by FSDP2; two of them are ended and resumed."""
     folder, rows = tmp_path_factory.mktemp("ranks"), []
-    for name, (files, values, halts) in TRAININGS.items():
-        for way in ways[name]:
-            words = ["--config", *files, *text, *SMALL, *values, "train.save=100", f"out={folder / name / way}"]
-            row = {"sharded": way == "fsdp2", "halts": halts}
-            ends = [["train.stop=5"], []] if (name, way) in RESUMED else [[]]
-            rows += [row | {"arguments": [*words, *end]} for end in ends]
+    for name, way in pairs:
+        files, values, halts = TRAININGS[name]
+        words = ["--config", *files, *text, *SMALL, *values, "train.save=100", f"out={folder / name / way}"]
+        row = {"sharded": way == "fsdp2", "halts": halts}
+        ends = [["train.stop=5"], []] if (name, way) in RESUMED else [[]]
+        rows += [row | {"arguments": [*words, *end]} for end in ends]
     words = ["--config", "tiny.yaml", *text, *SMALL, *SPREAD, "train.save=100", f"out={folder / 'moved'}"]
     rows += [
         {"sharded": False, "halts": None, "arguments": [*words, "train.stop=3"]},
@@ -191,12 +199,13 @@ def on_ranks(text: list[str], ways: dict[str, tuple[str, ...]], tmp_path_factory
     return folder
 
 
-@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "way"), [pytest.param(*p, marks=[] if p in ONE.items() else [pytest.mark.every]) for p in PAIRS]
+)
 def test_two_ranks_are_one_process(
-    on_ranks: Path, ways: dict[str, tuple[str, ...]], text: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+    on_ranks: Path, text: list[str], name: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launched import FITTING, halting
-
     monkeypatch.setattr(routers, "STEPS", FITTING)
     files, values, halts = TRAININGS[name]
     if halts is not None:
@@ -204,41 +213,36 @@ def test_two_ranks_are_one_process(
     one = trained(on_ranks / name / "one", *text, *SMALL, *values, "train.save=100", files=tuple(files))
     depths = {line["depth"] for line in one}
     assert depths == {4.0} if name == "gates alone" else min(depths) < 3
-    for way in ways[name]:
-        out = on_ranks / name / way
-        agree(curve(out), one, 1e-5)
-        alike(weights(out), weights(on_ranks / name / "one"), 1e-5)
-        alike(checkpoint(out, 8), checkpoint(on_ranks / name / "one", 8), 1e-5)
-        ids = torch.arange(40).view(2, 20)
-        run = load(out)
-        depth = run.router if run.router is not None else None
-        loss, _ = score_at(run, depth)(ids)
-        assert loss.isfinite().all()
-        assert run.model.generation_config.eos_token_id == run.tokenizer.eos_token_id
+    out = on_ranks / name / way
+    agree(curve(out), one, 1e-5)
+    alike(weights(out), weights(on_ranks / name / "one"), 1e-5)
+    alike(checkpoint(out, 8), checkpoint(on_ranks / name / "one", 8), 1e-5)
+    run = load(out)
+    loss, _ = score_at(run, run.router)(torch.arange(40).view(2, 20))
+    assert loss.isfinite().all()
+    assert run.model.generation_config.eos_token_id == run.tokenizer.eos_token_id
 
 
-def test_a_checkpoint_fits_any_number_of_ranks(on_ranks: Path, text: list[str]) -> None:
-    whole = trained(on_ranks / "gates" / "undisturbed", *text, *SMALL, *SPREAD, "train.save=100")
+def test_a_checkpoint_fits_any_number_of_ranks(on_ranks: Path, whole: Path, text: list[str]) -> None:
     assert steps(on_ranks / "moved") == [3, 6]
-    agree(trained(on_ranks / "moved", *text, *SMALL, *SPREAD, "train.save=100"), whole, 1e-5)
+    agree(trained(on_ranks / "moved", *text, *SMALL, *SPREAD, "train.save=100"), curve(whole), 1e-5)
 
 
 def test_shards_compute_in_bf16_and_add_up_in_float32(on_ranks: Path) -> None:
-    losses, exact = ([line["loss"] for line in curve(on_ranks / name)] for name in ("bf16", "gates/ddp"))
+    losses, exact = ([line["loss"] for line in curve(on_ranks / name)] for name in ("bf16", "gates/fsdp2"))
     assert losses == pytest.approx(exact, rel=0.01)
     # of bf16 numbers from 4 to 8, the mean of two is a multiple of 1/64
     assert all(4 < loss < 8 and loss * 64 % 1 for loss in losses), losses
 
 
-def test_begun_from_another_run_it_goes_on_as_that_one(text: list[str], tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole", *text, *SMALL, *SPREAD)
+def test_begun_from_another_run_it_goes_on_as_that_one(whole: Path, text: list[str], tmp_path: Path) -> None:
     trained(tmp_path / "first", *text, *SMALL, *SPREAD, "train.stop=4")
     begin = f"begin={tmp_path / 'first'}"
-    agree(trained(tmp_path / "second", *text, *SMALL, *SPREAD, begin), whole)
-    alike(weights(tmp_path / "second"), weights(tmp_path / "whole"), 0)
+    agree(trained(tmp_path / "second", *text, *SMALL, *SPREAD, begin), curve(whole))
+    alike(weights(tmp_path / "second"), weights(whole), 0)
     # killed before its first checkpoint, with metrics of its own: it begins again
     shutil.rmtree(tmp_path / "second" / "checkpoints")
-    agree(trained(tmp_path / "second", *text, *SMALL, *SPREAD, begin), whole)
+    agree(trained(tmp_path / "second", *text, *SMALL, *SPREAD, begin), curve(whole))
     assert not (tmp_path / "first" / "model").exists() and len(curve(tmp_path / "first")) == 4
 
 
@@ -262,11 +266,12 @@ def test_a_run_may_begin_where_one_without_gates_is(text: list[str], tmp_path: P
 WHOLE = "stages.open.share=1", "stages.exits.share=0", "stages.exits.depth=full", "stages.exits.penalty.weight=0"
 
 
-def refused(out: Path, words: str, *values: str, files: tuple[str, ...] = ("tiny.yaml",)) -> None:
+def refused(out: Path, words: str, *values: str, files: tuple[str, ...] = ("tiny.yaml",)) -> str:
     with pytest.raises(SystemExit) as error:
         trained(out, *values, files=files)
     says = str(error.value)
     assert says.startswith("error: ") and words in says and "\n" not in says, says
+    return says
 
 
 def test_rows_run_in_parts_are_the_whole_batch(text: list[str], tmp_path: Path) -> None:
@@ -277,7 +282,7 @@ def test_rows_run_in_parts_are_the_whole_batch(text: list[str], tmp_path: Path) 
         assert all(a[name] == pytest.approx(b[name], rel=1e-6, abs=1e-6) for name in FIGURES), a["step"]
     alike(weights(tmp_path / "parts"), weights(tmp_path / "whole"), 1e-5)
     assert min(line["depth"] for line in whole) < 3
-    with_penalty = trained(tmp_path / "penalty", *text, *SMALL, *SPREAD, "train.micro=1")
+    with_penalty = trained(tmp_path / "penalty", *text, *SMALL, *SPREAD, "train.micro=1", "train.stop=2")
     assert all(math.isfinite(line["loss"]) for line in with_penalty)
 
 
@@ -352,8 +357,7 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
 def test_what_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(text: list[str], tmp_path: Path) -> None:
     out = tmp_path / "rate"
     trained(out, *text, *SMALL, "train.save=2", "train.stop=4")
-    refused(out, "step 6, stage exits: loss", *text, *SMALL, "train.save=100", "train.rate=1e38")
-    says = refusal(out, *text, *SMALL, "train.save=100", "train.rate=1e38")
+    says = refused(out, "step 6, stage exits: loss", *text, *SMALL, "train.save=100", "train.rate=1e38")
     assert "The newest checkpoint is of step 4." in says and "Try a lower train.rate" in says
     assert steps(out) == [2, 4] and not (out / "model").exists()
     batch = torch.load(out / "diverged-6-rank-0.pt")
@@ -406,13 +410,13 @@ def test_weights_that_are_not_finite_are_not_saved(
     assert steps(tmp_path) == [2]
 
 
-def test_options_that_change_speed_and_memory_change_no_loss(text: list[str], tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole", *text, *SMALL, *SPREAD)
-    agree(trained(tmp_path / "checkpointing", *text, *SMALL, *SPREAD, "train.checkpointing=true"), whole)
+def test_options_that_change_speed_and_memory_change_no_loss(whole: Path, text: list[str], tmp_path: Path) -> None:
+    exact = curve(whole)
+    agree(trained(tmp_path / "checkpointing", *text, *SMALL, *SPREAD, "train.checkpointing=true"), exact)
     AcceleratorState._reset_state(reset_partial_state=True)
     rough = trained(tmp_path / "bf16", *text, *SMALL, *SPREAD, "train.precision=bf16")
-    assert [line["loss"] for line in rough] == pytest.approx([line["loss"] for line in whole], rel=0.02)
-    assert rough[0]["loss"] != whole[0]["loss"]
+    assert [line["loss"] for line in rough] == pytest.approx([line["loss"] for line in exact], rel=0.02)
+    assert rough[0]["loss"] != exact[0]["loss"]
 
 
 @pytest.mark.plain
@@ -526,7 +530,7 @@ def test_the_bar_says_how_it_goes(text: list[str], tmp_path: Path, capsys: pytes
     assert [line["step"] for line in curve(tmp_path)] == [4, 8]
 
 
-@pytest.mark.every  # `on_ranks` launches as well
+@pytest.mark.every  # `on_ranks` starts its processes by itself
 def test_launched_as_the_readme_says(text: list[str], tmp_path: Path) -> None:
     values = ["--config", "tiny.yaml", *text, *SMALL, f"out={tmp_path / 'out'}"]
     done = said([*LAUNCH, "examples/adaponderlm/train.py", *values, "train.log=4"])

@@ -160,6 +160,7 @@ def assert_same(got: Any, want: tuple[float, bool]) -> None:
     assert str(got[1]) == str(want[1])
 
 
+@pytest.mark.every
 def test_the_command_line_gives_scores_and_depths(saved: Saved, tmp_path: Path) -> None:
     run, hand = lm_eval(f"pretrained={saved.path},dtype=float64", tmp_path), ByHand(saved)
     right, words, log_text, exact = [], 0, 0.0, []

@@ -300,6 +300,7 @@ def test_memory_is_flat(server: Server, number: int) -> None:
     assert after - before < 8_000
 
 
+@pytest.mark.every
 def test_a_killed_server_comes_back(server: Server, model: Any) -> None:
     async def patient(client: Any, word: str, **body: Any) -> Any:
         while True:

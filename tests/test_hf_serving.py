@@ -47,8 +47,14 @@ def served(model: Any, texts: list[list[int]], **options: Any) -> list[tuple[lis
     return [*map(made, outs)]
 
 
-@pytest.mark.parametrize("layers", SPANS, ids=str)
-@pytest.mark.parametrize("name", ["gpt2", "qwen3 windows"])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        *(("gpt2", SPANS[0]), ("qwen3 windows", SPANS[1])),
+        *(pytest.param(*way, marks=pytest.mark.every) for way in (("gpt2", SPANS[1]), ("qwen3 windows", SPANS[0]))),
+    ],
+    ids=str,
+)
 def test_each_request_is_generate_alone(name: str, layers: slice | None) -> None:
     model, texts = spread(name, layers), prompts(7)
     want = [alone(model, text, **VARIED) for text in texts[:2]] + expected(model, texts[2:], **VARIED)
@@ -114,7 +120,7 @@ ASKED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("layers", SPANS, ids=str)
+@pytest.mark.parametrize("layers", [SPANS[1], pytest.param(SPANS[0], marks=pytest.mark.every)], ids=str)
 def test_requests_ask_for_different_things(layers: slice | None) -> None:
     model, text = spread("gpt_neox", layers), [5, 9, 31, 4, 17]
     with model.continuous_batching_context_manager(GenerationConfig(**VARIED), rows=6, width=4) as manager:

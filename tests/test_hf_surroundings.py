@@ -431,22 +431,32 @@ torch.save(model(torch.tensor([[3, 4, 5]])).logits, sys.argv[2])
 """
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_saved_folder_says_what_it_needs_and_loads_by_itself(tmp_path: Path) -> None:
+def saved(folder: Path) -> AdaptiveForCausalLM:
     model = spread("llama", slice(1, 3), torch.float32)
     model.loop.rule = ad.Threshold(0.5)
     model.register_for_auto_class()
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_saved_folder_says_what_it_needs(tmp_path: Path) -> None:
+    model = saved(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
     assert "import adadepth.hf" in card and "pip install 'adadepth[hf] @ git+" in card and "layers 1 to 2 run" in card
     assert "PerIterationMLPGate, " in card
+    (tmp_path / "saved" / "README.md").write_text("Mine.")
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "README.md").read_text() == "Mine."
+
+
+@pytest.mark.every  # `test_hf_saving.py` has a new process as well
+@pytest.mark.filterwarnings("ignore")
+def test_a_saved_folder_loads_by_itself(tmp_path: Path) -> None:
+    model = saved(tmp_path / "saved")
     command = [sys.executable, "-c", LOAD, str(tmp_path / "saved"), str(tmp_path / "out.pt")]
     env = {"PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home")}
     subprocess.run(command, check=True, env=os.environ | env)
     assert near(torch.load(tmp_path / "out.pt"), model(torch.tensor([[3, 4, 5]])).logits)
-    (tmp_path / "saved" / "README.md").write_text("Mine.")
-    model.save_pretrained(tmp_path / "saved")
-    assert (tmp_path / "saved" / "README.md").read_text() == "Mine."
 
 
 def test_what_is_saved_alone_is_what_was(model: AdaptiveForCausalLM) -> None:

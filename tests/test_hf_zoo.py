@@ -21,19 +21,18 @@ PAGE = Path(__file__).parent.parent / "docs" / "hugging-face.md"
 SAME_VERSION = f"With transformers {transformers.__version__}, " in PAGE.read_text()
 
 
-# One or two of a kind, of what a loop or a cache could do wrongly.
+# One of a kind, of what a loop or a cache could do wrongly.
 KINDS = {
-    # attention: windows, sinks, caps, latents, few keys, differences, norms and clips of queries
-    "gemma3_text", "ministral3", "gpt_oss", "mimo_v2_flash", "gemma2", "deepseek_v2", "minicpm3", "gpt_bigcode",
-    "diffllama", "qwen3", "olmo",
-    # positions: learned, rotated in pairs or by halves or in part, by layers, in three axes, none
-    "gpt2", "opt", "gptj", "stablelm", "phi", "smollm3", "cohere_compass_text", "cohere2",
-    # layers: in parallel, normed before or after or both, scaled, with biases
-    "gpt_neox", "llama", "exaone4", "glm4", "granite", "bitnet", "qwen2",
+    # attention: windows and sinks, caps, latents (of deepseek_v3), few keys, differences, clips and norms of queries
+    "gpt_oss", "gemma2", "gpt_bigcode", "diffllama", "olmo", "exaone4",
+    # positions: learned, rotated in pairs and in part or by halves, by layers, in three axes
+    "opt", "gptj", "cohere2", "cohere_compass_text",
+    # layers: in parallel, scaled, normed inside (before: gptj; after: exaone4; both: gemma2), with biases (opt)
+    "gpt_neox", "granite", "bitnet",
     # experts: in the feed-forward part, in attention too, shared, fused, beside dense layers
     "mixtral", "jetmoe", "deepseek_v3", "dbrx", "afmoe",
-    # models of other shapes: a decoder of an encoder, several towers, embeddings of each layer, caps of logits
-    "whisper", "fuyu", "gemma4_unified_text", "nanochat",
+    # models of other shapes: a decoder of an encoder, several towers, embeddings of each layer, caps of logits (gemma2)
+    "whisper", "fuyu", "gemma4_unified_text",
 }  # fmt: skip
 
 

@@ -1083,9 +1083,14 @@ def test_the_command_runs_fresh_seeds_and_a_quick_run_one() -> None:
     assert command.plan_of(quick).steps_1 < 10
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.every)])
 def test_units_run_after_those_they_need_and_a_process_that_fails_is_named(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, forked: bool
 ) -> None:
+    if forked and not torch.cuda.is_available():  # copies of this process, which has imported everything
+        fork = multiprocessing.get_context("fork")
+        monkeypatch.setattr(multiprocessing, "get_context", lambda _: fork)
     after = study.units(PROGRAMS)
     assert after["guided gates"] == {FULL} and after["prior over depths"] == {FULL, "guided gates"}
     assert after["trained at depth 1"] == set() and after["trained at depth 6"] == {FULL}
