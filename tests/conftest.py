@@ -3,6 +3,8 @@
 Memory that is not written yet holds NaN, so that a read of it fails a test instead of finding zeros by luck.
 """
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -37,6 +39,12 @@ LONG = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     last = len(LONG)
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else last)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage: transformers collects garbage once a test, through all of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,74 @@
+"""Draw the figures of docs/when-depth-helps.md from the tables of the docs: `python -m tools.figures`."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from adadepth import viz
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "when-depth-helps.md"
+WORST = 12  # per cent wrong
+TEXT = {name: name for name in ("router-shallow", "router", "router-deep")} | {
+    "guided": "guided gates",
+    "survival": "survival gates",
+    "criterion": "KL criterion",
+}
+
+
+def main() -> None:
+    """Write them into docs/images."""
+    for name, drawn in figures().items():
+        (DOCS / "images" / name).write_text(drawn)
+
+
+def figures() -> dict[str, str]:
+    """SVG by the name of its file."""
+    page, text = PAGE.read_text(), (DOCS / "adaponderlm.md").read_text()
+    return {
+        "programs.svg": _programs(table(page, "thousand FLOPs per token")),
+        "needed.svg": _needed(table(page, "used 1")),
+        "text.svg": _text(table(text, "minus best fixed depths")),
+    }
+
+
+def table(page: str, column: str) -> list[list[str]]:
+    """The rows of the first table of a Markdown page that has this column; cells without marks and units."""
+    lines = page.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|") and column in line) + 2
+    end = next(i for i in range(start, len(lines)) if not lines[i].startswith("|"))
+    return [[re.sub(r"[*`×]| ±.*", "", cell).strip() for cell in line.split("|")[1:-1]] for line in lines[start:end]]
+
+
+def _programs(rows: list[list[str]]) -> str:
+    """Those that are nearly always right, and the models of a fixed depth."""
+    places = {name: (float(cost), 100 - float(right)) for name, right, _, cost, *_ in rows}
+    near = {name: place for name, place in places.items() if place[1] < WORST and "needed" not in name}
+    fixed = [name for name in places if name.startswith("trained at")]
+    line = tuple(zip(*(places[name] for name in fixed), strict=True))
+    points = {name.removeprefix("trained at "): place for name, place in near.items()}
+    lines = {"each trained at one fixed depth": (line[0], line[1])}
+    return viz.svg(viz.plot_frontier(points, lines, x="thousand FLOPs per token", y="wrong, %"))
+
+
+def _needed(rows: list[list[str]]) -> str:
+    shares = torch.tensor([[round(float(share or 0)) for share in row[1:]] for row in rows])  # of 100 tokens
+    depths = torch.arange(1, len(shares) + 1)
+    needed, used = torch.cartesian_prod(depths, depths).unbind(1)
+    each = shares.flatten()
+    return viz.svg(viz.plot_needed(needed.repeat_interleave(each), used.repeat_interleave(each), len(shares)))
+
+
+def _text(rows: list[list[str]]) -> str:
+    places = {name.partition(",")[0]: (float(cost), float(loss)) for name, loss, _, cost, *_ in rows}
+    lines = {}
+    for kind, said in (("fixed", "one fixed depth"), ("told", "one fixed depth, told the letters")):
+        at = tuple(zip(*(place for name, place in places.items() if re.fullmatch(rf"{kind}-[2-4]", name)), strict=True))
+        lines[said] = (at[0], at[1])
+    points = {said: places[name] for name, said in TEXT.items()}
+    return viz.svg(viz.plot_frontier(points, lines, x="FLOPs, in passes of one iteration", y="loss, nats per byte"))
+
+
+if __name__ == "__main__":
+    main()
