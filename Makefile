@@ -94,7 +94,7 @@ style: $(INSTALLED)
 	$(RUN) -m codespell_lib
 
 types: $(INSTALLED)
-	$(RUN) -m mypy
+	$(RUN) -m mypy --num-workers $(WORKERS)
 
 docs: $(INSTALLED)  ## build the documentation into site/
 	$(INSTALL) -e '.[docs]'

@@ -212,6 +212,7 @@ def test_gates_and_updates_know_where_a_token_stands(padded: bool) -> None:
 
 
 @pytest.mark.plain
+@pytest.mark.every
 def test_they_work_in_a_compiled_dense_loop() -> None:
     inside = Inside().double()
     x = torch.randn(2, 4, DIM).double()

@@ -118,7 +118,7 @@ COUNTED = FORMULAS | {
 }
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.every), True])
 def test_flops_of_a_step_are_those_that_torch_counts(checkpointing: bool) -> None:
     """At full depth, and with exits as deep as they were; within 1 %."""
     costs = small(f"train.checkpointing={checkpointing}")

@@ -539,11 +539,11 @@ def test_a_sweep_that_cannot_be_run(tmp_path: Path, text: str | None, message: s
 @pytest.mark.parametrize(
     ("name", "quick", "count"),
     [
-        *(("small.yaml", True, 1), ("ablation.yaml", False, 1)),
-        *(
-            pytest.param(*case, marks=pytest.mark.every)
-            for case in (("small.yaml", False, 3), ("ablation.yaml", True, 1), ("ablation.yaml", False, 3))
-        ),
+        ("ablation.yaml", False, 1),
+        pytest.param("small.yaml", True, 1, marks=pytest.mark.every),
+        pytest.param("small.yaml", False, 3, marks=pytest.mark.every),
+        pytest.param("ablation.yaml", True, 1, marks=pytest.mark.every),
+        pytest.param("ablation.yaml", False, 3, marks=pytest.mark.every),
     ],
 )
 def test_the_sweeps_that_are_here(name: str, quick: bool, count: int, tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ def decoded(model: AdaptiveForCausalLM) -> Tensor:
     return torch.cat(found, 1)[MASK.bool()]
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.every] if i % 2 else []) for i, name in enumerate(SOME)]
+)
 def test_a_loop_that_nobody_leaves_is_one_written_by_hand(name: str) -> None:
     base = original(name)
     head, embedding, alpha = base.get_output_embeddings(), base.get_input_embeddings(), 0.7

@@ -419,6 +419,7 @@ def test_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         main()
 
 
+@pytest.mark.every
 def test_a_client_that_is_gone_ends_what_is_done_for_it() -> None:
     ended: list[str] = []
 

@@ -219,8 +219,7 @@ def test_dropout_counts_in_training_alone(kind: str, skip: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize(("causal", "frozen"), [(True, True), (False, False)])
 def test_the_same_in_evaluation_without_gradients(kind: str, causal: bool, frozen: bool) -> None:
     """Where PyTorch's fused layers would take their fast path, past us."""
     x = rows(4, 6)

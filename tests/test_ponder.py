@@ -282,7 +282,7 @@ def test_a_meta_device_gives_shapes() -> None:
 
 @pytest.mark.plain
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.every), torch.bfloat16])
 def test_what_is_said_of_the_operator_to_a_compiler_is_true(dtype: torch.dtype) -> None:
     h, weight, table = (torch.randn(n, DIM, dtype=dtype, requires_grad=True) for n in (5, VOCABULARY, VOCABULARY))
     bias = torch.randn(VOCABULARY, dtype=dtype, requires_grad=True)

@@ -152,6 +152,7 @@ def late_first(graph: fx.GraphModule, _inputs: Any) -> Any:
     return make_boxed_func(fx.GraphModule(graph, changed).forward)
 
 
+@pytest.mark.every
 def test_a_compiler_that_changes_the_order_of_calls_gives_the_same() -> None:
     made: list[Any] = []
 

@@ -109,6 +109,7 @@ def test_a_piece_is_short(piece: str, lines: int) -> None:
     assert len(inspect.getsource(getattr(a_gate_of_your_own, piece)).splitlines()) <= lines
 
 
+@pytest.mark.every
 def test_soft_exits_become_hard_ones(capsys: pytest.CaptureFixture[str]) -> None:
     soft_to_hard.main([])
     lines = capsys.readouterr().out.splitlines()

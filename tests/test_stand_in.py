@@ -20,9 +20,11 @@ from adadepth.loop.bounds import Bounds
 from adadepth.serving import batch
 from adadepth.testing import pieces
 
-# Of the products of gates and rules, of blocks and executions, of caches and blocks every third by default.
+# Of the products of gates and rules, of blocks and executions, of caches and blocks, and of the contract suites every
+# third by default.
+PRODUCTS = "loop", "block", "call", "cache", "serving", "helper: check_"
 SOME = [
-    pytest.param(name, marks=[pytest.mark.every] if name.startswith(("loop", "block", "cache")) and i % 3 else [])
+    pytest.param(name, marks=[pytest.mark.every] if name.startswith(PRODUCTS) and i % 3 else [])
     for i, name in enumerate(SCENARIOS)
 ]
 

@@ -139,6 +139,7 @@ EVEN = (torch.arange(16) % STEPS + 1).expand(8, 16)
 UNEVEN = torch.tensor([([4] * (r // 2 + 1) + [3, 3] + [2] * (r % 3 + 1) + [1] * 16)[:16] for r in range(8)])
 
 
+@pytest.mark.every
 def test_operators_of_24_layers_against_a_loop_by_hand() -> None:
     """Rows that differ ask in groups, each in a call of its own: flex attention is for them."""
     with stand_in():
