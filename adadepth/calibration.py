@@ -87,7 +87,8 @@ def calibrate(
     if len(loops) != 1:
         raise ValueError(
             f"calibrate expected a RecurrentWrapper or a module that holds exactly one, got {type(model).__name__} "
-            f"with {len(loops)}. Pass the wrapper itself, with data that are its arguments."
+            f"with {len(loops)}. Pass the wrapper itself, with data that are its arguments. For an adapted Hugging "
+            "Face model use adadepth.hf.calibrate."
         )
     batches = [arguments(batch, model) for batch in data]
     return fit(model, loops[0], batches, rule, Goal("mean_depth", mean_depth, mean_depth, lambda depth: depth))

@@ -247,7 +247,7 @@ def test_a_model_with_another_number_of_loops(loops: int) -> None:
         ad.calibrate(Model(loops), list(torch.randint(40, (4, 8, 32))))
     assert str(error.value) == (
         f"calibrate expected a RecurrentWrapper or a module that holds exactly one, got Model with {loops}. Pass the "
-        "wrapper itself, with data that are its arguments."
+        "wrapper itself, with data that are its arguments. For an adapted Hugging Face model use adadepth.hf.calibrate."
     )
 
 

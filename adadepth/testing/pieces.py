@@ -29,7 +29,7 @@ def check_gate(gate: Gate, dim: int, steps: int = 4, update: Update | None = Non
     Arguments: `gate`, of which a copy is checked in evaluation mode; `dim`, the width of the state; `steps`, those of
     the loop (the gate is called at steps 0 to `steps - 2`); `update`, that of the loop. None: an update that scales,
     or for a gate without gradient, such as an exit criterion, one that does not.
-    Raises: `AssertionError`; `ValueError` if `gate` is not a gate or `update` not an update.
+    Raises: `AssertionError`; `ValueError` if `gate` is not a gate or `update` not an update, or from the loop.
     """
     if not isinstance(gate, Gate):
         raise unfit("check_gate expected an adadepth.Gate", gate, "Write it as a subclass of Gate.")
