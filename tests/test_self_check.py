@@ -403,6 +403,7 @@ def test_it_keeps_to_itself_wherever_it_runs(surroundings: str) -> None:
 
 
 @pytest.mark.plain
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="Dynamo of torch 2.8 does not trace the loop")
 def test_a_compiled_loop_does_not_check_itself() -> None:
     loop = ad.RecurrentWrapper(Counting(DIM, True), STEPS, skip=False)
     x = torch.randn(3, 9, DIM)
