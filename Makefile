@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 RUN = $(VENV)/bin/python
-# A recent pip, which --upgrade-deps gets, finds packages in half of the time that an old Python's takes.
 # Python compiles what it imports, once; to compile all of the packages takes longer than the rest of the installation.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
@@ -15,6 +14,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 	docs notebooks dist wheel-test lowest changelog release-check notes bench
 INSTALLED = $(VENV)/.adadepth-installed
 
+# A recent pip, which --upgrade-deps gets, finds packages in half of the time that an old Python's takes.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x $(RUN) || $(PYTHON) -m venv --upgrade-deps $(VENV)
 	$(INSTALL) -e '.[dev]'
@@ -68,7 +68,7 @@ SHAPES = contracts.py criteria.py diagnostics.py flops.py foreign_blocks.py gate
 	ranks.py::test_without_ranks_they_change_nothing \
 	ranks.py::test_anchor_gives_what_was_not_reached_a_gradient_of_0 \
 	self_check.py::test_check_looped_takes_the_call_as_it_will_be \
-	$(addprefix serving.py::test_each_request_is_one_full_forward_over_it,[attention] [encoder] [iteration] [view]) \
+	$(addprefix serving.py::test_each_request_is_one_full_forward_over_it,[attention-few] [encoder-few] [iteration-few] [view-few]) \
 	serving.py::test_a_token_that_is_no_number_reaches_no_other \
 	serving.py::test_a_block_is_given_its_kwargs_and_knows_its_row \
 	serving.py::test_rows_without_tokens_begin_nothing \

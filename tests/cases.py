@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import oracle
+import pytest
 import torch
 from blocks_zoo import DIM, Kind, spread
 from hypothesis import seed, settings
@@ -143,9 +144,16 @@ class Setting(NamedTuple):
         return oracle.Result(out.hidden, the(Tensor, out.states), *out.trace)
 
 
-def of_its_own(kind: str, examples: int) -> Callable[[Any], Any]:
+def examples(few: int, many: int) -> pytest.MarkDecorator:
+    """So few in the ordinary run, and so many by `make test-every`."""
+    return pytest.mark.parametrize(
+        "examples", [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.every)]
+    )
+
+
+def of_its_own(kind: str, count: int) -> Callable[[Any], Any]:
     """So many examples, other ones for each kind of block: by default all kinds would be given the same."""
-    return lambda check: seed(zlib.crc32(kind.encode()))(settings(max_examples=examples)(check))
+    return lambda check: seed(zlib.crc32(kind.encode()))(settings(max_examples=count)(check))
 
 
 def setting(kind: Kind, case: Case, dtype: torch.dtype) -> Setting:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from blocks_zoo import DEEP, DIM, Kind, looped, mixed
 from cached import EXACT, assert_equal_outputs, assert_holds, exact, layouts, rows
-from cases import Case, Setting, assert_same, by_definition, cases, of_its_own, setting
+from cases import Case, Setting, assert_same, by_definition, cases, examples, of_its_own, setting
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -76,9 +76,10 @@ def test_prefill_in_every_split_and_decode_is_one_full_forward(kind: str, only_m
     check()
 
 
+@examples(4, 20)
 @pytest.mark.parametrize("kind", ["attention", "grouped-query", "encoder", "view", "window"])
-def test_the_same_in_float32(kind: str) -> None:
-    @of_its_own(kind, 4)
+def test_the_same_in_float32(kind: str, examples: int) -> None:
+    @of_its_own(kind, examples)
     @given(
         case=cases(["threshold", "threshold per row", "lookahead threshold"], causal=[True]), cut=cuts(*EXACT, "single")
     )
@@ -100,11 +101,12 @@ def piecewise(kind: Kind, case: Case, s: Setting, cut: Cut) -> oracle.Result:
     return joined([by_definition(kind, case, piece, past) for piece in cut.pieces(s)])
 
 
+@examples(4, 20)
 @every
-def test_single_shows_each_earlier_token_s_newest_iteration(kind: str) -> None:
+def test_single_shows_each_earlier_token_s_newest_iteration(kind: str, examples: int) -> None:
     lossy = 0
 
-    @of_its_own(kind, 4)
+    @of_its_own(kind, examples)
     @given(case=cases(causal=[True]), cut=cuts("single"))
     def check(case: Case, cut: Cut) -> None:
         nonlocal lossy
@@ -117,7 +119,7 @@ def test_single_shows_each_earlier_token_s_newest_iteration(kind: str) -> None:
         lossy += not torch.allclose(want.hidden, by_definition(DEEP[kind], case, s).hidden)
 
     check()
-    assert lossy >= 1 or kind == "pointwise"
+    assert lossy >= 2 or kind == "pointwise"
 
 
 @every

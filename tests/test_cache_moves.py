@@ -10,7 +10,7 @@ import pytest
 import torch
 from blocks_zoo import DEEP, DIM, Kind, heads_of, looped, mixed
 from cached import EXACT, assert_equal_outputs, assert_holds, layouts, rows
-from cases import RULES, Case, assert_same, by_definition, cases, of_its_own, setting
+from cases import RULES, Case, assert_same, by_definition, cases, examples, of_its_own, setting
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -140,9 +140,10 @@ MOVES: list[Callable[[History], object]] = [
 ]
 
 
+@examples(4, 20)
 @every
-def test_after_any_history_a_cache_answers_as_the_rows_it_holds(kind: str) -> None:
-    @of_its_own(kind, 4)
+def test_after_any_history_a_cache_answers_as_the_rows_it_holds(kind: str, examples: int) -> None:
+    @of_its_own(kind, examples)
     @given(
         case=cases([rule for rule in RULES if "per row" not in rule], causal=[True]),
         layout=st.sampled_from(EXACT),

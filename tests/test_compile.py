@@ -130,7 +130,7 @@ def test_frozen_layers_do_not_slip_onto_their_fast_path(name: str) -> None:
 
 
 def rarely(**pieces: Any) -> Any:
-    """Criteria and `Ponder` have tests like this of their own."""
+    """By `make test-every`: criteria and `Ponder` have such tests of their own, and the others are much like these."""
     return pytest.param(pieces, marks=pytest.mark.every)
 
 

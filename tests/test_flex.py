@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from blocks_zoo import BLOCKS
-from cases import Case, assert_same, by_definition, cases, of_its_own, setting
+from cases import Case, assert_same, by_definition, cases, examples, of_its_own, setting
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -34,11 +34,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[None]:
     return made
 
 
+@examples(3, 6)
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[] if kind in SOME else [pytest.mark.every]) for kind in KINDS]
 )
-def test_it_is_the_definition(kind: str, seen: list[None]) -> None:
-    @of_its_own(kind, 3)
+def test_it_is_the_definition(kind: str, seen: list[None], examples: int) -> None:
+    @of_its_own(kind, examples)
     @given(case=cases(causal=[True]))
     def check(case: Case) -> None:
         s = setting(BLOCKS[kind], case, torch.float64)

@@ -152,7 +152,11 @@ def test_states_are_extra(kind: str, skip: bool) -> None:
 @both
 @every
 @pytest.mark.parametrize(
-    ("shape", "causal"), [((0, 6), True), ((3, 0), False), ((0, 0), True), ((3, 6), True), ((3, 6), False)]
+    ("shape", "causal"),
+    [
+        *(((0, 6), True), ((3, 0), False), ((0, 0), True), ((3, 6), True), ((3, 6), False)),
+        *(pytest.param(*case, marks=pytest.mark.every) for case in (((0, 6), False), ((3, 0), True), ((0, 0), False))),
+    ],
 )
 def test_nothing_to_run_gives_nothing(kind: str, causal: bool, skip: bool, shape: tuple[int, int]) -> None:
     loop, x = looped(kind, causal=causal, skip=skip), rows(*shape).requires_grad_()
@@ -185,7 +189,13 @@ def test_nothing_to_run_can_be_trained_on(skip: bool, shape: tuple[int, int]) ->
 
 @both
 @every
-@pytest.mark.parametrize(("causal", "bad"), [(True, float("nan")), (False, float("inf"))])
+@pytest.mark.parametrize(
+    ("causal", "bad"),
+    [
+        *((True, float("nan")), (False, float("inf"))),
+        *(pytest.param(*case, marks=pytest.mark.every) for case in ((True, float("inf")), (False, float("nan")))),
+    ],
+)
 def test_what_stands_at_padding_does_not_leak(kind: str, causal: bool, skip: bool, bad: float) -> None:
     loop = looped(kind, causal=causal, skip=skip)
     loop.update = ad.SurvivalScaled(ad.InputInjection())
@@ -219,7 +229,13 @@ def test_dropout_counts_in_training_alone(kind: str, skip: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
-@pytest.mark.parametrize(("causal", "frozen"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("causal", "frozen"),
+    [
+        *((True, True), (False, False)),
+        *(pytest.param(*case, marks=pytest.mark.every) for case in ((True, False), (False, True))),
+    ],
+)
 def test_the_same_in_evaluation_without_gradients(kind: str, causal: bool, frozen: bool) -> None:
     """Where PyTorch's fused layers would take their fast path, past us."""
     x = rows(4, 6)

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from blocks_zoo import BLOCKS, DIM, looped, mixed
-from cases import Case, Setting, assert_same, by_definition, cases, of_its_own, setting
+from cases import Case, Setting, assert_same, by_definition, cases, examples, of_its_own, setting
 from hypothesis import assume, given
 from narrow import the
 from torch import Tensor, nn
@@ -42,20 +42,17 @@ def test_the_oracle_shares_no_code() -> None:
     assert imported == {"collections.abc", "typing", "torch"}
 
 
-many = pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.every)])
-
-
-@many
+@examples(8, 60)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_packed_equals_dense_equals_oracle_at_mixed_depths(kind: str, examples: int) -> None:
     seen = compare(kind, only_mixed=True, examples=examples)
     assert seen >= examples
 
 
-@many
+@examples(4, 30)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_packed_equals_dense_equals_oracle_in_any_case(kind: str, examples: int) -> None:
-    compare(kind, only_mixed=False, examples=examples // 2)
+    compare(kind, only_mixed=False, examples=examples)
 
 
 def compare(kind: str, only_mixed: bool, examples: int) -> int:
@@ -78,9 +75,10 @@ def compare(kind: str, only_mixed: bool, examples: int) -> int:
     return seen
 
 
+@examples(3, 20)
 @pytest.mark.parametrize("kind", BLOCKS)
-def test_packed_equals_dense_in_float32(kind: str) -> None:
-    @of_its_own(kind, 3)
+def test_packed_equals_dense_in_float32(kind: str, examples: int) -> None:
+    @of_its_own(kind, examples)
     @given(case=cases(["threshold", "threshold per row", "lookahead threshold"]))
     def check(case: Case) -> None:
         s = setting(BLOCKS[kind], case, torch.float32)

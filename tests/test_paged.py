@@ -7,7 +7,7 @@ import pytest
 import torch
 from blocks_zoo import DEEP, looped
 from cached import assert_equal_outputs, rows
-from cases import Case, assert_same, by_definition, cases, of_its_own, setting
+from cases import Case, assert_same, by_definition, cases, examples, of_its_own, setting
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from served import How as Served
@@ -59,9 +59,10 @@ def in_rows(loop: ad.RecurrentWrapper, x: Tensor) -> Tensor:
     return hidden
 
 
+@examples(4, 20)
 @pytest.mark.parametrize("kind", DEEP)
-def test_prefill_in_every_split_and_decode_are_the_definition(kind: str, calls: list[Sequences]) -> None:
-    @of_its_own(kind, 4)
+def test_prefill_in_every_split_and_decode_are_the_definition(kind: str, calls: list[Sequences], examples: int) -> None:
+    @of_its_own(kind, examples)
     @given(case=cases(causal=[True]), cut=cuts("filled", "single"))
     def check(case: Case, cut: Cut) -> None:
         s = setting(DEEP[kind], case, torch.float64)
@@ -73,8 +74,9 @@ def test_prefill_in_every_split_and_decode_are_the_definition(kind: str, calls: 
     assert bool(calls) == (kind not in UNSERVED)
 
 
+@examples(4, 20)
 @pytest.mark.parametrize("kind", ["attention", "grouped-query", "window", "softcap and sinks"])
-def test_each_request_is_one_full_forward_over_it(kind: str, calls: list[Sequences]) -> None:
+def test_each_request_is_one_full_forward_over_it(kind: str, calls: list[Sequences], examples: int) -> None:
     """Tokens of several iterations in one call, some of them drafts that are dropped."""
     hows = st.builds(
         Served,
@@ -88,7 +90,7 @@ def test_each_request_is_one_full_forward_over_it(kind: str, calls: list[Sequenc
         spoiled=st.booleans(),
     )
 
-    @of_its_own(kind, 4)
+    @of_its_own(kind, examples)
     @given(case=cases(causal=[True]), how=hows)
     def check(case: Case, how: Served) -> None:
         s = setting(DEEP[kind], case, torch.float64)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from blocks_zoo import DEEP, DIM, looped
 from cached import exact
-from cases import Case, assert_same, by_definition, cases, of_its_own, setting
+from cases import Case, assert_same, by_definition, cases, examples, of_its_own, setting
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from served import How, serve
@@ -38,9 +38,10 @@ def inference() -> Iterator[None]:
         yield
 
 
+@examples(4, 20)
 @pytest.mark.parametrize("kind", DEEP)
-def test_each_request_is_one_full_forward_over_it(kind: str) -> None:
-    @of_its_own(kind, 4)
+def test_each_request_is_one_full_forward_over_it(kind: str, examples: int) -> None:
+    @of_its_own(kind, examples)
     @given(case=cases(causal=[True]), how=hows)
     def check(case: Case, how: How) -> None:
         s = setting(DEEP[kind], case, torch.float64)

@@ -3,7 +3,7 @@
 import copy
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import cycle, product
+from itertools import cycle, groupby, product
 from typing import Any
 from unittest import mock
 
@@ -140,11 +140,10 @@ if find_spec("omegaconf") is not None:
 
 
 # Of each kind every second by default, and of the flagship's methods every third.
-KINDS = [(name, name.partition(",")[0]) for name in SCENARIOS]
-AT = [[kind for _, kind in KINDS[:i]].count(kind) for i, (_, kind) in enumerate(KINDS)]
 SOME = [
     pytest.param(name, marks=[pytest.mark.every] if i % (3 if kind == "flagship" else 2) else [])
-    for i, (name, kind) in zip(AT, KINDS, strict=True)
+    for kind, names in groupby(SCENARIOS, key=lambda name: name.partition(",")[0])
+    for i, name in enumerate(names)
 ]
 
 

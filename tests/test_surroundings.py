@@ -95,7 +95,15 @@ def test_under_autocast_the_state_keeps_its_dtype(kind: str, dtype: torch.dtype,
 
 @both
 @every
-@pytest.mark.parametrize(("rule", "training"), [(ad.Threshold(0.5), True), (ad.ACT(0.3), True), (ad.ACT(0.3), False)])
+@pytest.mark.parametrize(
+    ("rule", "training"),
+    [
+        (ad.Threshold(0.5), True),
+        (ad.ACT(0.3), True),
+        (ad.ACT(0.3), False),
+        pytest.param(ad.Threshold(0.5), False, marks=pytest.mark.every),
+    ],
+)
 def test_checkpointed_iterations_give_the_same_bits(kind: str, skip: bool, rule: ad.Rule, training: bool) -> None:
     loop, x = looped(kind, skip=skip).train(training), rows().requires_grad_()
     loop.rule = rule
