@@ -10,8 +10,8 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 # Two threads that spin while another process is busy collapse.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo programs puzzles retrofit reproduce-small ablations test test-fast test-shapes test-every lint style types \
-	docs notebooks dist wheel-test lowest changelog release-check notes bench
+.PHONY: demo programs puzzles retrofit reproduce-small ablations test test-fast test-unhooked test-shapes test-every \
+	lint style types docs notebooks dist wheel-test lowest changelog release-check notes bench
 INSTALLED = $(VENV)/.adadepth-installed
 
 # A recent pip, which --upgrade-deps gets, finds packages in half of the time that an old Python's takes.
@@ -59,29 +59,20 @@ ablations: $(INSTALLED)  ## the gates' recipe with one thing changed at a time
 WORKERS ?= 2
 PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# These reach every function whose shapes are annotated; tests marked `plain` cannot run with the hook.
-SHAPES = contracts.py criteria.py diagnostics.py flops.py foreign_blocks.py gates.py hf_scoring.py losses.py masks.py \
-	ponder.py rooms.py viz.py block_kwargs.py::test_gates_and_updates_know_where_a_token_stands \
-	budget.py::test_hard_exits_by_hand hf.py::test_hidden_states_by_their_numbers \
-	hf.py::test_several_texts_in_a_row_are_rows_of_their_own \
-	hf_generate.py::test_a_cache_is_cropped_reordered_and_forgotten loop.py::test_packed_equals_dense_in_float32 \
-	ranks.py::test_without_ranks_they_change_nothing \
-	ranks.py::test_anchor_gives_what_was_not_reached_a_gradient_of_0 \
-	self_check.py::test_check_looped_takes_the_call_as_it_will_be \
-	$(addprefix serving.py::test_each_request_is_one_full_forward_over_it,[attention-few] [encoder-few] [iteration-few] [view-few]) \
-	serving.py::test_a_token_that_is_no_number_reaches_no_other \
-	serving.py::test_a_block_is_given_its_kwargs_and_knows_its_row \
-	serving.py::test_rows_without_tokens_begin_nothing \
-	serving.py::test_a_request_may_be_given_up_at_any_time
+# Tests marked `shapes` reach every function whose shapes are annotated. jaxtyping's hook, which checks them, slows
+# every call, and tests marked `plain` cannot run with it.
+HOOK = --jaxtyping-packages=adadepth,beartype.beartype
 
-# All run as a user runs them; then some once more with jaxtyping's hook, which checks shapes and slows every call.
-test: lint test-fast test-shapes  ## everything that CI runs
+test: lint test-unhooked test-shapes  ## everything that CI runs: each test once
 
 test-fast: $(INSTALLED)  ## all tests, without lint and without shapes checked
 	$(PYTEST) -m "not every"
 
-test-shapes: $(INSTALLED)  ## some tests once more, with every annotated shape checked
-	$(PYTEST) -m "not plain and not every" --jaxtyping-packages=adadepth,beartype.beartype $(SHAPES:%=tests/test_%)
+test-unhooked: $(INSTALLED)  ## the tests that test-shapes does not run
+	$(PYTEST) -m "not every and (plain or not shapes)"
+
+test-shapes: $(INSTALLED)  ## the tests marked shapes, with every annotated shape checked
+	$(PYTEST) -m "shapes and not plain and not every" $(HOOK) $(shell grep -l pytest.mark.shapes tests/test_*.py)
 
 test-every: $(INSTALLED)  ## what test leaves out: more cases of the same kinds
 	$(PYTEST) --dist load -m every

@@ -186,6 +186,7 @@ class Reads(ad.Update):
         return h + (ad.take(self.bias) + row - 0.3 * place + at).unsqueeze(-1)
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("padded", [True, False])
 def test_gates_and_updates_know_where_a_token_stands(padded: bool) -> None:
     x, bias = torch.randn(3, 5, DIM).double(), torch.rand(3, 5).double()

@@ -63,6 +63,7 @@ def trace_of(live: list[list[int]], scores: list[list[float]], exits: list[list[
     return ad.Trace(torch.tensor([live]).bool(), leaf, torch.tensor([exits], dtype=torch.float64)), leaf
 
 
+@pytest.mark.shapes
 def test_hard_exits_by_hand() -> None:
     """Depths 1, 3 and 2, and padding: a mean of 2."""
     trace, scores = trace_of(

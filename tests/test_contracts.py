@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import adadepth as ad
 
+pytestmark = pytest.mark.shapes
+
 DIM, STEPS, VOCAB = 8, 4, 11
 
 

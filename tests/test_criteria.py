@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import adadepth as ad
 from adadepth import _vocabulary
 
+pytestmark = pytest.mark.shapes
+
 DIM, VOCABULARY = 6, 11
 Token = list[float]
 

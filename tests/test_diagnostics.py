@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import adadepth as ad
 from adadepth.diagnostics import Measured, by_exit, deciles, forced, gain_by, measure, mixture, oracle
 
+pytestmark = pytest.mark.shapes
+
 DIM, WORDS, STEPS = 6, 5, 4
 
 

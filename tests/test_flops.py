@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import adadepth as ad
 from adadepth.flops import FORMULAS, Cost
 
+pytestmark = pytest.mark.shapes
+
 DIM, HEADS, SEQ, STEPS = 128, 4, 96, 4
 
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import adadepth as ad
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # packages warn of their own affairs, some at import
+# packages warn of their own affairs, some at import
+pytestmark = [pytest.mark.shapes, pytest.mark.filterwarnings("ignore")]
 STEPS = 3
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import adadepth as ad
 
+pytestmark = pytest.mark.shapes
+
 DIM, STEPS = 16, 3
 LEARNED: dict[str, Callable[[float], ad.Gate]] = {
     "LinearGate": lambda bias: ad.LinearGate(DIM, bias),

@@ -93,6 +93,7 @@ def test_positions_that_are_counted_may_be_given() -> None:
         assert torch.equal(got, model(IDS, attention_mask=MASK).logits)
 
 
+@pytest.mark.shapes
 @pytest.mark.parametrize("layers", SPANS, ids=str)
 def test_several_texts_in_a_row_are_rows_of_their_own(layers: slice | None) -> None:
     model: Any = spread("llama", layers)
@@ -210,6 +211,7 @@ def test_a_cache_goes_by_both_its_names(name: str) -> None:
     assert near(on[0][MASK[:, 6:].bool()], model(IDS, attention_mask=MASK).logits[:, 6:][MASK[:, 6:].bool()])
 
 
+@pytest.mark.shapes
 def test_hidden_states_by_their_numbers() -> None:
     model: Any = spread("llama", slice(1, 3))
     with torch.no_grad():

@@ -316,6 +316,7 @@ def test_errors(name: str, model: AdaptiveForCausalLM) -> None:
         texts(model, **{"eos_token_id": None, **options})
 
 
+@pytest.mark.shapes
 def test_a_cache_is_cropped_reordered_and_forgotten(model: AdaptiveForCausalLM) -> None:
     cache = AdaptiveCache()
     assert (cache.batch_size, cache.get_seq_length(), cache.depth.shape) == (-1, 0, (0, 0))

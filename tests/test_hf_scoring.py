@@ -11,6 +11,8 @@ from adadepth.diagnostics import forced, measure
 from adadepth.flops import FORMULAS
 from adadepth.hf import AdaptiveForCausalLM, adapt, scorer
 
+pytestmark = pytest.mark.shapes
+
 
 def model(span: slice | None = None) -> AdaptiveForCausalLM:
     torch.manual_seed(0)

@@ -75,6 +75,7 @@ def compare(kind: str, only_mixed: bool, examples: int) -> int:
     return seen
 
 
+@pytest.mark.shapes
 @examples(3, 20)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_packed_equals_dense_in_float32(kind: str, examples: int) -> None:

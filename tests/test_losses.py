@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import adadepth as ad
 
+pytestmark = pytest.mark.shapes
+
 DIM, WORDS = 6, 9
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import adadepth as ad
 
+pytestmark = pytest.mark.shapes
+
 MASKS = st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=6)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import adadepth as ad
 from adadepth import _vocabulary
 
+pytestmark = pytest.mark.shapes
+
 DIM, VOCABULARY = 6, 11
 TABLES = list(itertools.product((False, True), repeat=2))
 WANTED = list(itertools.product((False, True), repeat=4))

@@ -167,12 +167,14 @@ def test_only_the_group_is_asked(ranks: list[dict[Any, Any]]) -> None:
     assert [of["in groups"] for of in ranks] == [(False, torch.tensor([0])), (True, torch.tensor([1]))]
 
 
+@pytest.mark.shapes
 def test_without_ranks_they_change_nothing() -> None:
     assert [ad.ranks.any_rank(flag) for flag in (False, True)] == [False, True]
     rows = torch.randn(2, 3, requires_grad=True)
     assert ad.ranks.gather(rows) is rows
 
 
+@pytest.mark.shapes
 def test_anchor_gives_what_was_not_reached_a_gradient_of_0() -> None:
     parts = [nn.Linear(3, 1) for _ in range(3)]
     parts[2].requires_grad_(False)

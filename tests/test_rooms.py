@@ -9,6 +9,8 @@ import pytest
 
 import adadepth
 
+pytestmark = pytest.mark.shapes
+
 PACKAGE = Path(adadepth.__file__).parent
 # From the bottom up: a room reads those in the lines before its own, and itself.
 ORDER = [

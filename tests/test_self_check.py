@@ -428,6 +428,7 @@ def test_check_looped_finds_what_a_cache_does_otherwise() -> None:
     ad.check_looped(ad.RecurrentWrapper(Grows(DIM, False), 1, causal=False), torch.randn(2, 7, DIM))
 
 
+@pytest.mark.shapes
 def test_check_looped_takes_the_call_as_it_will_be() -> None:
     loop = looped("attention")
     x = torch.randn(3, 9, DIM).double()

@@ -38,6 +38,7 @@ def inference() -> Iterator[None]:
         yield
 
 
+@pytest.mark.shapes
 @examples(4, 20)
 @pytest.mark.parametrize("kind", DEEP)
 def test_each_request_is_one_full_forward_over_it(kind: str, examples: int) -> None:
@@ -116,6 +117,7 @@ def assert_alone(loop: ad.RecurrentWrapper, x: Tensor, got: Ran | Failed, **argu
     assert torch.equal(got.depth, want.trace.depth[0])
 
 
+@pytest.mark.shapes
 def test_a_block_is_given_its_kwargs_and_knows_its_row() -> None:
     loop, x, c = looped("attention"), x_of(3, 4), x_of(3, 4)
     loop.block = Conditioned()
@@ -232,6 +234,7 @@ def test_a_call_whose_block_fails_may_be_made_again() -> None:
         assert_alone(loop, x[row : row + 1], got[row])
 
 
+@pytest.mark.shapes
 def test_a_request_may_be_given_up_at_any_time() -> None:
     loop, x = looped("attention"), x_of(3, 3)
     batch = batch_of(loop, rows=2)
@@ -244,6 +247,7 @@ def test_a_request_may_be_given_up_at_any_time() -> None:
     assert_alone(loop, x[2:], got[1])
 
 
+@pytest.mark.shapes
 def test_rows_without_tokens_begin_nothing() -> None:
     loop, x = looped("attention"), x_of(2, 3)
     batch = batch_of(loop)
@@ -305,6 +309,7 @@ def overtaking() -> DepthBatch:
     return batch
 
 
+@pytest.mark.shapes
 @exact
 @pytest.mark.parametrize("gated", [True, False])
 def test_a_token_that_is_no_number_reaches_no_other(layout: LayoutName, gated: bool) -> None:

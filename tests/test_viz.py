@@ -26,6 +26,8 @@ from torch import Tensor
 from adadepth import viz
 from adadepth.viz import colours
 
+pytestmark = pytest.mark.shapes
+
 ROOT = Path(__file__).parent.parent
 VOID = {"meta", "br", "img"}
 
