@@ -196,11 +196,14 @@ def _share_of_the_row(scores: Tensor, remaining: Tensor, positions: Tensor) -> T
 
 
 class _Raw(ad.Gate):
-    """A learned gate without its sigmoid."""
+    """A learned gate without its sigmoid; `near` makes its logits of usual states lie near one half."""
 
-    def __init__(self) -> None:
+    def __init__(self, near: bool = False) -> None:
         super().__init__()
         self.proj = nn.Linear(DIM, 1)
+        if near:
+            nn.init.normal_(self.proj.weight, std=0.01)
+            nn.init.constant_(self.proj.bias, 0.5)
 
     def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
         return self.proj(h).squeeze(-1)
@@ -234,6 +237,7 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
         "_Pair must return one tensor, got tuple. Return it alone, and from every branch.",
     ),
     "logits": (lambda: GATE(_Raw(), DIM), LOGITS.format("Interpolate")),
+    "logits in [0, 1] by chance": (lambda: GATE(_Raw(near=True), DIM), LOGITS.format("Interpolate")),
     "logits behind a closed scale": (
         lambda: GATE(_Raw(), DIM, update=ad.ReZero(ad.Residual())),
         LOGITS.format("ReZero"),

@@ -15,6 +15,7 @@ from .compare import Like, agree, drawn, each_alone, like, untouched
 
 _LEADING = ((5,), (1, 5), (2, 3), (0,), (2, 0))
 _ROUNDING = 1e-4  # how far outside [0, 1] rounding may put a score
+_LARGE = 32.0
 
 _READS = "{0} has reads_step = False, but {1}. Remove the attribute: it is True by default."
 _AXIS = "To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
@@ -45,7 +46,9 @@ def check_gate(gate: Gate, dim: int, steps: int = 4, update: Update | None = Non
                 type(gate).__name__, f"its scores at step {step} are not those at step 0"
             )
     scores = [gate(h, previous, step) for step in range(max(1, steps - 1))]
-    update = _of_their_unit(type(gate).__name__, scores, dim, update)
+    # A raw logit may lie in [0, 1] by chance; of states so large it does not.
+    large = [gate(_LARGE * h, _LARGE * previous, step) for step in range(max(1, steps - 1))]
+    update = _of_their_unit(type(gate).__name__, scores + large, dim, update)
     agree(dim, steps, gate, Threshold(float(scores[0].detach().median())), update, kind)
 
 
