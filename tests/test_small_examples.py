@@ -8,7 +8,7 @@ import torch
 from narrow import the
 
 import adadepth as ad
-from examples import a_gate_of_your_own, classify_sequences, serve, soft_to_hard, wrap_a_block
+from examples import a_gate_of_your_own, classify_sequences, diffusion, serve, soft_to_hard, wrap_a_block
 
 WRAPPED = """\
 check_block: nothing to say
@@ -142,3 +142,47 @@ def test_decoding_by_hand_equals_one_pass() -> None:
 def test_a_server_gives_each_request_what_it_gets_alone(capsys: pytest.CaptureFixture[str]) -> None:
     serve.main()
     assert capsys.readouterr().out.splitlines()[-1] == "40 of 40 texts are what they are alone"
+
+
+def test_points_of_a_diffusion_model_run_as_deep_as_a_budget_says(capsys: pytest.CaptureFixture[str]) -> None:
+    diffusion.main(["--steps", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    said = re.compile(r"(.+?) +distance \d\.\d+, mean depth (\d\.\d+)")
+    found = [the(re.Match, said.fullmatch(line)).groups() for line in lines[::2]]
+    assert [name for name, _ in found] == ["four iterations", "two iterations", "hard exits"]
+    assert [float(depth) for _, depth in found[:2]] == [4, 2]
+    assert all(len(line.split()) == 5 + 10 for line in lines[1::2])
+
+
+@pytest.mark.every
+def test_exits_of_a_diffusion_model_are_early_in_noise(capsys: pytest.CaptureFixture[str]) -> None:
+    diffusion.main([])
+    *_, last, depths = capsys.readouterr().out.splitlines()
+    assert abs(float(last.split()[-1]) - diffusion.BUDGET) < 0.15
+    noise, *_, points = (float(depth) for depth in depths.split()[5:])
+    assert points > noise + 0.5
+
+
+def test_its_loop_is_the_block_four_times_over_whole_rows() -> None:
+    torch.manual_seed(0)
+    looped = diffusion.Model().looped
+    block = the(ad.RowPerToken, looped.block).block
+    torch.nn.init.normal_(block.modulation[1].weight, std=0.3)  # it begins as the identity
+    x, c = torch.randn(3, 5, diffusion.DIM), torch.randn(3, diffusion.DIM)
+    got, want = looped(x, block_kwargs={"c": c.unsqueeze(1)}).hidden, x
+    for _ in range(diffusion.STEPS):
+        want = block(want, c)
+    torch.testing.assert_close(got, want)
+    assert not torch.allclose(got, x)
+
+
+def test_points_lie_on_their_shapes() -> None:
+    kind, points = diffusion.draw(60, torch.Generator().manual_seed(0))
+    x, y = points.unbind(-1)
+    radius, widest = points.norm(dim=-1), points.abs().amax(-1)
+    assert kind.unique().tolist() == [0, 1, 2]
+    torch.testing.assert_close(radius[kind == 0], torch.ones_like(radius[kind == 0]))
+    torch.testing.assert_close(widest[kind == 1], torch.ones_like(widest[kind == 1]))
+    turn = torch.atan2(y, x).remainder(2 * torch.pi) / (2 * torch.pi)
+    torch.testing.assert_close(radius[kind == 2], turn[kind == 2], rtol=0, atol=1e-5)
+    assert diffusion.distance(points, kind) < 0.01
