@@ -59,7 +59,7 @@ def _check_rule(owner: str, rule: object) -> None:
         raise unfit(f"{owner} expected rule to be a rule", rule, "Give it one, such as Threshold(0.5).")
     if isinstance(rule, TrainingOnly):
         raise ValueError(
-            f"{owner} expected a rule that can decode, got TrainingOnly. Mark the whole instead: "
+            f"{owner} expected a rule that works in decoding, got TrainingOnly. Wrap the outer rule instead: "
             f"TrainingOnly({owner}(...))."
         )
 
@@ -143,8 +143,8 @@ class ACT:
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
         """`remaining - (1 - s)`, or 0 where that is at most `eps`."""
         del positions
-        stays = remaining - (1 - scores[..., -1])
-        return torch.where(stays > self.eps, stays, 0)
+        continuing = remaining - (1 - scores[..., -1])
+        return torch.where(continuing > self.eps, continuing, 0)
 
 
 @final

@@ -191,7 +191,7 @@ def _filled() -> AdaptiveCache:
     return held
 
 
-BOTH = "generate(draft_depth=) does not go with {}. Leave one of the two out."
+BOTH = "generate(draft_depth=) cannot be used with {}. Remove one or the other."
 BEAMS = (
     "draft_depth is for greedy search and sampling, and revise_drafts goes with it. Leave them out, or generate "
     "without beams and assistants."
@@ -217,7 +217,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "right padding": (
         lambda: run(attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])),
-        BOTH.format("padding behind or between real tokens"),
+        BOTH.format("padding after or between real tokens"),
     ),
     "guidance": (lambda: run(guidance_scale=2.0), BOTH.format("guidance_scale")),
     "a watermark that remembers": (

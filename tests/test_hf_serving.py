@@ -221,7 +221,7 @@ def test_one_request_fails_alone(model: AdaptiveForCausalLM) -> None:
         "deep": ([3, 4], {"max_depth": STEPS + 1}, f"max_depth expected an int from 1 to steps={STEPS}, got"),
         "raises": ([3, 4], {"max_depth": raises}, "no depth today"),
         "short": ([3, 4], {"max_depth": torch.ones(1, 3).long()}, "max_depth gives the depths of 3 columns"),
-        "rows": ([3, 4], {"rule": ad.Threshold(torch.rand(3, 1))}, "Threshold expected to return what stays of a"),
+        "rows": ([3, 4], {"rule": ad.Threshold(torch.rand(3, 1))}, "Threshold expected to return how much of each"),
         "warm": ([3, 4], {"temperature": -1.0, "do_sample": True}, "temperature"),
     }
     with model.continuous_batching_context_manager(GenerationConfig(**VARIED), rows=3, width=2, capacity=24) as manager:
@@ -349,7 +349,7 @@ def test_what_is_refused(name: str, model: AdaptiveForCausalLM) -> None:
 
 def test_a_rule_for_rows_is_no_rule_for_requests(model: AdaptiveForCausalLM) -> None:
     model.loop.rule = ad.Threshold(torch.rand(2, 1))
-    with pytest.raises(ValueError, match=r"^Threshold expected to return what stays of a request's token"):
+    with pytest.raises(ValueError, match=r"^Threshold expected to return .* continues, for any request, shape"):
         model.generate_batch([[3, 4], [5, 6]], **GREEDY)
     assert model.generate_batch([]) == {}
 

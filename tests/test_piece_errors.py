@@ -59,7 +59,7 @@ RULES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "training only, hidden": (
         lambda: ad.NotBefore(2, ad.TrainingOnly(ad.Survival())),
-        "NotBefore expected a rule that can decode, got TrainingOnly. Mark the whole instead: "
+        "NotBefore expected a rule that works in decoding, got TrainingOnly. Wrap the outer rule instead: "
         "TrainingOnly(NotBefore(...)).",
     ),
     "training only, of a class": (

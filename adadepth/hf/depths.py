@@ -1,4 +1,4 @@
-"""Depths and rules as a call of `generate` gives them: for its columns, and for its rows."""
+"""Depths and rules that are passed to `generate`: the part of them for some columns, or for some rows."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,7 +11,7 @@ DEPTHS = ("min_depth", "max_depth")
 
 
 def of_columns(name: str, depth: GivenDepth, ids: Tensor, past: int, length: int) -> int | Tensor | None:
-    """The depths of the columns from `past` to `length` of a text, or of texts, whose `ids` so far are `(batch, n)`."""
+    """The depths of the columns from `past` to `length`. `ids (batch, n)` are all token ids so far."""
     if callable(depth):
         if ids.shape[1] != length:
             raise ValueError(
@@ -31,7 +31,7 @@ def of_columns(name: str, depth: GivenDepth, ids: Tensor, past: int, length: int
 
 
 def in_rows(value: Any, choose: Callable[[Tensor], Tensor]) -> Any:
-    """Rows of whatever a value holds for each row."""
+    """A value with `choose` applied to each of its tensors that has an entry for each row."""
     if isinstance(value, Tensor):
         return value if value.dim() < 2 or len(value) == 1 else choose(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -41,5 +41,5 @@ def in_rows(value: Any, choose: Callable[[Tensor], Tensor]) -> Any:
 
 
 def row_of(value: Any, row: int) -> Any:
-    """What a value holds for one row, as a batch of one."""
+    """The part of a value for one row, as a batch of one."""
     return in_rows(value, lambda rows: rows[row : row + 1])

@@ -1,4 +1,4 @@
-"""`generate` with drafts: the next token begins as a guess while the one before it still runs."""
+"""`generate` with drafts: the next token starts as a guess while the token before it still runs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ from .noise import Noise
 from .processors import of_row, remembering
 from .requests import Request
 
-_KEPT = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
+_OUTPUTS = ("output_scores", "output_logits", "output_hidden_states", "output_attentions")
 
 
 def drafted(
@@ -30,15 +30,15 @@ def drafted(
     streamer: Any = None,
     **given: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    """What `generate` gives for the rows `input_ids (batch, columns)`, each run at a pace of its own as a request.
+    """The result of `generate` for `input_ids (batch, columns)`. Each row runs as a request, at its own pace.
 
-    Raises: `ValueError` for what does not go with drafts, and whatever ends a row.
+    Raises: `ValueError` for options that cannot be used with drafts, and the error of a row that fails.
     """
     cache, config = given.get(CACHE), generation_config
     mask = given["attention_mask"].bool() if given.get("attention_mask") is not None else input_ids >= 0
     _check(mask, cache, config, streamer, given | {"processors": logits_processor})
     assert isinstance(cache, AdaptiveCache), "checked"
-    noise, own = Noise(len(input_ids)), {name: given.get(name) for name in (*DEPTHS, "rule")}
+    noise, options = Noise(len(input_ids)), {name: given.get(name) for name in (*DEPTHS, "rule")}
     requests = [
         Request(
             ids=row[mask[i]].tolist(),
@@ -48,18 +48,18 @@ def drafted(
             noise=noise,
             number=i,
             padding=row[~mask[i]].tolist(),
-            **{name: row_of(value, i) for name, value in own.items()},
+            **{name: row_of(value, i) for name, value in options.items()},
         )
         for i, row in enumerate(input_ids)
     ]
-    held = AdaptiveCache(cache.parts["loop"].layout, max(request.longest for request in requests))
-    engine = Engine(model, len(requests), len(requests) * model.loop.steps, held, drafts)
+    filled = AdaptiveCache(cache.parts["loop"].layout, max(request.longest for request in requests))
+    engine = Engine(model, len(requests), len(requests) * model.loop.steps, filled, drafts)
     _run(engine, requests, stopping_criteria, streamer)
     texts = [torch.tensor(request.columns, device=input_ids.device) for request in requests]
     longest = max(map(len, texts))
-    if cache.goes_on:  # then a row that ends early runs its last token
+    if cache.goes_on:  # a later call continues all rows, so rows that ended early run their last token
         engine.run_last_tokens([one for one, text in zip(requests, texts, strict=True) if len(text) < longest])
-    cache.take(held, _real(requests, input_ids.device)[:, : longest - 1])
+    cache.take(filled, _real(requests, input_ids.device)[:, : longest - 1])
     sequences = pad_sequence(texts, batch_first=True, padding_value=_padding(texts, stopping_criteria, config))
     if not config.return_dict_in_generate:
         return sequences
@@ -67,11 +67,11 @@ def drafted(
 
 
 def _run(engine: Engine, requests: list[Request], criteria: StoppingCriteriaList, streamer: Any) -> None:
-    """Run requests until criteria say of each that it ends; their rows stay."""
+    """Run requests until `criteria` end each of them. Their rows are not freed."""
     for request in requests:
         engine.add(request)
-    going = len(requests)
-    while going:
+    in_progress = len(requests)
+    while in_progress:
         for event in engine.step():
             if isinstance(event, Refused):
                 raise event.error
@@ -80,7 +80,7 @@ def _run(engine: Engine, requests: list[Request], criteria: StoppingCriteriaList
             request = event.request
             if bool(criteria(torch.tensor([request.columns], device=engine.outside.device), None).all()):
                 engine.stop(request)
-                going -= 1
+                in_progress -= 1
             else:
                 engine.go_on(request)
     if streamer is not None:
@@ -88,15 +88,15 @@ def _run(engine: Engine, requests: list[Request], criteria: StoppingCriteriaList
 
 
 def _real(requests: list[Request], device: torch.device) -> Tensor:
-    """Which columns of their texts hold real tokens, `(batch, longest)` bool."""
+    """True where a column of a row holds a real token, `(batch, longest)` bool."""
     rows = [torch.arange(len(one.columns), device=device) >= len(one.padding) for one in requests]
     return pad_sequence(rows, batch_first=True)
 
 
 def _padding(texts: list[Tensor], criteria: StoppingCriteriaList, config: Any) -> int:
-    """What stands behind a text that is shorter than another.
+    """The id that pads the texts that are shorter than the longest.
 
-    Raises: `ValueError` if texts have no end, which `generate` would go on writing.
+    Raises: `ValueError` if there is no end-of-text token: `generate` would continue the rows that have ended.
     """
     if len({len(text) for text in texts}) == 1:
         return 0
@@ -109,11 +109,11 @@ def _padding(texts: list[Tensor], criteria: StoppingCriteriaList, config: Any) -
 
 
 def _check(mask: Tensor, cache: Any, config: GenerationConfig, streamer: Any, given: Mapping[str, Any]) -> None:
-    """What goes with drafts.
+    """Check that all options can be used with drafts.
 
     Raises: `ValueError`.
     """
-    refused = [name for name in _KEPT if config.return_dict_in_generate and getattr(config, name, None)]
+    refused = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name, None)]
     refused += [name for name in ("inputs_embeds", "synced_gpus") if given.get(name) not in (None, False)]
     refused += remembering(given["processors"])
     if cache is None:
@@ -123,6 +123,6 @@ def _check(mask: Tensor, cache: Any, config: GenerationConfig, streamer: Any, gi
     if streamer is not None and len(mask) > 1:
         refused.append("a streamer for more than one row")
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        refused.append("padding behind or between real tokens")
+        refused.append("padding after or between real tokens")
     if refused:
-        raise ValueError(f"generate(draft_depth=) does not go with {', '.join(refused)}. Leave one of the two out.")
+        raise ValueError(f"generate(draft_depth=) cannot be used with {', '.join(refused)}. Remove one or the other.")

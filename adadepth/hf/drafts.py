@@ -1,25 +1,25 @@
-"""Drafts: a token's successor is guessed before its last iteration, and begins at once. Whether that pays."""
+"""`Drafts`: when the next token is guessed and started early, and whether this saves time."""
 
 from typing import final
 
-# Of how many that may be made one is made where they do not pay, to see whether they would now.
+# While guesses do not save time, one of this many is still made, to measure whether they do now.
 PROBE = 32
-_MEMORY = 0.9  # weight of what was known, beside one more observation
+_MEMORY = 0.9  # the weight of earlier observations, next to one new observation
 
 
 @final
 class Drafts:
-    """How a token's successor is guessed, and whether to guess: what guesses came to, and what calls cost.
+    """Decides when to guess the next token, from how earlier guesses turned out and how long calls take.
 
-    A guess costs no result: it is compared with what is chosen in the end, and dropped where it was wrong. It
-    saves the iterations that the successor has run by then, as far as a call that is made anyway had room for them.
+    A guess never changes a result: it is compared with the token that is chosen later, and dropped if it was wrong. A
+    right guess saves the iterations that its token has run by then.
 
     Arguments:
-        depth: the iterations of a token after which its successor is guessed.
-        revise: whether to guess again after each later iteration, and to begin anew where the guess has changed.
-        always: whether to guess also where that does not pay.
+        depth: the number of iterations of a token after which the next token is guessed.
+        revise: whether to guess again after each later iteration, and to start again if the guess has changed.
+        always: whether to guess even if this does not save time.
 
-    Attributes: `right` and `wrong`, how many guesses were which.
+    Attributes: `right` and `wrong`, the numbers of right and of wrong guesses.
     Raises: `ValueError` for a depth below 1.
     """
 
@@ -30,57 +30,57 @@ class Drafts:
             )
         self.depth, self.revise, self.always = depth, revise, always
         self.right = self.wrong = 0
-        self.calls, self.reads = Line(), Line()  # seconds by tokens of a call, by states of a readout
-        self._saved = self._lost = self._read = 0.0
-        self._asked = 0
+        self.calls, self.reads = Line(), Line()  # seconds of a call by its tokens, of a run of the head by its states
+        self._saved = self._wasted = self._head_calls = 0.0
+        self._unprofitable = 0
 
     @property
     def agreement(self) -> float:
         """The share of guesses that were right; 1 before any was made."""
         return self.right / (self.right + self.wrong) if self.right + self.wrong else 1.0
 
-    def resolved(self, right: bool, saved: int, lost: int, reads: int) -> None:
-        """What a guess came to: iterations that were run early, or for nothing, and readouts for it."""
+    def resolved(self, right: bool, saved: int, wasted: int, head_calls: int) -> None:
+        """Record a guess: the iterations it saved, those it wasted, and the runs of the head that it took."""
         self.right += right
         self.wrong += not right
         old = min(_MEMORY, 1 - 1 / (self.right + self.wrong))
-        for name, new in (("_saved", saved), ("_lost", lost), ("_read", reads)):
+        for name, new in (("_saved", saved), ("_wasted", wasted), ("_head_calls", head_calls)):
             setattr(self, name, old * getattr(self, name) + (1 - old) * new)
 
     def pays(self, rows: int) -> bool:
-        """Whether to guess, where the tokens of so many rows share a call.
+        """Whether to guess, if the tokens of this many rows share a call of the block.
 
-        A call that is not made saves each row its part of what a call costs whatever it runs. Iterations of a wrong
-        guess cost what a call costs more for a token; and a guess is read from a state.
+        A call that is not needed saves each row its share of a call's fixed cost. The iterations of a wrong guess cost
+        the time that each token adds to a call. Each guess also costs the time of one more state in the head.
         """
         if self.always or self.right + self.wrong < 4:
             return True
-        if self._saved * self.calls.base / rows > self._lost * self.calls.slope + self._read * self.reads.slope:
+        if self._saved * self.calls.base / rows > self._wasted * self.calls.slope + self._head_calls * self.reads.slope:
             return True
-        self._asked += 1
-        return self._asked % PROBE == 0
+        self._unprofitable += 1
+        return self._unprofitable % PROBE == 0
 
 
 @final
 class Line:
-    """The straight line through what was seen lately, `base + slope * x`; neither is below 0."""
+    """The line `base + slope * x`, fitted to recent points. Neither `base` nor `slope` is below 0."""
 
     def __init__(self) -> None:
         self._sums = [0.0] * 5
 
     def see(self, x: int, y: float) -> None:
-        """One more point."""
+        """Add a point."""
         self._sums = [_MEMORY * old + new for old, new in zip(self._sums, (1, x, y, x * x, x * y), strict=True)]
 
     @property
     def slope(self) -> float:
-        """How much more y is for one more x; 0 as long as all x were alike."""
+        """By how much y grows for each unit of x; 0 while all x are equal."""
         n, x, y, xx, xy = self._sums
         spread = n * xx - x * x
         return max(0.0, (n * xy - x * y) / spread) if spread > 1e-6 * n * n else 0.0
 
     @property
     def base(self) -> float:
-        """What y is at 0."""
+        """The value of y at `x = 0`."""
         n, x, y, _, _ = self._sums
         return max(0.0, (y - self.slope * x) / n) if n else 0.0

@@ -1,8 +1,8 @@
-"""transformers' manager of requests, with an engine of ours in it.
+"""`AdaptiveBatchingManager`: transformers' manager of requests, which runs them with our `Engine`.
 
-It has the queues, the thread, streaming and the delivery of results. Its own engine holds one entry
-for each token and layer, and its unit of work is a whole token; `Processor` stands in that engine's place. Of
-transformers this uses private names; tests/test_hf_serving.py lists them.
+transformers' manager has the queues, the thread and streaming, and delivers results. Its own batch processor keeps one
+cache entry for each token and layer, and runs whole tokens. `Processor` replaces it. This module uses private names of
+transformers; tests/test_hf_serving.py lists them.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass
 class AdaptiveGenerationOutput(GenerationOutput):
-    """The result of a request: that of transformers, with `depth`.
+    """The result of a request: the fields of transformers' result, and `depth`.
 
     `depth` has the iterations of each token of prompt and answer, except for the last token, which was not run.
     """
@@ -37,7 +37,7 @@ class AdaptiveGenerationOutput(GenerationOutput):
 
 
 class Sizes(NamedTuple):
-    """What an `Engine` is made with beside the model."""
+    """The arguments of an `Engine` other than the model."""
 
     rows: int
     width: int
@@ -46,14 +46,14 @@ class Sizes(NamedTuple):
     draft_depth: int | None = None
 
     def engine(self, model: Any) -> Engine:
-        """It, with a cache of its own."""
+        """An engine of these sizes, with a new cache."""
         drafts = None if self.draft_depth is None else Drafts(self.draft_depth)
         return Engine(model, self.rows, self.width, AdaptiveCache(self.layout, self.capacity), drafts)
 
 
 @final
 class Processor:
-    """What transformers' manager asks of a batch processor, answered by an `Engine`."""
+    """Has the interface of transformers' batch processor, and runs requests with an `Engine`."""
 
     use_async_batching = False
     inputs_and_outputs = None
@@ -64,7 +64,7 @@ class Processor:
         self.events: list[Event] = []
 
     def prepare_next_batch(self) -> bool:
-        """Take what was asked since; whether there is anything to do."""
+        """Take new and cancelled requests from the queues. Returns whether any request is waiting or in progress."""
         status = self.manager.background_thread_status
         status.update_with_tp_status(status.local_status)
         if status.tp_status == status.HARD_STOP:
@@ -92,13 +92,13 @@ class Processor:
         self.engine.counts.seconds += perf_counter() - began
 
     def update_batch(self) -> None:
-        """Deliver what the last step made."""
+        """Deliver the results of the last step."""
         outputs = [output for event in self.events if (output := self._take(event)) is not None]
         self.events = []
         self.manager.output_router.deliver_batch(outputs)
 
     def fail_all_requests(self, error: Exception) -> None:
-        """All requests end with this error."""
+        """End all requests with an error."""
         failed = [_failed(state, error, request.depth) for request, state in self.states.items()]
         self.manager.output_router.deliver_batch(failed)
         for request in list(self.states):
@@ -108,13 +108,13 @@ class Processor:
         self.manager.output_router.deliver(_failed(state, error, []))
 
     def reset(self) -> None:
-        """Nothing: with the end of a session all its requests have ended."""
+        """Does nothing: when a session ends, all its requests have ended."""
 
     def warmup(self, _model: Any) -> None:
-        """Nothing: no graphs are captured."""
+        """Does nothing: no CUDA graphs are captured."""
 
     def _add(self, state: Any, number: int) -> None:
-        """Begin a request, the copy of this `number` where several answers are asked for; refused where it cannot."""
+        """Add a request, or copy `number` of it if it asks for several answers. If it cannot run, it fails."""
         options = dict(state.logit_processor_kwargs)
         if options.get("seed") is not None:
             options["seed"] += number
@@ -131,7 +131,7 @@ class Processor:
         self.engine.end(request)
 
     def _take(self, event: Event) -> AdaptiveGenerationOutput | None:
-        """Bring a request up to date; what is to be delivered of it."""
+        """Update a request with an event. Returns the output to deliver, if any."""
         request, state = event.request, self.states[event.request]
         if isinstance(event, Refused):
             del self.states[request]
@@ -150,7 +150,7 @@ class Processor:
 class AdaptiveBatchingManager(ContinuousBatchingManager):
     """transformers' manager of requests, for an adapted model.
 
-    `model.init_continuous_batching` makes it. `sizes` are those of its engine. Results are `AdaptiveGenerationOutput`s.
+    `model.init_continuous_batching` makes it, with an engine of these `sizes`. Results are `AdaptiveGenerationOutput`s.
     """
 
     batch_processor: Processor | None
@@ -162,7 +162,7 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         batching: ContinuousBatchingConfig,
         sizes: Sizes,
     ) -> None:
-        super().__init__(model, GenerationConfig(), batching)  # each request has logits processors of its own
+        super().__init__(model, GenerationConfig(), batching)  # each request has its own logits processors
         self.sizes = sizes
         self.configure(generation_config)
 
@@ -201,10 +201,10 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         """
         configured(self.generation_config, options)
         ids = input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else input_ids
-        given: str | None = super().add_request(
+        added: str | None = super().add_request(
             ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id, **options
         )
-        return given
+        return added
 
     @property
     def capacity(self) -> int:
@@ -212,7 +212,7 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         return self.sizes.capacity if self.batch_processor is None else self.batch_processor.engine.capacity
 
     def check(self, ids: list[int], max_new_tokens: int | None, options: dict[str, Any]) -> None:
-        """Check whether a request can be answered, without adding it. The manager must be warm.
+        """Check whether a request can be answered, without adding it. `warmup` must have run.
 
         Raises: `ValueError` for options, a prompt or a length that it cannot take.
         """
@@ -221,12 +221,12 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         self.batch_processor.engine.check(request)
 
     def forget_handler(self, request_id: str) -> None:
-        """Nothing more is delivered of a request that was cancelled: transformers drops a handler only at an end."""
+        """Remove the result handler of a cancelled request. transformers removes it only when a request completes."""
         with self.output_router._lock:
             self.output_router.result_handlers.pop(request_id, None)
 
     def request(self, state: Any, options: dict[str, Any]) -> Request:
-        """What the engine is to serve for transformers' state of a request.
+        """The engine's request for transformers' state of a request.
 
         Raises: `ValueError` as `Request.of` does.
         """
@@ -246,6 +246,6 @@ def _failed(state: Any, error: Exception, depth: list[int]) -> AdaptiveGeneratio
 
 
 def _drained(queue: "Queue[T]") -> Iterator[T]:
-    """Everything that is in a queue now."""
+    """All items that are in a queue now."""
     while not queue.empty():
         yield queue.get_nowait()

@@ -1,4 +1,4 @@
-"""How many requests, and how long ones, fit into a budget of bytes."""
+"""How many rows, and how many tokens in each, fit into a given number of bytes."""
 
 import re
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ _MOST_ROWS = 256
 
 
 class Wanted(NamedTuple):
-    """What is known of rows and capacity before the budget is; at most `requests` come."""
+    """The rows and the capacity that the user chose; None: not chosen. There are at most `requests` requests."""
 
     rows: int | None
     capacity: int | None
@@ -26,9 +26,9 @@ class Wanted(NamedTuple):
 
 
 def bytes_of(memory: int | str) -> int:
-    """A number of bytes, given as such or as `"2GiB"`.
+    """The number of bytes in `memory`: a number, or text such as `"2GiB"`.
 
-    Raises: `ValueError` for what is neither.
+    Raises: `ValueError` for anything else.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", str(memory).strip())
     if found is None:
@@ -37,10 +37,10 @@ def bytes_of(memory: int | str) -> int:
 
 
 def bytes_per_token(model: Any, layout: LayoutName = "filled") -> int:
-    """What all caches of an engine take for each token of each row, seen of one token; the most where it depends.
+    """Bytes that the caches of an engine need for each token, measured by running one token at the greatest depth.
 
-    That is: keys and values of every layer of the loop, for each iteration, of every layer outside it once, and depths.
-    Raises: `ValueError` for a model that cannot be served; what fails in its pass.
+    These are the keys and values of each iteration of the loop and of each layer outside the loop, and the depths.
+    Raises: `ValueError` for a model that cannot be served, and whatever the token's pass raises.
     """
     engine = Engine(model, 1, 1, AdaptiveCache(layout, 1))
     engine.add(Request([0], 1, LogitsProcessorList(), False, Noise(1), min_depth=model.loop.steps))
@@ -52,10 +52,10 @@ def bytes_per_token(model: Any, layout: LayoutName = "filled") -> int:
 
 
 def fitting(model: Any, memory: int | str, wanted: Wanted, usual: int, layout: LayoutName) -> tuple[int, int]:
-    """Rows and capacity whose caches take at most so many bytes; `usual` is the capacity where neither is known.
+    """Rows and capacity whose caches need at most `memory` bytes. `usual` is the capacity if neither is chosen.
 
-    Rows are derived from the capacity, at most 256 of them, or, if only rows are known, the capacity from these.
-    Raises: `ValueError` for a budget that is too small.
+    If only rows are chosen, the capacity follows from them. Otherwise rows follow from the capacity, at most 256.
+    Raises: `ValueError` if the memory is too small.
     """
     each, limit = bytes_per_token(model, layout), learned_positions(model.base, model.anatomy)
     tokens, rows, capacity = bytes_of(memory) // each, wanted.rows, wanted.capacity
@@ -63,8 +63,8 @@ def fitting(model: Any, memory: int | str, wanted: Wanted, usual: int, layout: L
         capacity = min(capacity or usual, limit or capacity or usual)
         rows = min(tokens // capacity, wanted.requests or _MOST_ROWS, _MOST_ROWS)
     elif capacity is None:
-        known = getattr(text_config(model.base.config), "max_position_embeddings", None)
-        capacity = min(tokens // rows, known or tokens)
+        most = getattr(text_config(model.base.config), "max_position_embeddings", None)
+        capacity = min(tokens // rows, most or tokens)
     if rows < 1 or capacity < 1 or rows * min(capacity, limit or capacity) > tokens:
         raise ValueError(
             f"memory={memory!r} has room for {tokens} tokens of {each} bytes, got rows={rows} of capacity={capacity}. "

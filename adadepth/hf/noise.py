@@ -1,4 +1,4 @@
-"""The noise by which tokens are sampled: one for each place of a text, whoever asks for it first."""
+"""`Noise`: the random noise for sampling. A token has the same noise when it is guessed and when it is chosen."""
 
 from collections import deque
 from typing import final
@@ -9,38 +9,38 @@ from torch import Tensor
 
 @final
 class Noise:
-    """Noise for the texts of a batch, as `torch.multinomial` would draw it, column of new tokens after column.
+    """Noise for the rows of a batch, drawn as `torch.multinomial` draws it: one column of new tokens after another.
 
-    `(probabilities / noise).argmax(-1)` is what `torch.multinomial(probabilities, 1)` gives; so a place whose token is
-    guessed first and chosen later has the same noise both times, and the texts are those of sampling without guesses.
+    `(probabilities / noise).argmax(-1)` equals `torch.multinomial(probabilities, 1)`. A guess and the later choice of
+    the same token use the same noise. So sampling gives the same text with guesses as without.
 
     Arguments:
-        rows: how many texts are sampled together.
-        generator: None: the device's own.
+        rows: the number of rows that are sampled together.
+        generator: the random number generator; None: the device's default.
     """
 
     def __init__(self, rows: int, generator: torch.Generator | None = None) -> None:
         self.generator = generator
-        self._held: list[deque[Tensor] | None] = [deque() for _ in range(rows)]  # None: the text has ended
-        self._first = [0] * rows  # the column of what is held first
+        self._held: list[deque[Tensor] | None] = [deque() for _ in range(rows)]  # None: the row has ended
+        self._first = [0] * rows  # by row, the column of its first noise in `_held`
 
     def of(self, row: int, column: int, probabilities: Tensor) -> Tensor:
-        """The noise of the text `row` in a column, `(1, vocabulary)` as its probabilities are."""
+        """The noise of a row in a column, `(1, vocabulary)` like its probabilities."""
         held = self._held[row]
-        assert held is not None, "the text has ended"
+        assert held is not None, "the row has ended"
         while self._first[row] + len(held) <= column:
             self._draw(probabilities)
         return held[column - self._first[row]]
 
     def forget(self, row: int, columns: int) -> None:
-        """The first columns of a text are chosen."""
+        """Drop the noise of the first `columns` columns of a row. Their tokens have been chosen."""
         held = self._held[row]
         while held and self._first[row] < columns:
             held.popleft()
             self._first[row] += 1
 
     def end(self, row: int) -> None:
-        """The text has ended."""
+        """Drop the noise of a row that has ended."""
         self._held[row] = None
 
     def _draw(self, like: Tensor) -> None:

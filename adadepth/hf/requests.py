@@ -50,7 +50,7 @@ def check_rule(rule: Rule, device: torch.device) -> None:
 
     Raises: `ValueError`.
     """
-    check_any_row(rule, "what stays of a request's token", device)
+    check_any_row(rule, "how much of each token continues, for any request", device)
 
 
 Depths = tuple[Tensor, Tensor] | None

@@ -196,7 +196,7 @@ class DepthBatch:
             loop: RecurrentWrapper = altered(self.looped, rule=rule)
             return loop
         if self.looped.rule is not None and self.looped.rule is not self._checked:
-            check_any_row(self.looped.rule, "what stays, for any row", self.cache.depth.device)
+            check_any_row(self.looped.rule, "how much of each token continues, for any row", self.cache.depth.device)
             self._checked = self.looped.rule
         return self.looped
 
