@@ -194,16 +194,18 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "cross-attention": (
         lambda: loop(Block(cross), causal=False)(X),
         "Attention expected k of shape (2, heads, 5, head_dim), got (2, 2, 3, 4): queries, keys and values must be "
-        "those of the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a "
-        "memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. If the block adds a tensor "
-        "of the batch's shape to its input, pass it as block_kwargs, so that it is packed.",
+        "those of the block's own input, one per token. If the block reads a memory, or a condition (batch, dim) for "
+        "each row, wrap it: adadepth.RowPerToken(block). Other keys of another length cannot be looped. Batch and "
+        "heads must be separate axes. If the block adds a tensor of the batch's shape to its input, pass it as "
+        "block_kwargs, so that it is packed.",
     ),
     "heads merged": (
         lambda: loop(Block(merged))(X),
-        "Attention expected q of shape (2, heads, 5, head_dim), got (2, 5, 8): queries, keys and values must be those "
-        "of the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a "
-        "memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. If the block adds a tensor "
-        "of the batch's shape to its input, pass it as block_kwargs, so that it is packed.",
+        "Attention expected q of shape (2, heads, 5, head_dim), got (2, 5, 8): queries, keys and values must be those"
+        " of the block's own input, one per token. If the block reads a memory, or a condition (batch, dim) for each "
+        "row, wrap it: adadepth.RowPerToken(block). Other keys of another length cannot be looped. Batch and heads "
+        "must be separate axes. If the block adds a tensor of the batch's shape to its input, pass it as "
+        "block_kwargs, so that it is packed.",
     ),
     "more calls": (
         lambda: loop(Uneven(1, 2))(X, max_depth=torch.tensor([[3], [2]])),
@@ -266,7 +268,7 @@ def test_outside_a_loop_there_is_no_iteration(name: str) -> None:
 
 
 def test_an_error_leaves_no_view_behind() -> None:
-    with pytest.raises(ValueError, match="attention"):
+    with pytest.raises(ValueError, match="Attention expected"):
         loop(Block(merged))(X)
     x = heads(X)
     assert F.scaled_dot_product_attention(x, x, x).shape == x.shape

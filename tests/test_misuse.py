@@ -212,9 +212,10 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "a tensor of the batch's shape": (
         lambda: ad.RecurrentWrapper(AddsBatch(DIM, True), 3)(X, max_depth=torch.tensor([[1], [2], [3], [1]])),
         "Attention expected q of shape (1, heads, 8, head_dim), got (4, 2, 8, 4): queries, keys and values must be "
-        "those of the block's own input, one per token. Cross-attention and keys of another length cannot be looped (a "
-        "memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. If the block adds a tensor "
-        "of the batch's shape to its input, pass it as block_kwargs, so that it is packed.",
+        "those of the block's own input, one per token. If the block reads a memory, or a condition (batch, dim) for "
+        "each row, wrap it: adadepth.RowPerToken(block). Other keys of another length cannot be looped. Batch and "
+        "heads must be separate axes. If the block adds a tensor of the batch's shape to its input, pass it as "
+        "block_kwargs, so that it is packed.",
     ),
     "meta": (
         lambda: loop(ad.LinearGate(DIM), ad.Threshold(0.5)).to("meta")(X.to("meta")),

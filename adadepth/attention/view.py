@@ -220,9 +220,10 @@ class TokenView(ABC):
         )
         raise ValueError(
             f"Attention expected {name} of shape ({rows}, heads, {length}, head_dim), got {shape}: queries, keys and "
-            "values must be those of the block's own input, one per token. Cross-attention and keys of another length "
-            "cannot be looped (a memory can, behind adadepth.RowPerToken); batch and heads must be separate axes. If "
-            "the block adds a tensor of the batch's shape to its input, pass it as block_kwargs, so that it is packed."
+            "values must be those of the block's own input, one per token. If the block reads a memory, or a condition "
+            "(batch, dim) for each row, wrap it: adadepth.RowPerToken(block). Other keys of another length cannot be "
+            "looped. Batch and heads must be separate axes. If the block adds a tensor of the batch's shape to its "
+            "input, pass it as block_kwargs, so that it is packed."
         )
 
     @abstractmethod
