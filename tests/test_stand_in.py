@@ -45,7 +45,7 @@ PLANTED: dict[str, tuple[Any, str, str]] = {
     "cache, views": (view, "seen", "cache: compact, batch 3, window"),
     "loop, bounds": (Bounds, "clamp", "call: ints, {'skip': True}"),
     "loop, iterations": (iterations, "_stays", "loop: LinearGate, Threshold, True, Replace, none"),
-    "serving": (batch, "_joined", "serving: filled, Interpolate, PerIterationMLPGate"),
+    "serving": (batch, "joined", "serving: filled, Interpolate, PerIterationMLPGate"),
     "gates": (gates, "_chance", "helper: check_gate LinearGate"),
     "criteria": (criteria, "_doubt", "helper: calibrate a criterion"),
     "rules": (ad.SurvivalThreshold, "__call__", "helper: a threshold per row"),

@@ -6,14 +6,13 @@ starts its next token at once, beside rows whose tokens still run, so the call i
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._types import HiddenRows, MaskRows
-from ..attention.context import Here, Together
 from ..cache.kv_reuse import KVReuseCache
 from ..cache.tokens import JoinedTokens
 from ..loop.agreement import altered
@@ -26,10 +25,8 @@ from ..loop.iterations import AskBlock, AskGate, AskUpdate
 from ..loop.selfcheck import check_itself, due
 from ..loop.wrapper import RecurrentWrapper
 from ..rules import Rule
+from .joined import A, Asked, context, groups, joined, split, together
 from .passes import Chunk, Pass
-
-A = TypeVar("A", AskBlock, AskGate, AskUpdate)
-Asked = tuple[Pass, A]
 
 
 class Ran(NamedTuple):
@@ -231,18 +228,18 @@ class DepthBatch:
         (step, tokens), *others = parts = [run.part for run in runs]
         view = view_of(JoinedTokens(parts) if others else tokens, step, True, None, False, self.looped.one_call)
         given = together([run.each_given() for run in runs])
-        h = run_block(self.looped.block, _joined([ask.x for _, ask in asked]), view, given)
-        for run, part in _split(h, runs):
+        h = run_block(self.looped.block, joined([ask.x for _, ask in asked]), view, given)
+        for run, part in split(h, runs):
             run.answer((part, None))
 
     def _answer_gates(self, asked: "list[Asked[AskGate]]") -> dict[int, Failed]:
         """Answer the gate's requests. Returns the rows that failed because a score is NaN."""
         failed: dict[int, Failed] = {}
-        for group in _groups(asked, self.looped.gate):
+        for group in groups(asked, self.looped.gate):
             runs = [run for run, _ in group]
-            h, previous = _joined([ask.h for _, ask in group]), _joined([ask.previous for _, ask in group])
-            scores = scored(self.looped, _context(runs), h, previous, group[0][1].step)
-            for run, score in _split(scores, runs):
+            h, previous = joined([ask.h for _, ask in group]), joined([ask.previous for _, ask in group])
+            scores = scored(self.looped, context(runs), h, previous, group[0][1].step)
+            for run, score in split(scores, runs):
                 step, tokens = run.part
                 try:
                     check_scores(self.looped, step, torch.stack(score.aminmax()).tolist())
@@ -253,13 +250,13 @@ class DepthBatch:
         return failed
 
     def _answer_updates(self, asked: "list[Asked[AskUpdate]]") -> None:
-        for group in _groups(asked, self.looped.update):
+        for group in groups(asked, self.looped.update):
             runs = [run for run, _ in group]
             last = max(ask.step for _, ask in group)
             scores = [F.pad(ask.scores, (last - ask.step, 0), value=1.0) for _, ask in group]
-            x, h = _joined([ask.x for _, ask in group]), _joined([ask.h for _, ask in group])
-            start = _joined([ask.start for _, ask in group])
-            for run, part in _split(updated(self.looped, _context(runs), x, h, start, _joined(scores), last), runs):
+            x, h = joined([ask.x for _, ask in group]), joined([ask.h for _, ask in group])
+            start = joined([ask.start for _, ask in group])
+            for run, part in split(updated(self.looped, context(runs), x, h, start, joined(scores), last), runs):
                 run.answer(part)
 
     def _exits(self) -> Iterator[Ran]:
@@ -297,46 +294,3 @@ def _continuing(asked: "list[Asked[AskUpdate]]") -> Iterator[Ran]:
         for place, chunk in enumerate(run.chunk_of_each()):
             if chunk.tokens == 1 and chunk.index in run.active:
                 yield Ran(chunk.row, chunk.position, ask.h[0, place : place + 1], depth, False)
-
-
-def _groups(asked: "list[Asked[A]]", piece: Any) -> "list[list[Asked[A]]]":
-    """The requests that share a call of a piece: each pass by itself if the piece reads `step`, otherwise all."""
-    return [[one] for one in asked] if piece is None or piece.reads_step else [asked] if asked else []
-
-
-def _context(runs: list[Pass]) -> Here | Together:
-    """The context that gives iteration, row and position of the passes' tokens."""
-    parts = [run.part for run in runs]
-    each = [Here(tokens, step) for step, tokens in parts]
-    return each[0] if len(each) == 1 else Together(each, JoinedTokens(parts))
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The passes' tokens, concatenated along the sequence."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _split(joined: Tensor, runs: list[Pass]) -> Iterator[tuple[Pass, Tensor]]:
-    """Each pass with its part of the joined tokens."""
-    return zip(runs, joined.split([run.size for run in runs], 1), strict=True)
-
-
-def together(parts: list[Any]) -> Any:
-    """Join the `block_kwargs` of passes: tensors with one entry for each token are concatenated.
-
-    Raises: `ValueError` if other values differ between the passes.
-    """
-    first = parts[0]
-    if isinstance(first, Tensor) and first.dim():
-        return _joined(parts)
-    if isinstance(first, Mapping) and all(part.keys() == first.keys() for part in parts):
-        return {name: together([part[name] for part in parts]) for name in first}
-    if isinstance(first, tuple | list) and all(len(part) == len(first) for part in parts):
-        made = [together([*each]) for each in zip(*parts, strict=True)]
-        return type(first)(*made) if hasattr(first, "_fields") else type(first)(made)
-    if any(part is not first and part != first for part in parts):
-        raise ValueError(
-            "Tokens that run in one call must have the same block_kwargs, except for tensors with one entry for each "
-            f"token, got {parts}. Begin tokens with other block_kwargs in another DepthBatch."
-        )
-    return first
