@@ -3,6 +3,7 @@
 import ast
 import io
 import re
+import runpy
 import subprocess
 import sys
 import tokenize
@@ -117,8 +118,12 @@ def test_the_figures_can_be_drawn_again(tmp_path: Path) -> None:
             assert (folder / name).stat().st_size < 60_000
 
 
-def test_an_unknown_figure_is_refused_in_one_line() -> None:
-    command: list[str | Path] = [sys.executable, METHODS / "draw.py", "actt"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("draw.py: error: no figure is called actt; there are act, ")
+def test_an_unknown_figure_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(METHODS))
+    monkeypatch.setattr(sys, "argv", ["draw.py", "actt"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(METHODS / "draw.py"), run_name="__main__")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("draw.py: error: no figure is called actt; there are act, ")

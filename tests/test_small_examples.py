@@ -166,8 +166,8 @@ def test_exits_of_a_diffusion_model_are_early_in_noise(capsys: pytest.CaptureFix
 def test_its_loop_is_the_block_four_times_over_whole_rows() -> None:
     torch.manual_seed(0)
     looped = diffusion.Model().looped
-    block = the(ad.RowPerToken, looped.block).block
-    torch.nn.init.normal_(block.modulation[1].weight, std=0.3)  # it begins as the identity
+    block = the(diffusion.DiTBlock, the(ad.RowPerToken, looped.block).block)
+    torch.nn.init.normal_(block.modulation.weight, std=0.3)  # it begins as the identity
     x, c = torch.randn(3, 5, diffusion.DIM), torch.randn(3, diffusion.DIM)
     got, want = looped(x, block_kwargs={"c": c.unsqueeze(1)}).hidden, x
     for _ in range(diffusion.STEPS):

@@ -181,6 +181,9 @@ class Config:
     begin: str | None = None
 
 
+DEFAULTS = OmegaConf.structured(Config)  # merging copies it
+
+
 def read(files: Sequence[str], overrides: Sequence[str] = ()) -> Config:
     """Files from left to right, then `key.sub=value`; what none says is as in the dataclasses.
 
@@ -188,7 +191,7 @@ def read(files: Sequence[str], overrides: Sequence[str] = ()) -> Config:
 
     Raises: `BadInput`, in one line, for a file that is not there and for what no configuration has.
     """
-    merged = OmegaConf.structured(Config)
+    merged = DEFAULTS
     for name in files:
         merged = _with_file(merged, name)
     config: Config = OmegaConf.to_object(_with_values(merged, overrides))  # type: ignore[assignment]
@@ -310,8 +313,7 @@ def _with_file(config: Any, name: str) -> Any:
     path = _find(name)
     merged = _merge(config, lambda: OmegaConf.load(path), name)
     if "stages" in (own := OmegaConf.load(path)):
-        kept = OmegaConf.structured(Config)
-        merged.stages = _merge(kept, lambda: OmegaConf.create({"stages": own.stages}), name).stages
+        merged.stages = _merge(DEFAULTS, lambda: OmegaConf.create({"stages": own.stages}), name).stages
     return merged
 
 

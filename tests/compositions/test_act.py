@@ -68,6 +68,7 @@ def test_ponder_cost_and_its_gradient_equal_the_definition(model: UniversalTrans
     torch.testing.assert_close(got, want, rtol=1e-10, atol=0)
 
 
+@pytest.mark.every
 def test_a_higher_time_penalty_lowers_the_ponder_cost() -> None:
     ids, labels = toy.batch(toy.HELD_OUT, rows=128)
     costs, depths, losses = [], [], []

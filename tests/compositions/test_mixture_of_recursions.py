@@ -7,6 +7,7 @@ tests/test_single.py does.
 
 from typing import Any
 
+import pytest
 import torch
 import toy
 from narrow import the
@@ -94,6 +95,7 @@ def test_the_router_gets_a_gradient_through_the_probability_of_its_choice() -> N
     assert all(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.every
 def test_the_balancing_loss_spreads_the_depths() -> None:
     ids, shares = toy.batch(toy.HELD_OUT, rows=64)[0], []
     for balance in (0.0, 0.5):

@@ -45,7 +45,7 @@ def test_exit_probabilities_equal_the_definition(model: PonderNet) -> None:
     torch.testing.assert_close(trace.exit_probs, halting * before, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.5])
+@pytest.mark.parametrize("rate", [0.2, pytest.param(0.5, marks=pytest.mark.every)])
 def test_exits_move_to_the_prior_if_all_iterations_have_the_same_loss(model: PonderNet, rate: float) -> None:
     prior, ids = ad.depth_prior("geometric", steps=4, rate=rate), toy.batch(toy.HELD_OUT)[0]
     for p in model.head.parameters():

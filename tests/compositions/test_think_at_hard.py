@@ -87,6 +87,7 @@ def test_lora_changes_only_later_iterations() -> None:
     assert torch.equal((after != before)[:, :, 1].any(-1), hard)
 
 
+@pytest.mark.every
 def test_a_second_iteration_for_hard_tokens_only_gives_the_most_right_answers(trained: ThinkAtHard) -> None:
     model, (ids, labels) = copy.deepcopy(trained), toy.batch(toy.HELD_OUT, rows=128)
     hard = model.find_hard(ids, labels)
