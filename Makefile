@@ -63,10 +63,7 @@ PYTEST = $(RUN) -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorde
 # every call, and tests marked `plain` cannot run with it.
 HOOK = --jaxtyping-packages=adadepth,beartype.beartype
 
-# Two at a time, because each leaves a core idle while it starts; each prints what it has to say when it is done.
-test: $(INSTALLED)  ## everything that CI runs: each test once
-	@echo "Style, types and tests run side by side for about ten minutes. Each prints its output when it is done."
-	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),-Otarget) style types test-unhooked test-shapes
+test: lint test-unhooked test-shapes  ## everything that CI runs: each test once
 
 test-fast: $(INSTALLED)  ## all tests, without lint and without shapes checked
 	$(PYTEST) -m "not every"
