@@ -9,7 +9,8 @@ import adadepth as ad
 
 EXACT = ["filled", "compact"]
 exact = pytest.mark.parametrize("layout", EXACT)
-layouts = pytest.mark.parametrize("layout", [*EXACT, "single"])
+LAYOUTS = [*EXACT, "single"]
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def rows(batch: int, seq: int, dim: int = DIM) -> Tensor:

@@ -1,7 +1,7 @@
 """Cases of a loop: drawn by hypothesis, made into pieces and numbers, and answered by definition."""
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import oracle
@@ -149,6 +149,15 @@ def examples(few: int, many: int) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(
         "examples", [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.every)]
     )
+
+
+def in_turn(cases: Iterable[tuple[Any, ...]], modes: Sequence[Any]) -> list[Any]:
+    """Each case with one of the modes, in turn; `make test-every` has the others."""
+    return [
+        pytest.param(*case, mode, marks=[] if (at + at // len(modes)) % len(modes) == number else [pytest.mark.every])
+        for at, case in enumerate(cases)
+        for number, mode in enumerate(modes)
+    ]
 
 
 def of_its_own(kind: str, count: int) -> Callable[[Any], Any]:

@@ -8,8 +8,8 @@ import oracle
 import pytest
 import torch
 from blocks_zoo import DEEP, DIM, Kind, looped, mixed
-from cached import EXACT, assert_equal_outputs, assert_holds, exact, layouts, rows
-from cases import Case, Setting, assert_same, by_definition, cases, examples, of_its_own, setting
+from cached import EXACT, LAYOUTS, assert_equal_outputs, assert_holds, exact, layouts, rows
+from cases import Case, Setting, assert_same, by_definition, cases, examples, in_turn, of_its_own, setting
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +18,7 @@ import adadepth as ad
 from adadepth.cache.kv_reuse import LayoutName
 
 every = pytest.mark.parametrize("kind", DEEP)
+each = pytest.mark.parametrize(("kind", "layout"), in_turn([(kind,) for kind in DEEP], LAYOUTS))
 
 
 @pytest.fixture(autouse=True)
@@ -132,8 +133,7 @@ def test_single_is_exact_where_every_token_runs_once(kind: str, steps: int) -> N
     torch.testing.assert_close(got, loop(x).hidden, rtol=1e-10, atol=1e-12)
 
 
-@layouts
-@every
+@each
 def test_a_row_alone_is_the_row_in_any_batch(kind: str, layout: LayoutName) -> None:
     loop, x, mask = looped(kind, zoo=DEEP), 2 * rows(4, 9), torch.rand(4, 9) > 0.3
     mask[3] = False
@@ -152,8 +152,7 @@ def test_a_row_alone_is_the_row_in_any_batch(kind: str, layout: LayoutName) -> N
         assert_equal_outputs(run(torch.tensor(which)), ad.Output(together.hidden[which], want))
 
 
-@layouts
-@every
+@each
 def test_future_tokens_change_nothing(kind: str, layout: LayoutName) -> None:
     loop, x, y = looped(kind, zoo=DEEP), rows(3, 8), rows(3, 8)
     y[:, :5] = x[:, :5]
@@ -170,8 +169,9 @@ def test_future_tokens_change_nothing(kind: str, layout: LayoutName) -> None:
     assert_equal_outputs(loop(new, cache=caches[0]), loop(new, cache=caches[1]))
 
 
-@layouts
-@pytest.mark.parametrize(("kind", "skip"), [*((kind, True) for kind in DEEP), ("attention", False)])
+@pytest.mark.parametrize(
+    ("kind", "skip", "layout"), in_turn([*((kind, True) for kind in DEEP), ("attention", False)], LAYOUTS)
+)
 def test_the_block_is_given_the_tokens_that_run_and_no_others(kind: str, layout: LayoutName, skip: bool) -> None:
     loop, cache = looped(kind, zoo=DEEP, skip=skip), ad.KVReuseCache(layout=layout)
     seen: list[tuple[list[int], list[int]]] = []

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks_zoo import DIM, PreNorm, heads_of, looped, merged
-from cached import EXACT, layouts, rows
+from cached import EXACT, LAYOUTS, layouts, rows
+from cases import in_turn
 from narrow import the
 from torch import Tensor, nn
 
@@ -190,8 +191,7 @@ ERRORS: dict[str, tuple[Callable[[ad.KVReuseCache], object], str]] = {
 
 
 @pytest.mark.plain
-@layouts
-@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize(("name", "layout"), in_turn([(name,) for name in ERRORS], LAYOUTS))
 def test_a_refusal_teaches_and_leaves_the_cache_as_it_was(name: str, layout: LayoutName) -> None:
     call, message = ERRORS[name]
     cache, twin = filled_cache(layout), filled_cache(layout)

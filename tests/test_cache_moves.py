@@ -9,8 +9,8 @@ import oracle
 import pytest
 import torch
 from blocks_zoo import DEEP, DIM, Kind, heads_of, looped, mixed
-from cached import EXACT, assert_equal_outputs, assert_holds, layouts, rows
-from cases import RULES, Case, assert_same, by_definition, cases, examples, of_its_own, setting
+from cached import EXACT, LAYOUTS, assert_equal_outputs, assert_holds, layouts, rows
+from cases import RULES, Case, assert_same, by_definition, cases, examples, in_turn, of_its_own, setting
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -162,8 +162,10 @@ def test_after_any_history_a_cache_answers_as_the_rows_it_holds(kind: str, examp
     check()
 
 
-@layouts
-@pytest.mark.parametrize(("kind", "order"), [*((kind, [2, 0, 0, 3, 2]) for kind in DEEP), ("attention", [3, 1, 0, 2])])
+@pytest.mark.parametrize(
+    ("kind", "order", "layout"),
+    in_turn([*((kind, [2, 0, 0, 3, 2]) for kind in DEEP), ("attention", [3, 1, 0, 2])], LAYOUTS),
+)
 def test_reorder_and_crop_give_what_feeding_so_would_have_given(
     kind: str, layout: LayoutName, order: list[int]
 ) -> None:

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from blocks_zoo import BLOCKS, DIM, looped, mixed
+from cases import in_turn
 from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
 
 both = pytest.mark.parametrize("skip", [True, False])
-every = pytest.mark.parametrize("kind", BLOCKS)
+each = pytest.mark.parametrize(("kind", "skip"), in_turn([(kind,) for kind in BLOCKS], (True, False)))
 # Left, right and ragged padding, and a row of nothing else.
 RAGGED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
 RULES = [
@@ -25,7 +26,7 @@ RULES = [
 # Every block with a rule that cuts and one that weighs, and every rule with one block: neither reads the other.
 BOTH = ad.Threshold, ad.ACT
 PAIRS = [(kind, rule) for kind in BLOCKS for rule in RULES if kind == "attention" or isinstance(rule, BOTH)]
-ruled = pytest.mark.parametrize(("kind", "rule"), PAIRS)
+ruled = pytest.mark.parametrize(("kind", "rule", "skip"), in_turn(PAIRS, (True, False)))
 # Those that run in a loop alone, and the others.
 PLAIN = [kind for kind in BLOCKS if kind not in ("pointwise", "view", "window", "softcap and sinks", "iteration")]
 
@@ -38,7 +39,6 @@ def assert_near(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
-@both
 @ruled
 def test_the_trace_is_lawful(kind: str, rule: ad.Rule | None, skip: bool) -> None:
     loop = looped(kind, skip=skip)
@@ -58,7 +58,6 @@ def test_the_trace_is_lawful(kind: str, rule: ad.Rule | None, skip: bool) -> Non
     assert (out.hidden[~RAGGED] == 0).all()
 
 
-@both
 @ruled
 def test_a_row_alone_is_the_row_in_any_batch(kind: str, rule: ad.Rule | None, skip: bool) -> None:
     loop, x = looped(kind, skip=skip), rows(4, 6)
@@ -78,8 +77,7 @@ def assert_equal_rows(got: ad.Output, want: ad.Output, which: list[int]) -> None
         assert_near(a, b[which])
 
 
-@both
-@every
+@each
 @pytest.mark.parametrize("causal", [True, False])
 def test_padding_may_stand_anywhere(kind: str, causal: bool, skip: bool) -> None:
     loop, x = looped(kind, causal=causal, skip=skip), rows(1, 5)
@@ -95,7 +93,6 @@ def test_padding_may_stand_anywhere(kind: str, causal: bool, skip: bool) -> None
             assert_near(a[i][mask[i]], b[0])
 
 
-@both
 @ruled
 def test_future_tokens_change_nothing(kind: str, rule: ad.Rule | None, skip: bool) -> None:
     loop, x = looped(kind, skip=skip), rows(3, 6)
@@ -136,8 +133,7 @@ def test_where_nobody_leaves_it_is_the_loop_written_by_hand(kind: str, skip: boo
     assert_near(loop(x, start=start).hidden, h)
 
 
-@both
-@every
+@each
 def test_states_are_extra(kind: str, skip: bool) -> None:
     loop, x = looped(kind, skip=skip), rows(4, 6)
     out = loop(x, mask=RAGGED, states=True)
@@ -149,8 +145,7 @@ def test_states_are_extra(kind: str, skip: bool) -> None:
     assert torch.equal(states[:, :, -1], out.hidden)  # a token that left keeps its last
 
 
-@both
-@every
+@each
 @pytest.mark.parametrize(
     ("shape", "causal"),
     [
@@ -187,8 +182,7 @@ def test_nothing_to_run_can_be_trained_on(skip: bool, shape: tuple[int, int]) ->
     assert not the(Tensor, x.grad).any()
 
 
-@both
-@every
+@each
 @pytest.mark.parametrize(
     ("causal", "bad"),
     [
@@ -250,8 +244,7 @@ def test_the_same_in_evaluation_without_gradients(kind: str, causal: bool, froze
             assert_near(out.hidden, want)
 
 
-@both
-@pytest.mark.parametrize("kind", BLOCKS)
+@each
 def test_replayed_depths_give_the_same_bits(kind: str, skip: bool) -> None:
     loop = looped(kind, skip=skip)
     x = rows(4, 6)
@@ -264,8 +257,7 @@ def test_replayed_depths_give_the_same_bits(kind: str, skip: bool) -> None:
         assert torch.equal(again.trace.live, out.trace.live)
 
 
-@both
-@pytest.mark.parametrize("kind", BLOCKS)
+@each
 def test_a_row_s_budget_changes_no_other_row(kind: str, skip: bool) -> None:
     loop, x = looped(kind, skip=skip), rows(4, 6)
     free = loop(x)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks_zoo import BLOCKS, DIM, PreNorm, heads_of, looped, merged, mixed
+from cases import in_turn
 from narrow import the
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -20,6 +21,7 @@ import adadepth as ad
 
 both = pytest.mark.parametrize("skip", [True, False])
 every = pytest.mark.parametrize("kind", BLOCKS)
+each = pytest.mark.parametrize(("kind", "skip"), in_turn([(kind,) for kind in BLOCKS], (True, False)))
 RAGGED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1]]).bool()
 
 
@@ -41,8 +43,7 @@ def pickled(loop: ad.RecurrentWrapper) -> ad.RecurrentWrapper:
     return pickle.loads(pickle.dumps(loop))
 
 
-@both
-@every
+@each
 @pytest.mark.parametrize("again", [copied, pickled])
 def test_a_copy_computes_the_same(kind: str, skip: bool, again: Callable[..., ad.RecurrentWrapper]) -> None:
     loop, x = looped(kind, skip=skip).eval(), rows()
@@ -93,8 +94,7 @@ def test_under_autocast_the_state_keeps_its_dtype(kind: str, dtype: torch.dtype,
     assert (packed.hidden - dense.hidden).abs().max() <= 0.05 * dense.hidden.abs().max()
 
 
-@both
-@every
+@each
 @pytest.mark.parametrize(
     ("rule", "training"),
     [
