@@ -144,7 +144,7 @@ def test_a_server_gives_each_request_what_it_gets_alone(capsys: pytest.CaptureFi
     assert capsys.readouterr().out.splitlines()[-1] == "40 of 40 texts are what they are alone"
 
 
-def test_points_of_a_diffusion_model_run_as_deep_as_a_budget_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_training_of_a_diffusion_model_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     diffusion.main(["--steps", "1"])
     lines = capsys.readouterr().out.splitlines()
     said = re.compile(r"(.+?) +distance \d\.\d+, mean depth (\d\.\d+)")
