@@ -72,7 +72,7 @@ test-unhooked: $(INSTALLED)  ## the tests that test-shapes does not run
 	$(PYTEST) -m "not every and (plain or not shapes)"
 
 test-shapes: $(INSTALLED)  ## the tests marked shapes, with every annotated shape checked
-	$(PYTEST) -m "shapes and not plain and not every" $(HOOK) $(shell grep -l pytest.mark.shapes tests/test_*.py)
+	$(PYTEST) -m "shapes and not plain and not every" $(HOOK) $(shell grep -rl --include='test_*.py' pytest.mark.shapes tests)
 
 test-every: $(INSTALLED)  ## what test leaves out: more cases of the same kinds
 	$(PYTEST) --dist load -m every

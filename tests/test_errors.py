@@ -201,8 +201,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "heads merged": (
         lambda: loop(Block(merged))(X),
-        "Attention expected q of shape (2, heads, 5, head_dim), got (2, 5, 8): queries, keys and values must be those"
-        " of the block's own input, one per token. If the block reads a memory, or a condition (batch, dim) for each "
+        "Attention expected q of shape (2, heads, 5, head_dim), got (2, 5, 8): queries, keys and values must be those "
+        "of the block's own input, one per token. If the block reads a memory, or a condition (batch, dim) for each "
         "row, wrap it: adadepth.RowPerToken(block). Other keys of another length cannot be looped. Batch and heads "
         "must be separate axes. If the block adds a tensor of the batch's shape to its input, pass it as "
         "block_kwargs, so that it is packed.",

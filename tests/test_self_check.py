@@ -145,7 +145,7 @@ def test_check_looped_refuses_it_too(name: str) -> None:
 @pytest.mark.parametrize("skip", [True, False])
 def test_a_memory_as_long_as_the_sequence_is_refused(skip: bool) -> None:
     loop = ad.RecurrentWrapper(Memory(torch.randn(2, 5, DIM)), 1, causal=False, skip=skip)
-    with pytest.raises(ValueError, match="keys of another length cannot be looped"):
+    with pytest.raises(ValueError, match="Other keys of another length cannot be looped"):
         loop(torch.randn(2, 5, DIM), mask=torch.tensor([[1, 1, 1, 0, 0], [1] * 5]).bool())
 
 

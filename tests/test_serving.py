@@ -285,7 +285,8 @@ def test_a_rule_for_certain_rows_is_given_when_they_begin() -> None:
     loop, x, tau = looped("attention"), x_of(2, 4), torch.tensor([[0.0], [1.1]], dtype=torch.float64)
     loop.rule = ad.Threshold(tau)
     batch = batch_of(loop)
-    with pytest.raises(ValueError, match="Threshold expected to return how much of each token continues, for any row"):
+    expected = "Threshold expected to return how much of each token continues, for any row, shape"
+    with pytest.raises(ValueError, match=expected):
         batch.begin([0, 1], x)
     batch.begin([1], x[:1], rule=ad.Threshold(tau[:1]))
     loop.rule = ad.Threshold(0.0)
