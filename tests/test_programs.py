@@ -215,7 +215,7 @@ def test_every_sequence_of_expressions_mixes_heights() -> None:
     assert sample.ids.max() < EXPRESSIONS.sizes.vocabulary == 101
     assert (sample.needed[sample.counted].bincount()[2:] / sample.counted.sum()).min() > 0.1
     kinds = [len(set(row.tolist())) for row in sample.needed]
-    assert min(kinds) >= 3 and statistics.mean(kinds) > 5
+    assert min(kinds) >= 3 and statistics.mean(kinds) > 4.8  # of five
 
 
 def test_a_bracket_alone_says_nothing_of_its_value() -> None:

@@ -1,6 +1,7 @@
 """A wrapper checks itself once, on a few tokens of its own input; `check_looped` does so on all of them."""
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +226,24 @@ def test_tokens_that_mix_behind_row_per_token_are_found(mix: str, causal: bool) 
     assert error.value.__notes__ == [NOTE]
     with pytest.raises(ValueError, match=f"^{message}$"):
         ad.check_looped(loop, x, **call)
+
+
+def test_a_block_that_attends_to_later_tokens_is_found_in_a_causal_loop() -> None:
+    """Each token is a row of its own, so no attention call says whether it is causal."""
+    loop = ad.RecurrentWrapper(ad.RowPerToken(Conditioned(causal=False)), STEPS)
+    x = torch.randn(3, 8, DIM)
+    call: dict[str, Any] = {"max_depth": mixed_depths(x), "block_kwargs": {"c": torch.randn(3, 1, DIM)}}
+    message = re.escape(
+        "RecurrentWrapper(causal=True) expected causal attention, but Conditioned attends to later tokens. Pass "
+        "causal=False to the wrapper, or is_causal=True in the block."
+    )
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        loop(x, **call)
+    assert error.value.__notes__ == [NOTE]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ad.check_looped(loop, x, **call)
+    loop.causal = False
+    ad.check_looped(loop, x, **call)
 
 
 @pytest.mark.parametrize("causal", [True, pytest.param(False, marks=pytest.mark.every)])

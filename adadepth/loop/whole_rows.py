@@ -4,7 +4,6 @@ Behind `RowPerToken` the block gets tokens as rows of length 1, packed or not. I
 packed and dense execution agree, and both are wrong.
 """
 
-from contextlib import suppress
 from typing import Any, final
 
 import torch
@@ -23,8 +22,10 @@ from .blocks import each
 def check_whole_rows(looped: Any, case: Case) -> None:
     """Compare one iteration of a block behind `RowPerToken`; other blocks are not compared.
 
-    On whole rows a block may attend to later tokens, where the loop masks them.
-    Raises: `ValueError` if the block mixes tokens outside its attention, or counts positions itself.
+    A causal loop masks later tokens for `nn.MultiheadAttention`, which leaves causality to its caller. A block that
+    calls `F.scaled_dot_product_attention` itself says whether it is causal, and must agree with the loop.
+    Raises: `ValueError` if the block mixes tokens outside its attention, counts positions itself, or attends to later
+        tokens in a causal loop.
     """
     apart = looped.block.block if isinstance(looped.block, Pointwise) else looped.block
     if not isinstance(apart, RowPerToken):
@@ -36,18 +37,32 @@ def check_whole_rows(looped: Any, case: Case) -> None:
             whole = case.run(looped, **alone, block=_Whole(apart.block)).hidden
         except Exception:  # it does not run on whole rows, or has an argument for each token
             return
-        dtype, far = coarsest(looped, case.x), float("inf")
-        for causal in {looped.causal, False}:
-            with suppress(ValueError):  # a causal block, in a loop that is not
-                got = case.run(looped, **alone, causal=causal).hidden
-                far = min(far, off(got, whole, case.mask, dtype))
-    if far > EXACT[dtype]:
+        dtype = coarsest(looped, case.x)
+        far = {
+            causal: _difference(case, looped, whole, dtype, **alone, causal=causal) for causal in (looped.causal, False)
+        }
+    name = type(apart.block).__name__
+    if (least := min(far.values())) > EXACT[dtype]:
         raise ValueError(
-            f"{type(apart.block).__name__} gives another result behind RowPerToken than on whole rows: one "
-            f"iteration differs by {far:.1e} relative. RowPerToken is for blocks that mix tokens in "
-            "F.scaled_dot_product_attention only. Replace convolutions, means and other attention over the row, and "
-            "read positions from adadepth.positions()."
+            f"{name} gives another result behind RowPerToken than on whole rows: one iteration differs by "
+            f"{least:.1e} relative. RowPerToken is for blocks that mix tokens in F.scaled_dot_product_attention only. "
+            "Replace convolutions, means and other attention over the row, and read positions from "
+            "adadepth.positions()."
         )
+    if far[looped.causal] > EXACT[dtype] and not any(isinstance(m, nn.MultiheadAttention) for m in apart.modules()):
+        raise ValueError(
+            f"RecurrentWrapper(causal=True) expected causal attention, but {name} attends to later tokens. Pass "
+            "causal=False to the wrapper, or is_causal=True in the block."
+        )
+
+
+def _difference(case: Case, looped: Any, whole: Tensor, dtype: torch.dtype, **changes: Any) -> float:
+    """How far the loop, with some attributes changed, is from the block on whole rows."""
+    try:
+        got = case.run(looped, **changes).hidden
+    except ValueError:  # a causal block, in a loop that is not
+        return float("inf")
+    return off(got, whole, case.mask, dtype)
 
 
 @final

@@ -31,7 +31,6 @@ OPERATORS = {
 }
 TABLE = torch.tensor(list(OPERATORS.values()))
 BOTH = 2  # added to the number of an operator that looks at one argument gives one that looks at both
-CLOSES = 0.8  # how often a bracket closes where it can
 
 
 class _Stack(NamedTuple):
@@ -60,14 +59,16 @@ class _Stack(NamedTuple):
 class Expressions:
     """Sequences of so many tokens, with heights up to `highest`.
 
-    An id below 5 is a digit; 5 + length·o + a closes operator o, whose first argument ends at a.
+    Where two expressions could be arguments, a bracket closes with probability `closes`. An id below 5 is a digit;
+    5 + length·o + a closes operator o, whose first argument ends at a.
     """
 
     name: str = "expressions"
     length: int = 24
-    highest: int = 5
-    steps: int = 6
-    fixed: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    highest: int = 4
+    closes: float = 0.6
+    steps: int = 5
+    fixed: tuple[int, ...] = (1, 2, 3, 4, 5)
     dense: int = 3
     training: tuple[int, int] = (5000, 1500)
 
@@ -86,14 +87,15 @@ them. Every bracket predicts the value of its expression. One transformer block 
 around it can read it."""
 
     def draw(self, count: int, generator: torch.Generator) -> Sample:
-        """`count` random sequences: where two expressions could be arguments, a bracket closes in eight of ten cases.
+        """`count` random sequences.
 
-        None closes above `highest`, so a sequence holds one expression after the other, and the last may be unfinished.
+        No bracket closes above `highest`, so a sequence holds one expression after the other, and the last may be
+        unfinished.
         """
         shape = count, self.length
         digits = torch.randint(MODULUS, shape, generator=generator)
         operators = torch.randint(len(OPERATORS), shape, generator=generator)
-        closes = torch.rand(shape, generator=generator) < CLOSES
+        closes = torch.rand(shape, generator=generator) < self.closes
         empty = torch.zeros(shape, dtype=torch.int64)
         stack = _Stack(empty, empty, empty, empty[:, 0])
         tokens = []
