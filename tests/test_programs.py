@@ -57,6 +57,7 @@ ROWS = [
     "prior, entropy",
     "prior, entropy late",
     "prior, KL",
+    "depth by kind of token",
     "needed depth, trained in",
 ]
 OURS = {"guided gates", "survival gates", "entropy late, trained", "paper's gates"}
@@ -696,9 +697,9 @@ def test_what_is_done_is_not_done_again_and_gives_the_same(small: Store, tmp_pat
     assert [row.name for row in said if isinstance(row, Row)] == ROWS
     assert not [now for now in said if isinstance(now, Now)]
     assert {path: path.stat().st_mtime_ns for path in small.folder.iterdir()} == before
-    assert [study.left(SMALL, unit, TINY, small) for unit in study.units(SMALL)] == [0] * 13
+    assert [study.left(SMALL, unit, TINY, small) for unit in study.units(SMALL)] == [0] * 14
     fresh = study.store_of(tmp_path, SMALL, 0, TINY)
-    assert [study.left(SMALL, unit, TINY, fresh) for unit in study.units(SMALL)] == [*[2] * 5, 4, 4, 2, 4, 4, 2, 2, 0]
+    assert [study.left(SMALL, unit, TINY, fresh) for unit in study.units(SMALL)] == [*[2] * 5, 4, 4, 2, 4, 4, 2, 2, 2, 0]
 
 
 def test_an_interrupted_study_goes_on_with_the_same_rows(small: Store, tmp_path: Path) -> None:
@@ -769,6 +770,10 @@ def test_the_rows_of_given_depths_are_those_weights_at_those_depths(small: Store
         row = the(Row, small.row(f"trained at depth {fixed}"))
         assert row.depth == fixed and row.rank is None
     assert the(Row, small.row(ORACLE)).depth == row_mean(sample.needed)
+    kinds = study.load(SMALL, 0, by_name["depth by kind of token"], small)
+    right, nats, _ = slow(kinds, sample, torch.where(sample.ids < 5, 1, 3))  # constants, and functions
+    row = the(Row, small.row("depth by kind of token"))
+    assert (row.accuracy, row.loss) == pytest.approx((right.double().mean().item(), nats.mean().item()), rel=1e-5)
 
 
 def test_the_model_of_needed_depths_is_trained_at_them(small: Store) -> None:

@@ -12,11 +12,12 @@ import torch
 from .model import Interpreter, Shape
 from .policies import GUIDED, READOUTS, TRAINED, Policy
 from .task import Task
-from .train import Sampled, at_depth, at_exits, objective_of, prior
+from .train import Depth, Sampled, at_depth, at_exits, objective_of, prior
 
 FULL = "full depth"
 PRIOR = "prior over depths"
 NEEDED = "needed depth, trained in"
+BY_KIND = "depth by kind of token"
 SHUFFLED = f"{GUIDED.name}, depths shuffled"
 RANDOM = f"{GUIDED.name}, random depths"
 ORACLE = f"{GUIDED.name}, needed depth"
@@ -25,8 +26,8 @@ ORACLE = f"{GUIDED.name}, needed depth"
 class Model(NamedTuple):
     """A model: its shape, what a stage of so many steps minimises, its exits, and whose weights it goes on from.
 
-    `rows` are the rows of the table that are measured on it. A model with `begins` has stage 2 alone to train. What
-    is `after` another needs rows of it.
+    `rows` are the rows of the table that are measured on it. `depth` is that at which its tokens exit, if it is given.
+    A model with `begins` has stage 2 alone to train. What is `after` another needs rows of it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Model(NamedTuple):
     shape: Shape
     rows: tuple[str, ...]
     policy: Policy | None = None
+    depth: Depth | None = None
     begins: str = ""
     after: str = ""
 
@@ -79,7 +81,8 @@ def models(task: Task) -> dict[str, Model]:
         Model(layers, lambda steps: at_exits, Shape(1, layers=task.dense), (layers,)),
         Model(width, lambda steps: at_exits, Shape(1, dim=wide(task)), (width,)),
         Model(PRIOR, lambda steps: prior, looped, tuple(map(readout_name, READOUTS)), begins=FULL, after=GUIDED.name),
-        Model(NEEDED, lambda steps: at_depth(lambda sample: sample.needed), looped, (NEEDED,), begins=FULL),
+        _at(BY_KIND, lambda sample: torch.where(sample.needed > 1, task.steps, 1), looped, begins=FULL),
+        _at(NEEDED, lambda sample: sample.needed, looped, begins=FULL),
     ]
     return {model.name: model for model in all_of_them}
 
@@ -91,6 +94,9 @@ def _exits(policy: Policy, shape: Shape) -> Model:
 
 def _fixed(depth: int, shape: Shape) -> Model:
     """The deepest goes on from the full depth, which is its own stage 1."""
-    begins = FULL if depth == shape.steps else ""
-    name = fixed_name(depth)
-    return Model(name, lambda steps: at_depth(lambda sample: depth), shape, (name,), begins=begins)
+    return _at(fixed_name(depth), lambda sample: depth, shape, begins=FULL if depth == shape.steps else "")
+
+
+def _at(name: str, depth: Depth, shape: Shape, begins: str) -> Model:
+    """Trained and measured at a given depth."""
+    return Model(name, lambda steps: at_depth(depth), shape, (name,), depth=depth, begins=begins)

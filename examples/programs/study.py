@@ -12,7 +12,7 @@ import adadepth as ad
 
 from .evaluate import BATCH, Measured, flops, highest, measure, seconds
 from .model import Interpreter
-from .models import FULL, NEEDED, ORACLE, PRIOR, RANDOM, SHUFFLED, Model, fixed_name, models, readout_name
+from .models import FULL, NEEDED, ORACLE, PRIOR, RANDOM, SHUFFLED, Model, models, readout_name
 from .plan import Plan, judged, settings, stream
 from .policies import GUIDED, READOUTS, Policy
 from .ranks import rank_correlation
@@ -111,7 +111,7 @@ def judge(
         return
     if not model.rows:
         return
-    exits = measure(trained, sample, given_depth(task, model, sample))
+    exits = measure(trained, sample, given_depth(model, sample))
     yield row_of(model.rows[0], trained, sample, exits, task.steps)
     if model.policy is GUIDED:
         trained.looped.gate = trained.looped.rule = None  # depths are given
@@ -119,10 +119,9 @@ def judge(
             yield row_of(name, trained, sample, measure(trained, sample, depth), task.steps)
 
 
-def given_depth(task: Task, model: Model, sample: Sample) -> Tensor | int | None:
+def given_depth(model: Model, sample: Sample) -> Tensor | int | None:
     """The depth at which tokens of this model must exit; None if its exits are its own, or it has none."""
-    fixed = {fixed_name(depth): depth for depth in task.fixed}
-    return sample.needed if model.name == NEEDED else fixed.get(model.name)
+    return None if model.depth is None else model.depth(sample)
 
 
 def _instead(sample: Sample, exits: Measured, steps: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -176,7 +175,7 @@ def timed(task: Task, seed: int, plan: Plan, store: Store) -> dict[str, float]:
             trained = load(task, seed, model, store)
             if policy is not None:
                 policy.attach(trained, _threshold(store, name))
-            runs[name] = partial(trained, sample.ids, depth=given_depth(task, model, sample))
+            runs[name] = partial(trained, sample.ids, depth=given_depth(model, sample))
     return {name: 1000 * best / len(sample.ids) for name, best in seconds(runs, plan.rounds).items()}
 
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .models import NEEDED, ORACLE, RANDOM, SHUFFLED, dense_names, fixed_name, readout_name
+from .models import BY_KIND, NEEDED, ORACLE, RANDOM, SHUFFLED, dense_names, fixed_name, readout_name
 from .policies import GUIDED, READOUTS, TRAINED
 from .store import Row
 from .task import Task
@@ -83,7 +83,7 @@ def opponents(task: Task) -> dict[str, list[str]]:
     """What each of our policies is compared with beside the mixture."""
     deepest = fixed_name(task.steps)
     others = [policy.name for policy in TRAINED if policy is not GUIDED]
-    strict = [deepest, *dense_names(task), *map(readout_name, READOUTS)]
+    strict = [deepest, BY_KIND, *dense_names(task), *map(readout_name, READOUTS)]
     weights = [SHUFFLED, RANDOM, ORACLE, NEEDED]
     return {GUIDED.name: [*strict, *weights, *others]} | {name: [deepest, *dense_names(task)] for name in others}
 
