@@ -192,18 +192,17 @@ def _filled() -> AdaptiveCache:
 
 
 BOTH = "generate(draft_depth=) cannot be used with {}. Remove one or the other."
-BEAMS = (
-    "draft_depth is for greedy search and sampling, and revise_drafts goes with it. Leave them out, or generate "
-    "without beams and assistants."
-)
 WHOLE: dict[str, Any] = {"return_dict_in_generate": True}
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "no iteration": (
         lambda: run(draft_depth=0),
         "draft_depth expected the iterations after which the next token is guessed, 1 or more, got 0.",
     ),
-    "beams": (lambda: run(num_beams=2), BEAMS),
-    "revised without": (lambda: run(draft_depth=None, revise_drafts=True), BEAMS),
+    "beams": (lambda: run(num_beams=2), BOTH.format("beams or an assistant")),
+    "revised without": (
+        lambda: run(draft_depth=None, revise_drafts=True),
+        "revise_drafts=True expected draft_depth, got None. Pass draft_depth=n as well.",
+    ),
     "scores": (lambda: run(output_scores=True, **WHOLE), BOTH.format("output_scores")),
     "states": (
         lambda: run(output_logits=True, output_hidden_states=True, **WHOLE),

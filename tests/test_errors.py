@@ -134,7 +134,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "gate shape": (
         lambda: loop(gate=Bad(lambda h: h))(X),
-        "Bad expected to return one score per token, shape (2, 5), got (2, 5, 8) at iteration 0.",
+        "Bad expected to return one score per token, shape (2, 5), got (2, 5, 8) at iteration 0. Reduce the last axis of "
+        "the state alone, as h.mean(-1) does; a linear layer ends in .squeeze(-1).",
     ),
     "gate NaN": (
         lambda: loop(gate=Bad(lambda h: h.sum(-1) * torch.nan))(X),
@@ -143,7 +144,8 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "rule shape": (
         lambda: loop(rule=lambda scores, remaining, positions: remaining[:1])(X),
-        "<lambda> expected to return how much of each token continues, shape (2, 5), got (1, 5) at iteration 0.",
+        "<lambda> expected to return how much of each token continues, shape (2, 5), got (1, 5) at iteration 0. Compute it "
+        "from remaining, and reduce the last axis of the scores alone, as scores[..., -1] does.",
     ),
     "update shape": (
         lambda: loop(update=BadUpdate())(X),

@@ -34,11 +34,11 @@ from transformers.cli.serving import chat_completion, completion, response, util
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM
-from adadepth.hf.asked import ASKED as OPTIONS
-from adadepth.hf.asked import Asked
 from adadepth.hf.cache import CACHE
 from adadepth.hf.clients import Departures
 from adadepth.hf.counts import Counts, metrics
+from adadepth.hf.http_requests import CURRENT as OPTIONS
+from adadepth.hf.http_requests import HttpRequest
 from adadepth.hf.memory import bytes_of, bytes_per_token
 from adadepth.hf.serve import main, prepared
 from adadepth.hf.server import REPLACED, Completions
@@ -275,7 +275,7 @@ def test_a_greedy_request_sets_no_sampling_options() -> None:
     """transformers warns of them."""
     handler: Any = object.__new__(Completions)
     handler.generation_state = SimpleNamespace(_compile=False)
-    OPTIONS.set(Asked())
+    OPTIONS.set(HttpRequest())
     usual = GenerationConfig(do_sample=True, temperature=0.7, top_k=20, max_new_tokens=4)
     config = handler._build_generation_config({"temperature": 0, "top_p": 0.9, "max_tokens": 4}, usual)
     config.validate(strict=True)
@@ -375,7 +375,7 @@ def test_the_loader_finds_the_class_and_the_sizes(folder: str, monkeypatch: pyte
 
 
 def test_the_text_of_the_metrics() -> None:
-    text = metrics(Counts(calls=2, ran=6, tokens=3, left=4, depth=6, seconds=1.5), 1, 0, None)
+    text = metrics(Counts(calls=2, ran=6, tokens=3, exits=4, depth=6, seconds=1.5), 1, 0, None)
     assert text.startswith("# HELP adadepth_tokens_total new tokens chosen\n# TYPE adadepth_tokens_total counter\n")
     for line in ("mean_depth 1.5", "tokens_per_call 3.0", "tokens_per_second 2.0", "requests_in_progress 1"):
         assert f"\nadadepth_{line}\n" in text

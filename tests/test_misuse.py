@@ -135,7 +135,7 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "gate returns a tuple": (
         lambda: loop(Says(lambda h: (h, h)), ad.Threshold(0.5))(X),
-        "Says expected to return one score per token, shape (4, 4), got a tuple at iteration 0.",
+        "Says expected to return one score per token, shape (4, 4), got a tuple at iteration 0. Return it alone.",
     ),
     "rule returns nothing": (
         lambda: loop(ad.LinearGate(DIM), forgets)(X),

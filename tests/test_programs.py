@@ -29,7 +29,17 @@ from examples.programs.expressions import EXPRESSIONS
 from examples.programs.model import Interpreter, Layer, Layers, Prediction, Shape
 from examples.programs.models import FULL, ORACLE, RANDOM, SHUFFLED, Model, models, wide
 from examples.programs.plan import Plan, judged, stream
-from examples.programs.policies import GUIDED, PAPER, READOUTS, SURVIVAL, TRAINED, Policy, Training
+from examples.programs.policies import (
+    GUIDED,
+    GUIDED_EARLY,
+    PAPER,
+    READOUTS,
+    SURVIVAL,
+    TRAINED,
+    Gains,
+    Policy,
+    Training,
+)
 from examples.programs.programs import PROGRAMS, Programs
 from examples.programs.report import Seed
 from examples.programs.store import OtherSettings, Row, Store
@@ -45,6 +55,7 @@ ROWS = [
     "guided gates, depths shuffled",
     "guided gates, random depths",
     "guided gates, needed depth",
+    "guided gates, early",
     "survival gates",
     "entropy late, trained",
     "paper's gates",
@@ -57,10 +68,17 @@ ROWS = [
     "prior, entropy",
     "prior, entropy late",
     "prior, KL",
-    "depth by kind of token",
+    "depth 1 or 2, by kind",
+    "depth 1 or 3, by kind",
     "needed depth, trained in",
 ]
-OURS = {"guided gates", "survival gates", "entropy late, trained", "paper's gates"}
+OURS = {
+    "guided gates",
+    "guided gates, early",
+    "survival gates",
+    "entropy late, trained",
+    "paper's gates",
+}
 VALUE: dict[str, Callable[[int], int]] = {
     "x+1": lambda x: (x + 1) % 5,
     "2x": lambda x: 2 * x % 5,
@@ -388,12 +406,15 @@ def test_the_penalty_is_on_what_the_rule_reads_and_grows_from_nothing(
     assert [round(penalty(0.5, (1, 6)).k(at), 2) for at in range(8)] == [0, 0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.5]
 
 
-def guided_by_hand(model: Interpreter, programs: Sample) -> tuple[Tensor, Tensor]:
+def guided_by_hand(model: Interpreter, programs: Sample, before: bool) -> tuple[Tensor, Tensor]:
     """What guidance minimises without the gates' own loss, and that loss; one program and one depth at a time."""
     deep, foretold, at_exit = [], [], []
     for ids, values in zip(programs.ids[:3].split(1), programs.values[:3], strict=True):
-        each = [F.cross_entropy(model(ids, depth=d).logits[0], values, reduction="none") for d in range(1, STEPS + 1)]
-        deep.append(each[-1].mean() + 0.3 * sum(loss.mean() for loss in each[:-1]) / (STEPS - 1))
+        logits = [model(ids, depth=d).logits[0] for d in range(1, STEPS + 1)]
+        if before:
+            logits = [model.head(model.tokens(ids[0]) + model.positions.weight), *logits]
+        each = [F.cross_entropy(prediction, values, reduction="none") for prediction in logits]
+        deep.append(each[-1].mean() + 0.3 * torch.stack(each[:-1]).mean())
         scores = model(ids, depth=STEPS).trace.scores[0]
         errors = [scores[:, i] - (each[i] - each[-1]).detach() for i in range(STEPS - 1)]
         foretold.append(torch.stack([error.square().mean() for error in errors]).mean())
@@ -402,10 +423,11 @@ def guided_by_hand(model: Interpreter, programs: Sample) -> tuple[Tensor, Tensor
     return torch.stack(deep + at_exit).sum() / 6, torch.stack(foretold).sum() / 6
 
 
-def test_guidance_is_every_answer_of_one_half_and_the_exits_of_the_other() -> None:
-    model, programs = uneven(GUIDED, tau=0.2).double(), some(6)
-    losses = train.objective_of(GUIDED, 10)(model, programs, 0)
-    answers, foretold = guided_by_hand(model, programs)
+@pytest.mark.parametrize("policy", [GUIDED, GUIDED_EARLY], ids=lambda policy: policy.name)
+def test_guidance_is_every_answer_of_one_half_and_the_exits_of_the_other(policy: Policy) -> None:
+    model, programs = uneven(policy, tau=0.2).double(), some(6)
+    losses = train.objective_of(policy, 10)(model, programs, 0)
+    answers, foretold = guided_by_hand(model, programs, before=policy is GUIDED_EARLY)
     assert losses.total.item() == pytest.approx((answers + foretold).item(), rel=1e-9)
     out = model(programs.ids[3:])
     assert len(out.trace.depth.unique()) > 2
@@ -429,6 +451,19 @@ def test_guided_gates_start_at_what_a_guess_has_to_gain_and_leave_one_iteration_
         nn.init.zeros_(last.weight)
         last.bias.data.fill_(0.3 if i < 2 else 0.1)
     assert (model(programs.ids).trace.depth == 4).all()  # the third score says so; the fourth iteration shows it
+
+
+def test_gates_that_read_the_state_before_score_the_input_first() -> None:
+    model, programs = Interpreter(PROGRAMS.sizes), some(4)
+    GUIDED_EARLY.attach(model, 0.2)
+    out, x = model(programs.ids, depth=STEPS, every=True), model.embed(programs.ids)
+    states = [x, *the(Tensor, model.looped(x, min_depth=STEPS, states=True).states).unbind(2)]
+    for i, mlp in enumerate(the(Gains, model.looped.gate).mlps):
+        torch.testing.assert_close(out.trace.scores[..., i], mlp(states[i]).squeeze(-1))
+    for last in last_maps(model.looped.gate):
+        nn.init.zeros_(last.weight)
+        last.bias.data.fill_(0.1)
+    assert (model(programs.ids).trace.depth == 1).all()
 
 
 def test_the_rate_warms_up_and_falls_to_a_tenth() -> None:
@@ -599,7 +634,8 @@ def test_flops_are_those_of_a_hand_count() -> None:
     model = Interpreter(PROGRAMS.sizes)
     assert evaluate.flops(model, depth) == pytest.approx(layer(64) * 10 / 3 + head)
     narrow = 2 * 64 * 16 + 2 * 16
-    gates = {"guided gates": narrow, "survival gates": narrow, "entropy late, trained": head}
+    narrow_gates = ("guided gates", "guided gates, early", "survival gates")
+    gates = {**dict.fromkeys(narrow_gates, narrow), "entropy late, trained": head}
     for policy in TRAINED:
         policy.attach(model, policy.tau)
         gate = gates.get(policy.name, 2 * 64 * 256 + 2 * 256)
@@ -681,7 +717,7 @@ def test_all_models_see_the_same_batches(monkeypatch: pytest.MonkeyPatch, tmp_pa
     for model, what in models(SMALL).items():
         seen[model] = []
         assert len(list(study._train(SMALL, 0, what, TINY, store))) == 2 * len(what.stages)
-        if model == GUIDED.name:  # half with and half without exits
+        if model in (GUIDED.name, GUIDED_EARLY.name):  # half with and half without exits
             halves = seen[model]
             seen[model] = [torch.cat(halves[i : i + 2]) for i in (0, 2)]
     first, second = seen[FULL], seen[SURVIVAL.name]
@@ -697,9 +733,18 @@ def test_what_is_done_is_not_done_again_and_gives_the_same(small: Store, tmp_pat
     assert [row.name for row in said if isinstance(row, Row)] == ROWS
     assert not [now for now in said if isinstance(now, Now)]
     assert {path: path.stat().st_mtime_ns for path in small.folder.iterdir()} == before
-    assert [study.left(SMALL, unit, TINY, small) for unit in study.units(SMALL)] == [0] * 14
+    assert [study.left(SMALL, unit, TINY, small) for unit in study.units(SMALL)] == [0] * 16
     fresh = study.store_of(tmp_path, SMALL, 0, TINY)
-    assert [study.left(SMALL, unit, TINY, fresh) for unit in study.units(SMALL)] == [*[2] * 5, 4, 4, 2, 4, 4, 2, 2, 2, 0]
+    assert [study.left(SMALL, unit, TINY, fresh) for unit in study.units(SMALL)] == [
+        *[2] * 6,
+        4,
+        4,
+        2,
+        4,
+        4,
+        *[2] * 4,
+        0,
+    ]
 
 
 def test_an_interrupted_study_goes_on_with_the_same_rows(small: Store, tmp_path: Path) -> None:
@@ -770,9 +815,9 @@ def test_the_rows_of_given_depths_are_those_weights_at_those_depths(small: Store
         row = the(Row, small.row(f"trained at depth {fixed}"))
         assert row.depth == fixed and row.rank is None
     assert the(Row, small.row(ORACLE)).depth == row_mean(sample.needed)
-    kinds = study.load(SMALL, 0, by_name["depth by kind of token"], small)
-    right, nats, _ = slow(kinds, sample, torch.where(sample.ids < 5, 1, 3))  # constants, and functions
-    row = the(Row, small.row("depth by kind of token"))
+    kinds = study.load(SMALL, 0, by_name["depth 1 or 2, by kind"], small)
+    right, nats, _ = slow(kinds, sample, torch.where(sample.ids < 5, 1, 2))  # constants, and functions
+    row = the(Row, small.row("depth 1 or 2, by kind"))
     assert (row.accuracy, row.loss) == pytest.approx((right.double().mean().item(), nats.mean().item()), rel=1e-5)
 
 
@@ -817,7 +862,7 @@ def test_readouts_are_fitted_on_other_sequences_to_the_depth_of_the_gates(small:
     model, others = Interpreter(SMALL.sizes, Shape(3)).eval(), some(100, seed=1, task=SMALL)
     sample = some(100, seed=2, task=SMALL)
     rows = list(study._read(model, sample, others, store))
-    assert [row.name for row in rows] == ROWS[12:16]
+    assert [row.name for row in rows] == ROWS[13:17]
     for row, policy in zip(rows, READOUTS, strict=True):
         policy.attach(model, the(float, row.tau))
         assert evaluate.measure(model, others).mean_depth >= 1.7
@@ -1004,7 +1049,7 @@ def test_a_quick_run_has_a_page_and_says_that_it_means_nothing(
     page = path.read_text()
     assert "http" not in page.replace("http://www.w3.org", "") and command.CAVEAT in page
     lines = [line.replace(" ", "\u00a0") for line in SMALL.text(judged(SMALL, 0, TINY).ids[0].tolist())]
-    assert all(f"{line} " in page for line in lines) and page.count("<svg") == 5
+    assert all(f"{line} " in page for line in lines) and page.count("<svg") == 6
     with pytest.raises(SystemExit) as e:
         command.main(["--task", "small", "--quick", "--steps1", "9", "--seeds", "0", "--out", str(tmp_path)])
     assert str(e.value).startswith(f"error: {tmp_path / 'small' / 'seed-0'}")

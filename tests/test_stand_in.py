@@ -44,7 +44,7 @@ PLANTED: dict[str, tuple[Any, str, str]] = {
     "cache, pages": (paged, "sequences", "cache: in one call, filled, window"),
     "cache, views": (view, "seen", "cache: compact, batch 3, window"),
     "loop, bounds": (Bounds, "clamp", "call: ints, {'skip': True}"),
-    "loop, iterations": (iterations, "_stays", "loop: LinearGate, Threshold, True, Replace, none"),
+    "loop, iterations": (iterations, "_continuing", "loop: LinearGate, Threshold, True, Replace, none"),
     "serving": (batch, "joined", "serving: filled, Interpolate, PerIterationMLPGate"),
     "gates": (gates, "_chance", "helper: check_gate LinearGate"),
     "criteria": (criteria, "_doubt", "helper: calibrate a criterion"),

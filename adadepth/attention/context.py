@@ -111,7 +111,7 @@ def checking() -> bool:
     return active.window is not None and active.window.rows > 0
 
 
-def asked(piece: Callable[..., T], here: Here | Together, *args: Any) -> T:
+def call_piece(piece: Callable[..., T], here: Here | Together, *args: Any) -> T:
     """The result of a piece, which may call `iteration()`, `positions()`, `rows()` and `take()`."""
     before, active.here = active.here, here
     try:

@@ -20,7 +20,7 @@ Gradients = Sequence[Tensor | None]
 
 
 @final
-class Asked:
+class Call:
     """One attention call: its `inputs`, the `kept` keys and values of the iteration before, and the `answers`.
 
     The answers are the attended values and, if the next iteration may need them, all tokens' keys and values. A
@@ -60,7 +60,7 @@ class Ledger:
 
     def __init__(self, entered: bool) -> None:
         self.number, self.entered = next(_numbers), entered
-        self.calls: dict[int, Asked] = {}
+        self.calls: dict[int, Call] = {}
         self.back: dict[int, Gradients] = {}
         self.closed = -1  # the backward pass in which the gradients were passed back
         _ledgers[self.number] = self
@@ -69,19 +69,19 @@ class Ledger:
         """The gradients of a call's inputs; those of what was kept before are stored until `enter` runs backward."""
         if self.closed == torch._C._current_graph_task_id():
             _refuse()
-        asked = self.calls[call]
-        gradients = asked.backward(grad)
-        if any(gradient is not None for gradient in gradients[len(asked.inputs) :]):
-            self.back[call] = gradients[len(asked.inputs) :]
+        recorded = self.calls[call]
+        gradients = recorded.backward(grad)
+        if any(gradient is not None for gradient in gradients[len(recorded.inputs) :]):
+            self.back[call] = gradients[len(recorded.inputs) :]
             self._check_later()
-        return gradients[: len(asked.inputs)]
+        return gradients[: len(recorded.inputs)]
 
     def deliver(self, call: int, due: Gradients) -> None:
         """Store the gradients of the keys and values that a call kept."""
-        asked = self.calls[call]
-        if asked.ran == torch._C._current_graph_task_id():
+        recorded = self.calls[call]
+        if recorded.ran == torch._C._current_graph_task_id():
             _refuse()
-        asked.due = due
+        recorded.due = due
         self._check_later()
 
     def give_back(self, calls: int) -> list[Tensor | None]:
@@ -94,10 +94,10 @@ class Ledger:
 
     def _check(self) -> None:
         """At the end of a backward pass, check that no stored gradient is left over."""
-        waiting = bool(self.back) or any(asked.due for asked in self.calls.values())
+        waiting = bool(self.back) or any(recorded.due for recorded in self.calls.values())
         self.back = {}
-        for asked in self.calls.values():
-            asked.due = ()
+        for recorded in self.calls.values():
+            recorded.due = ()
         if waiting:
             _refuse()
 
@@ -149,7 +149,7 @@ def leave(view: Any, h: Tensor) -> Tensor:
     `view.present`.
     """
     book: Ledger = view.ledger
-    calls = [call for call, asked in book.calls.items() if len(asked.answers) > 1]
+    calls = [call for call, recorded in book.calls.items() if len(recorded.answers) > 1]
     if not book.calls:
         return h
     if not h.requires_grad:

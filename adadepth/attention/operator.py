@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .context import active
-from .linked import Asked, Ledger, ledger
+from .linked import Call, Ledger, ledger
 
 
-def asked_in_graph(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> Tensor:
+def attend_in_graph(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> Tensor:
     """What a traced layer calls in its graph instead of `view.attend(q, k, v, **how)`."""
     q, k, v = _autocast(q, k, v)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -123,7 +123,7 @@ def _with_gradients(view: Any, inputs: Sequence[Tensor], how: dict[str, Any]) ->
     if present:
         view.present[number] = tuple(t.detach() for t in present)
     call = len(view.ledger.calls) if view.bare else number
-    view.ledger.calls[call] = Asked(inputs, kept, [out, *present])
+    view.ledger.calls[call] = Call(inputs, kept, [out, *present])
     answer = out.detach().transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     return answer, torch.tensor([view.ledger.number, call])
 

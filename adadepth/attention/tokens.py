@@ -109,7 +109,7 @@ def all_tokens(x: Tensor, mask: MaskRows | None, skip: bool) -> TokenSet:
     real: list[int] = mask.sum(-1).tolist()
     if sum(real) == mask.numel():
         return WholeTokens(mask, skip)
-    return PackedTokens(mask, mask, chosen(mask, sum(real)), Asked(real, real))
+    return PackedTokens(mask, mask, chosen(mask, sum(real)), RowCounts(real, real))
 
 
 def same(tokens: Tensor) -> Tensor:
@@ -147,10 +147,10 @@ class WholeTokens(TokenSet):
         del step
         if not self.skip:
             return DenseTokens(go, None), same
-        asked = read(go.sum(-1))
-        if (total := sum(asked)) == go.numel():
+        each = read(go.sum(-1))
+        if (total := sum(each)) == go.numel():
             return self, same
-        packed = PackedTokens(go, None, chosen(go, total), Asked(asked, [go.shape[1]] * len(asked)))
+        packed = PackedTokens(go, None, chosen(go, total), RowCounts(each, [go.shape[1]] * len(each)))
         return packed, packed.take
 
 
@@ -234,8 +234,8 @@ class Packed(TokenSet):
         return rows.flatten(0, 1).index_add(0, self.index, weighted.squeeze(0)).unflatten(0, self.live.shape)
 
 
-class Asked(NamedTuple):
-    """The counts of packed tokens that are on the host: for each row, how many tokens run, and how many are `real`."""
+class RowCounts(NamedTuple):
+    """Two counts for each row, on the host: how many tokens run, and how many are `real`."""
 
     each: list[int]
     real: list[int]
@@ -256,11 +256,16 @@ class PackedTokens(Packed):
     """
 
     def __init__(
-        self, live: MaskRows, mask: MaskRows | None, index: Tensor, asked: Asked, inherited: list[int] | None = None
+        self,
+        live: MaskRows,
+        mask: MaskRows | None,
+        index: Tensor,
+        counts: RowCounts,
+        inherited: list[int] | None = None,
     ) -> None:
-        self.live, self.mask, self.index, self.asked = live, mask, index, asked
-        self.width = max(asked.real, default=0)
-        self.grid_rows = asked.rows
+        self.live, self.mask, self.index, self.counts = live, mask, index, counts
+        self.width = max(counts.real, default=0)
+        self.grid_rows = counts.rows
         # If all tokens ran before, the grid before has a row for each row of the batch.
         self._inherited = self.grid_rows if inherited is None else inherited
 
@@ -269,10 +274,10 @@ class PackedTokens(Packed):
         each = read(go.sum(-1))
         if (total := sum(each)) == self.index.numel():
             return self, same
-        kept, asked = chosen(self.take(go), total), Asked(each, self.asked.real)
+        kept, counts = chosen(self.take(go), total), RowCounts(each, self.counts.real)
         before = {row: place for place, row in enumerate(self.grid_rows)}
-        inherited = [before[row] for row in asked.rows]
-        packed = PackedTokens(go, self.mask, self.index.index_select(0, kept), asked, inherited)
+        inherited = [before[row] for row in counts.rows]
+        packed = PackedTokens(go, self.mask, self.index.index_select(0, kept), counts, inherited)
         return packed, lambda tokens: tokens.index_select(1, kept)
 
     @property
@@ -286,9 +291,9 @@ class PackedTokens(Packed):
         return self._sent[1]
 
     @lazy
-    def _known(self) -> Asked:
-        """The counts of `asked`, for the rows of the grid only."""
-        return Asked(*([numbers[row] for row in self.grid_rows] for numbers in self.asked))
+    def _known(self) -> RowCounts:
+        """The counts of the rows of the grid only."""
+        return RowCounts(*([numbers[row] for row in self.grid_rows] for numbers in self.counts))
 
     @lazy
     def _sent(self) -> tuple[Tensor, ...]:

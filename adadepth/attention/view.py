@@ -19,7 +19,7 @@ from .._types import Attended, Keys, Queries, Values
 from .context import Here, Together
 from .how import How
 from .linked import Ledger
-from .operator import asked_in_graph
+from .operator import attend_in_graph
 from .tokens import TokenSet, WholeTokens
 
 KV = tuple[Tensor, Tensor]
@@ -145,7 +145,7 @@ class TokenView(ABC):
         """
         how = How(dropout_p, scale, enable_gqa, window, softcap, sinks)
         if not self.in_graph and torch.compiler.is_compiling():
-            return asked_in_graph(q, k, v, how._asdict())
+            return attend_in_graph(q, k, v, how._asdict())
         if window is not None:
             self._check_window(window)
         if not self.bare:

@@ -41,16 +41,16 @@ class PagedView(CachedView):
     def _bounds(self) -> tuple[int, int]:
         """Upper bounds of the number of sequences and of their queries, from what is on the host."""
         number = sum(
-            _most_runs(n, span) for _, part in self.parts for n, span in zip(part.asked, part.held.spans, strict=True)
+            _most_runs(n, span) for _, part in self.parts for n, span in zip(part.queries, part.held.spans, strict=True)
         )
-        most = [max(part.asked) for _, part in self.parts]
+        most = [max(part.queries) for _, part in self.parts]
         # Tokens of one row that are in two parts may be neighbours in one plane.
         return number, 1 if max(most) == 1 else sum(most)
 
 
-def _most_runs(asked: int, span: Span) -> int:
-    """The most runs that `asked` new tokens of a row can form: between two runs there is a token that does not run."""
-    return min(asked, span.after - span.before - asked + 1)
+def _most_runs(queries: int, span: Span) -> int:
+    """The most runs that `queries` tokens of a row can form: between two runs there is a token that does not run."""
+    return min(queries, span.after - span.before - queries + 1)
 
 
 def sequences(places: Tensor, number: int, longest: int, entries: Pages) -> Sequences:

@@ -47,14 +47,14 @@ class Span(NamedTuple):
     after: int
 
 
-def runs_of(asked: list[int], spans: list[Span], fill: float = FILL) -> Iterator[Run]:
-    """The rows with queries, in order; `asked` is their number of each row.
+def runs_of(counts: list[int], spans: list[Span], fill: float = FILL) -> Iterator[Run]:
+    """The rows with queries, in order; `counts` says how many each row has.
 
     Rows share a run if the shortest is at least `fill` times as long as the longest.
     """
     group: list[Span] = []
     queries = low = high = 0
-    for count, span in zip(asked, spans, strict=True):
+    for count, span in zip(counts, spans, strict=True):
         if not count:
             continue
         low, high = min(low, span.after), max(high, span.after)

@@ -45,11 +45,11 @@ class Held:
 class CachedTokens(Packed):
     """Packed, with keys and values in a cache, after those of earlier passes.
 
-    `asked` holds how many tokens of each row run.
+    `queries` holds how many tokens of each row run.
     """
 
-    def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held, asked: list[int]) -> None:
-        self.live, self.mask, self.index, self.held, self.asked = live, mask, index, held, asked
+    def __init__(self, live: MaskRows, mask: MaskRows | None, index: Tensor, held: Held, queries: list[int]) -> None:
+        self.live, self.mask, self.index, self.held, self.queries = live, mask, index, held, queries
 
     @classmethod
     def of(
@@ -57,20 +57,20 @@ class CachedTokens(Packed):
     ) -> "CachedTokens":
         """The real tokens of the rows `x (batch, seq, dim)`."""
         live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
-        asked = [span.after - span.before for span in spans]
-        index = torch.arange(live.numel(), device=x.device) if mask is None else chosen(live, sum(asked))
-        return cls(live, mask, index, Held(entries, spans, begun, live, mask), asked)
+        queries = [span.after - span.before for span in spans]
+        index = torch.arange(live.numel(), device=x.device) if mask is None else chosen(live, sum(queries))
+        return cls(live, mask, index, Held(entries, spans, begun, live, mask), queries)
 
     def narrow(self, go: MaskRows, step: int | None, read: Read) -> tuple[TokenSet, Select]:
-        asked, tokens = read(go.sum(-1)), self.index.numel()
-        if (total := sum(asked)) == tokens:
+        queries, tokens = read(go.sum(-1)), self.index.numel()
+        if (total := sum(queries)) == tokens:
             return self, same
         here = self.take(go)
         kept = chosen(here, total)
         if step is not None:
             gone = chosen(~here, tokens - total)
             self.held.entries.last(step, Slots(self.slots.flat.index_select(0, gone), self.slots.capacity))
-        fewer = CachedTokens(go, self.mask, self.index.index_select(0, kept), self.held, asked)
+        fewer = CachedTokens(go, self.mask, self.index.index_select(0, kept), self.held, queries)
         return fewer, lambda tokens: tokens.index_select(1, kept)
 
     def finish(self, step: int) -> None:
@@ -101,11 +101,11 @@ class CachedTokens(Packed):
 
     @lazy
     def _together(self) -> list[Run]:
-        return list(runs_of(self.asked, self.held.spans))
+        return list(runs_of(self.queries, self.held.spans))
 
     @lazy
     def _apart(self) -> list[Run]:
-        return list(runs_of(self.asked, self.held.spans, fill=1.0))
+        return list(runs_of(self.queries, self.held.spans, fill=1.0))
 
 
 @final

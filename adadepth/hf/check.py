@@ -91,7 +91,7 @@ class _Check(NamedTuple):
             past_key_values=cache,
             min_depth=depth,
             max_depth=depth,
-            rule=_nobody_leaves,
+            rule=_all_continue,
         ).logits
         return logits
 
@@ -108,7 +108,7 @@ def _far(got: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
     return float((worst / expected.double().abs().max()).nan_to_num(torch.inf))
 
 
-def _nobody_leaves(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+def _all_continue(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
     return remaining
 
 

@@ -1,4 +1,4 @@
-"""Clients that go away before they have their answer."""
+"""Clients that disconnect before they have their answer."""
 
 import asyncio
 from contextlib import suppress
@@ -7,9 +7,9 @@ from typing import Any, final
 
 @final
 class Departures:
-    """An ASGI middleware: when a client disconnects, what is done for its request is cancelled.
+    """An ASGI middleware that cancels the work on a request when its client disconnects.
 
-    A server by itself sees that only where it streams, and would else make the whole answer for nobody.
+    A server notices this only while it streams. Otherwise it would compute an answer that nobody reads.
     """
 
     def __init__(self, app: Any) -> None:
@@ -22,7 +22,7 @@ class Departures:
         body = [await receive()]
         while body[-1].get("more_body"):
             body.append(await receive())
-        gone = asyncio.ensure_future(receive())  # all that comes behind a body is that the client is gone
+        gone = asyncio.ensure_future(receive())  # after the body, the only message is that the client has disconnected
 
         async def replay() -> Any:
             return body.pop(0) if body else await asyncio.shield(gone)

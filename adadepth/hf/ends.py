@@ -1,4 +1,4 @@
-"""What a model does before its first looped layer and after the last, by its own forward."""
+"""The parts of a model before its layers and after them, computed by the model's own forward."""
 
 import inspect
 import math
@@ -22,9 +22,9 @@ def around(
     layers: Callable[[Tensor], Tensor],
     tuples: Callable[[], bool],
 ) -> Tensor:
-    """The backbone's last state for embeddings `x (batch, seq, dim)` at `positions`, with `layers` for all of its own.
+    """The backbone's last state for embeddings `x (batch, seq, dim)` at `positions`, with `layers` in place of its own.
 
-    Factors on embeddings, learned positions, dropout and the final norm are as the backbone writes them.
+    The backbone's own forward scales embeddings, adds learned positions, and applies dropout and the final norm.
     """
     backbone = anatomy.of(base)
     own = list(getattr(backbone, anatomy.layers))
@@ -35,7 +35,7 @@ def around(
 
 @final
 class _Reached(Exception):
-    """The first layer would run now, on `state`."""
+    """Raised in place of the first layer, with the `state` that it would run on."""
 
     def __init__(self, state: Tensor) -> None:
         super().__init__()
@@ -43,9 +43,9 @@ class _Reached(Exception):
 
 
 def before(base: Any, anatomy: Anatomy, x: Tensor, positions: Tensor) -> Tensor:
-    """What the backbone would give its first layer, for embeddings `x (batch, seq, dim)` at `positions`.
+    """The state that the backbone gives its first layer, for embeddings `x (batch, seq, dim)` at `positions`.
 
-    What comes after the layers is `around` with layers that give what is known.
+    For the part after the layers, call `around` with layers that return a known state.
     """
 
     def stop(state: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ def before(base: Any, anatomy: Anatomy, x: Tensor, positions: Tensor) -> Tensor:
 
 
 def head(base: Any, anatomy: Anatomy, hidden: Tensor, **options: Any) -> Any:
-    """What the model returns for a last state `(batch, seq, dim)`, with a scale or a cap on logits as it writes them.
+    """The model's output for a last state `(batch, seq, dim)`; the model's own forward scales or bounds the logits.
 
-    `options` are its own, labels among them; `router_logits` are taken to be the backbone's.
+    Arguments: `options`, those of the model's forward, such as labels; `router_logits` stand for the backbone's.
     """
     answer = Answer(hidden, options.pop("router_logits", None))
     part = with_part(base, anatomy.backbone, Answering(anatomy.of(base), answer))
@@ -95,9 +95,9 @@ class Head(nn.Module):
 
 
 def shape_of_logits(base: Any, anatomy: Anatomy) -> tuple[float, float | None] | None:
-    """By how much the model's own forward scales the logits of its head, and by what it bounds them.
+    """The factor by which the model's forward scales its head's logits, and the bound (or None) that it puts on them.
 
-    None: it does something else. Found by giving it logits that are known, in place of the head's.
+    None if it does something else. It is measured: the head is replaced by one that returns known logits.
     """
     own = base.get_output_embeddings()
     path = next((name for name, part in base.named_modules() if part is own), None)
@@ -108,7 +108,7 @@ def shape_of_logits(base: Any, anatomy: Anatomy) -> tuple[float, float | None] |
     try:
         out = head(with_part(base, path or "", stub), anatomy, state).logits[0, 0, :3].tolist()
         (seen,) = stub.seen.unique().tolist()
-    except Exception:  # more stands between them than a factor
+    except Exception:  # the forward does more with the logits than scale or bound them
         return None
     low, middle, high = out
     scale = low / small
@@ -119,7 +119,7 @@ def shape_of_logits(base: Any, anatomy: Anatomy) -> tuple[float, float | None] |
 
 @final
 class _Known(nn.Module):
-    """In a head's place: gives `logits` first, and remembers the state that it was given."""
+    """Replaces a head: returns `logits` as its first ones, and remembers the state that it got."""
 
     def __init__(self, own: Any, logits: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Generation with an adapted model: its cache, its depths per call and row, and rows that are done."""
+"""Generation with an adapted model: its cache, its depths for each call or row, and rows that have ended."""
 
 import copy
 from typing import Any, final
@@ -13,16 +13,15 @@ from .drafted import drafted
 from .drafts import Drafts
 from .inputs import cache_of, check_past
 
-# What `generate` passes to each step, but means for itself.
+# Arguments of `generate` itself, which it also passes to each step.
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
 
 
 @final
 class _Finished(StoppingCriteriaList):
-    """The criteria, and `rows`: which need not run the newest token; None as long as none.
+    """Stopping criteria that remember which `rows` have ended and need not run their newest token; None if none has.
 
-    Those are the rows that have ended. Where the cache `goes_on` to another turn, a row still runs the token with
-    which it ended, for that is of the text.
+    If the cache `goes_on` to another turn, a row still runs the token with which it ended: it is part of the text.
     """
 
     rows: Tensor | None = None
@@ -34,7 +33,7 @@ class _Finished(StoppingCriteriaList):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         done: Tensor = super().__call__(input_ids, scores, **kwargs)
-        # Without an end-of-text token the text of a row that ended goes on in the output.
+        # If no end-of-text token is set, generate continues the text of rows that have ended.
         before = self.ended
         if any(hasattr(criterion, "eos_token_id") for criterion in self) and bool(done.any()):
             self.ended = done if before is None else before | done
@@ -91,7 +90,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
         }
 
     def _prepare_position_ids_for_generation(self, *args: Any) -> None:
-        """None are made: the model counts."""
+        """Prepare none: the model counts positions itself."""
 
     def _sample(
         self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, *args: Any, **kwargs: Any
@@ -105,7 +104,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        inputs_embeds: Tensor | None = None,  # generate looks for it here
+        inputs_embeds: Tensor | None = None,  # generate reads from the signature whether it is accepted
         min_depth: GivenDepth = None,
         max_depth: GivenDepth = None,
         finished: _Finished | None = None,
@@ -114,11 +113,12 @@ class AdaptiveGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of the next pass: ids, mask and depths of the new columns."""
-        if draft_depth is not None or revise_drafts:
+        if draft_depth is not None:
             raise ValueError(
-                "draft_depth is for greedy search and sampling, and revise_drafts goes with it. Leave them out, or "
-                "generate without beams and assistants."
+                "generate(draft_depth=) cannot be used with beams or an assistant. Remove one or the other."
             )
+        if revise_drafts:
+            raise ValueError("revise_drafts=True expected draft_depth, got None. Pass draft_depth=n as well.")
         for name in _OF_GENERATE:
             kwargs.pop(name, None)
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
@@ -127,7 +127,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
         for name, depth in zip(DEPTHS, (min_depth, max_depth), strict=True):
             inputs[name] = of_columns(name, depth, input_ids, past, past + now.shape[1])
         mask = inputs.get("attention_mask")
-        if mask is not None:  # what the cache holds was checked at the start
+        if mask is not None:  # the part of the cached tokens was checked at the start
             inputs["attention_mask"] = mask = mask[:, mask.shape[1] - now.shape[1] :]
         if finished is not None and finished.rows is not None:
             inputs["attention_mask"] = _without(finished.rows, mask, now)
@@ -146,6 +146,6 @@ class AdaptiveGenerationMixin(GenerationMixin):
 
 
 def _without(rows: Tensor, mask: Tensor | None, now: Tensor) -> Tensor:
-    """The mask of the new columns, False where a row is done."""
+    """The mask of the new columns, False in rows that have ended."""
     go_on = ~rows.to(now.device).unsqueeze(1).expand(now.shape[:2])
     return go_on if mask is None else go_on & mask.bool()

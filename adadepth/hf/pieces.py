@@ -1,9 +1,9 @@
-"""The pieces of an adapted model: given, described as JSON and made from it, and kept in step with the base.
+"""The pieces of an adapted model: completed by defaults, saved as JSON, loaded, and bound to the base's modules.
 
-Described, a piece (gate, rule or update) is `{"class": "module.Class", "arguments": {...}}`, each argument
-of its constructor read from the attribute of the same name. Modules of the base that it refers to are
-`{"base": "path"}`, several in a row `{"sequence": [...]}`, a `Head` `{"head": "base"}`. Made are only classes that the
-program has imported by itself, and only pieces.
+In JSON, a piece (gate, rule or update) is `{"class": "module.Class", "arguments": {...}}`. Each argument of its
+constructor is read from the attribute of the same name. A module of the base is `{"base": "path"}`, a sequence of
+modules is `{"sequence": [...]}`, a `Head` is `{"head": "base"}`. Loading imports nothing: it makes only pieces, of
+classes that the program has imported.
 """
 
 import inspect
@@ -25,35 +25,36 @@ _MARK = "_adadepth_path"
 
 
 def complete(given: Mapping[str, Any], config: AdaptiveConfig, base: Any, anatomy: Anatomy) -> dict[str, Any]:
-    """All pieces, those given before those that the configuration describes, cast and moved to the base."""
+    """All pieces, with the dtype and the device of the base; those given replace those of the configuration."""
     described = config.pieces or {}
     pieces = {kind: given[kind] if kind in given else make(kind, described.get(kind), base) for kind in KINDS}
     if pieces["update"] is None:
         pieces["update"] = _default_update(base, anatomy, pieces["gate"], whole=config.span is None)
     for piece in pieces.values():
         if isinstance(piece, nn.Module):
-            # On meta, loading will put weights where they belong.
+            # If the base is on meta, loading moves the weights.
             piece.to(base.dtype) if base.device.type == "meta" else piece.to(base.device, base.dtype)
     return pieces
 
 
 def _default_update(base: Any, anatomy: Anatomy, gate: Any, whole: bool) -> Update:
-    """What `adapt` takes where no update is given: the base as it is, at first.
+    """The update if `adapt` is given none. Before training, the model then computes what its base does.
 
-    The final norm, inside the block of a whole backbone, has made its state the head's; there the
-    paper's update. In a slice, the state itself. No update scales by an exit criterion.
+    A whole backbone ends in the final norm, so its state predicts tokens: if the embedding and the head have one
+    vocabulary, the update is `Ponder`. A slice feeds its state back. With an exit criterion, the
+    update does not multiply by the score.
     """
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    one = isinstance(head, nn.Linear) and head.weight.shape == embedding.weight.shape  # vocabulary for both
-    shape = shape_of_logits(base, anatomy) if whole and one else None
+    one_vocabulary = isinstance(head, nn.Linear) and head.weight.shape == embedding.weight.shape
+    shape = shape_of_logits(base, anatomy) if whole and one_vocabulary else None
     update = Interpolate() if shape is None else Ponder(embedding, head, 1.0, *shape)
     return ReZero(Ungated(update) if getattr(gate, "measures", False) else update)
 
 
 def bind(piece: Any, base: nn.Module) -> None:
-    """Let what a piece refers to be the base's own modules, also where a copy of the piece took copies along.
+    """Make a piece refer to the base's own modules, even if a copy of the piece refers to copies of them.
 
-    Copies are made by peft, of the modules that it is told to save; they are known by a mark.
+    peft copies the modules that it is told to save. A mark on a module says where in the base it belongs.
     Raises: `ValueError` if a piece reads weights that are not in memory.
     """
     paths = {module: path for path, module in base.named_modules()}
@@ -78,12 +79,12 @@ def bind(piece: Any, base: nn.Module) -> None:
 
 
 def rebind(piece: Any, old: nn.Module, new: nn.Module) -> None:
-    """Let a piece that refers to `old` refer to `new`."""
+    """Make a piece that refers to `old` refer to `new`."""
     _map_references(piece, lambda module: new if module is old else module)
 
 
 def _map_references(piece: Any, to: Callable[[nn.Module], nn.Module]) -> None:
-    """What a piece refers to, alone or in a sequence, replaced by what `to` says of it."""
+    """Replace each module that a piece refers to, alone or in a sequence, by `to` of it."""
     for holder in piece.modules() if isinstance(piece, nn.Module) else ():
         for name, value in list(vars(holder).items()):
             if isinstance(value, nn.Sequential):
@@ -94,7 +95,7 @@ def _map_references(piece: Any, to: Callable[[nn.Module], nn.Module]) -> None:
 
 
 def reset(loop: Any, base: nn.Module) -> None:
-    """Give the weights of the gate and the update the values of new ones."""
+    """Initialise the weights of the gate and the update anew."""
     for kind in ("gate", "update"):
         piece = getattr(loop, kind)
         if isinstance(piece, nn.Module) and piece.state_dict():
@@ -104,7 +105,7 @@ def reset(loop: Any, base: nn.Module) -> None:
 def describe(piece: Any, base: nn.Module) -> Any:
     """A piece, or an argument of one, as JSON.
 
-    Raises: `ValueError` for what would not come back as it is.
+    Raises: `ValueError` if loading would not give the same piece.
     """
     if piece is None or isinstance(piece, (bool, int, float, str)):
         return piece
@@ -124,16 +125,16 @@ def describe(piece: Any, base: nn.Module) -> Any:
             "it: model.base.save_pretrained(path)."
         )
     _check_buffers(piece)
-    # The constructor of nn.Module takes anything, and wants nothing.
+    # The constructor of nn.Module accepts anything and needs nothing.
     names = () if kind.__init__ is nn.Module.__init__ else inspect.signature(kind).parameters
     arguments = {name: describe(_argument(piece, name), base) for name in names}
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "arguments": arguments}
 
 
 def make(name: str, description: Any, base: nn.Module) -> Any:
-    """The piece that a description is of.
+    """The piece `name` that JSON describes.
 
-    Raises: `ValueError` if its class is not known here or is no such piece.
+    Raises: `ValueError` if its class is not imported, or is another kind of piece.
     """
     piece = _make(description, base)
     if piece is not None and _kind_of(type(piece)) != name:
@@ -157,7 +158,7 @@ def _make(description: Any, base: nn.Module) -> Any:
 
 
 def _find(name: str) -> Any:
-    """A class of pieces by its name, among those that are imported."""
+    """The imported class of a piece, by its name."""
     module, _, _ = name.rpartition(".")
     while module and module not in sys.modules:
         module, _, _ = module.rpartition(".")
@@ -173,7 +174,7 @@ def _find(name: str) -> Any:
 
 
 def _kind_of(kind: type) -> str | None:
-    """Which kind of piece a class is: rules have no base, and are told by being called with three things."""
+    """The kind of piece that a class is. Rules have no base class: they are called with three arguments."""
     if issubclass(kind, (Gate, Update)):
         return "gate" if issubclass(kind, Gate) else "update"
     call = kind.forward if issubclass(kind, nn.Module) else kind.__call__
@@ -208,5 +209,5 @@ def _check_buffers(piece: Any) -> None:
 
 
 def _path(module: nn.Module, base: nn.Module) -> str | None:
-    """Where a module stands in the base."""
+    """The path of a module in the base."""
     return next((name for name, known in base.named_modules() if known is module), None)

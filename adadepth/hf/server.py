@@ -15,9 +15,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from transformers.cli.serving import chat_completion, completion, response, server, utils
 
 from ..rules import Threshold
-from .asked import ASKED, LOG, Asked, Batches
 from .clients import Departures
 from .counts import metrics
+from .http_requests import CURRENT, LOG, Batches, HttpRequest
 
 # Fields of a body that are adadepth's own, and of what type.
 FIELDS: dict[str, type] = {"min_depth": int, "max_depth": int, "threshold": float, "seed": int}
@@ -33,18 +33,18 @@ def _threshold(tau: float) -> Threshold:
     return Threshold(tau)
 
 
-class Asks:
+class Handles:
     """In front of a handler of transformers' server: takes the fields that are adadepth's, and says depths."""
 
     async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
         """Serve a request, under an id of ours: two clients may choose the same."""
-        asked = Asked()
-        ASKED.set(asked)
+        request = HttpRequest()
+        CURRENT.set(request)
         answer = await super().handle_request(body, f"{request_id}-{uuid.uuid4().hex[:8]}")  # type: ignore[misc]
         if not isinstance(answer, JSONResponse):
             return answer
         content = json.loads(bytes(answer.body))
-        content["usage"]["depth"] = asked.depth
+        content["usage"]["depth"] = request.depth
         return JSONResponse(content)
 
     def _validate_request(self, body: dict[str, Any]) -> None:
@@ -69,26 +69,26 @@ class Asks:
         own = {name: body[name] for name in FIELDS if body.get(name) is not None}
         if "threshold" in own:
             own["rule"] = _threshold(float(own.pop("threshold")))
-        asked = ASKED.get()
-        asked.options = {
+        request = CURRENT.get()
+        request.options = {
             name: value for name, value in (changed | own).items() if name not in _APART and not name.startswith("_")
         }
-        asked.limited = any(body.get(name) is not None for name in _LIMITS)
+        request.limited = any(body.get(name) is not None for name in _LIMITS)
         return config
 
     def _build_chunk_sse(self, *args: Any, usage: Any = None, **options: Any) -> Any:
         if usage is not None:
-            usage.depth = ASKED.get().depth
+            usage.depth = CURRENT.get().depth
         return super()._build_chunk_sse(*args, usage=usage, **options)  # type: ignore[misc]
 
 
 @final
-class Completions(Asks, completion.CompletionHandler):
+class Completions(Handles, completion.CompletionHandler):
     """`/v1/completions`."""
 
 
 @final
-class Chats(Asks, chat_completion.ChatCompletionHandler):
+class Chats(Handles, chat_completion.ChatCompletionHandler):
     """`/v1/chat/completions`."""
 
     def _validate_request(self, body: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class Chats(Asks, chat_completion.ChatCompletionHandler):
 
 
 @final
-class Responses(Asks, response.ResponseHandler):
+class Responses(Handles, response.ResponseHandler):
     """`/v1/responses`."""
 
 

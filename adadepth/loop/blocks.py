@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..attention.apart import RowPerToken
 from ..attention.catch import catching, takes_view
-from ..attention.context import Here, Together, Window, active, asked
+from ..attention.context import Here, Together, Window, active, call_piece
 from ..attention.dense import DenseView, WholeView
 from ..attention.flex import FlexView
 from ..attention.linked import enter, leave
@@ -98,9 +98,9 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
 def ask_piece(piece: Any, here: Here | Together, h: Tensor, *more: Any) -> Any:
     """The result of a gate or an update for the tokens `h` and its further arguments."""
     if torch.compiler.is_compiling():
-        return asked(piece, here, h, *more)
+        return call_piece(piece, here, h, *more)
     try:
-        return asked(piece, here, h, *more)
+        return call_piece(piece, here, h, *more)
     except (RuntimeError, TypeError) as error:
         if (said := explain(piece, h, here, {}, error)) is not None:
             raise ValueError(said) from error

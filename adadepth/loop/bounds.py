@@ -49,15 +49,15 @@ class Bounds(NamedTuple):
         """Whether all tokens continue after iteration `step` (from 0), whatever a rule decides."""
         return step + 1 < self.least
 
-    def clamp(self, stays: WeightRows, remaining: WeightRows, step: int) -> WeightRows:
+    def clamp(self, continuing: WeightRows, remaining: WeightRows, step: int) -> WeightRows:
         """The weight that continues after iteration `step`, limited by the remaining weight and each token's depths."""
-        # Both bounds are tensors: at a tie the gradient then goes to `stays` alone, and whole.
-        stays = stays.clamp(stays.new_zeros(()), remaining)
+        # Both bounds are tensors: at a tie the gradient then goes to `continuing` alone, and whole.
+        continuing = continuing.clamp(continuing.new_zeros(()), remaining)
         if self.least_each is not None:
-            stays = torch.where(step + 1 < self.least_each, remaining, stays)
+            continuing = torch.where(step + 1 < self.least_each, remaining, continuing)
         if self.most_each is not None:
-            stays = torch.where(step + 1 < self.most_each, stays, 0)
-        return stays
+            continuing = torch.where(step + 1 < self.most_each, continuing, 0)
+        return continuing
 
 
 def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int], device: torch.device) -> int | Tensor | None:

@@ -192,17 +192,27 @@ def check_result(piece: object, what: str, shape: torch.Size, result: Any, step:
 
     Raises: `ValueError`.
     """
-    if not isinstance(result, Tensor):
-        hint = " Does it end without a return?" if result is None else ""
-        got = f"a {type(result).__name__}"
-    elif result.shape != shape:
-        hint = (
-            " To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
-            if isinstance(piece, Update) and result.dim() != len(shape)
-            else ""
-        )
-        got = str(tuple(result.shape))
-    else:
+    if isinstance(result, Tensor) and result.shape == shape:
         return
-    name = getattr(piece, "__name__", type(piece).__name__)
-    raise ValueError(f"{name} expected to return {what}, shape {tuple(shape)}, got {got} at iteration {step}.{hint}")
+    got = str(tuple(result.shape)) if isinstance(result, Tensor) else f"a {type(result).__name__}"
+    name, remedy = getattr(piece, "__name__", type(piece).__name__), _remedy(piece, shape, result)
+    raise ValueError(f"{name} expected to return {what}, shape {tuple(shape)}, got {got} at iteration {step}.{remedy}")
+
+
+def _remedy(piece: object, shape: torch.Size, result: Any) -> str:
+    """What to do about a result that is not a tensor of this shape; empty where it is plain."""
+    if result is None:
+        return " Does it end without a return?"
+    if not isinstance(result, Tensor):
+        return " Return it alone."
+    if not isinstance(piece, Update):
+        return (
+            " Reduce the last axis of the state alone, as h.mean(-1) does; a linear layer ends in .squeeze(-1)."
+            if isinstance(piece, Gate)
+            else " Compute it from remaining, and reduce the last axis of the scores alone, as scores[..., -1] does."
+        )
+    return (
+        ""
+        if result.dim() == len(shape)
+        else " To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
+    )

@@ -105,16 +105,16 @@ def iterations(
         del answer
         record.ran(tokens, h)
         if step == bounds.steps - 1:
-            record.left(tokens, remaining, h)
+            record.exited(tokens, remaining, h)
             tokens.finish(step)
             return
         if loop.gate is not None:
             record.scored((yield AskGate(h, previous, tokens, step)))
         if exits:
-            stays = _stays(loop.rule, record.history, remaining, tokens, bounds, step)
-            record.left(tokens, remaining - stays, h)
-            remaining = stays
-            tokens, select = tokens.narrow(stays > 0, step, record.reads.counts)
+            continuing = _continuing(loop.rule, record.history, remaining, tokens, bounds, step)
+            record.exited(tokens, remaining - continuing, h)
+            remaining = continuing
+            tokens, select = tokens.narrow(continuing > 0, step, record.reads.counts)
             x, h, start = select(x), select(h), select(start)
         if not loop.agree(not tokens.empty):
             return
@@ -123,15 +123,15 @@ def iterations(
         del h  # only a gate reads h: without a gate, its graph is freed with the iteration
 
 
-def _stays(
+def _continuing(
     rule: Rule | None, history: Tensor, remaining: Tensor, tokens: TokenSet, bounds: Bounds, step: int
 ) -> WeightRows:
     """The weight of each token that continues after iteration `step`."""
-    stays = remaining
+    continuing = remaining
     if rule is not None and not bounds.forced(step):
-        stays = rule(history, remaining, tokens.positions)
-        check_result(rule, "how much of each token continues", remaining.shape, stays, step)
-    return bounds.clamp(stays, remaining, step)
+        continuing = rule(history, remaining, tokens.positions)
+        check_result(rule, "how much of each token continues", remaining.shape, continuing, step)
+    return bounds.clamp(continuing, remaining, step)
 
 
 def answered(asks: Asks, answer: object) -> Ask | None:

@@ -43,7 +43,7 @@ class Recorder:
         """Record the gate's scores of the tokens that ran; 0 elsewhere."""
         self._scores.append(rows.to(self.dtype))
 
-    def left(self, tokens: TokenSet, weight: WeightRows, h: Tensor) -> None:
+    def exited(self, tokens: TokenSet, weight: WeightRows, h: Tensor) -> None:
         """Record that `weight` of each token exited with the state `h` after the newest iteration."""
         self._exits[-1] = weight
         if self._hidden is None and len(self._live) == self._steps:

@@ -25,7 +25,7 @@ from ..loop.iterations import AskBlock, AskGate, AskUpdate
 from ..loop.selfcheck import check_itself, due
 from ..loop.wrapper import RecurrentWrapper
 from ..rules import Rule
-from .joined import A, Asked, context, groups, joined, split, together
+from .joined import A, Request, context, groups, joined, split, together
 from .passes import Chunk, Pass
 
 
@@ -161,8 +161,8 @@ class DepthBatch:
         for run in self._passes:
             run.apply_drops()
         self._answer_blocks(self._to_run(wait))
-        failed = self._answer_gates(self._asked(AskGate))
-        continuing = self._asked(AskUpdate)
+        failed = self._answer_gates(self._requests(AskGate))
+        continuing = self._requests(AskUpdate)
         ran = [*self._exits(), *_continuing(continuing)]
         self._answer_updates(continuing)
         for run in self._passes:
@@ -197,18 +197,18 @@ class DepthBatch:
             self._checked = self.looped.rule
         return self.looped
 
-    def _asked(self, kind: type[A]) -> "list[Asked[A]]":
+    def _requests(self, kind: type[A]) -> "list[Request[A]]":
         return [(run, run.ask) for run in self._passes if isinstance(run.ask, kind)]
 
-    def _to_run(self, wait: Collection[tuple[int, int]]) -> "list[Asked[AskBlock]]":
+    def _to_run(self, wait: Collection[tuple[int, int]]) -> "list[Request[AskBlock]]":
         """The passes that run now, without those whose tokens wait.
 
         Raises: `ValueError` as `call` does.
         """
-        asked = self._asked(AskBlock)
+        requests = self._requests(AskBlock)
         if not wait:
-            return asked
-        places = {run: {(f.row, f.position) for f in run.chunks if f.index in run.active} for run, _ in asked}
+            return requests
+        places = {run: {(f.row, f.position) for f in run.chunks if f.index in run.active} for run, _ in requests}
         if unknown := set(wait).difference(*places.values()):
             raise ValueError(f"call expected wait to be rows and positions of tokens in flight, got {min(unknown)}.")
         waiting = [run for run in places if places[run] & set(wait)]
@@ -219,23 +219,23 @@ class DepthBatch:
             )
         for chunks in self._chunks:
             _check_order([chunk for chunk in chunks if chunk not in self._exited], waiting)
-        return [(run, ask) for run, ask in asked if run not in waiting]
+        return [(run, ask) for run, ask in requests if run not in waiting]
 
-    def _answer_blocks(self, asked: "list[Asked[AskBlock]]") -> None:
-        if not asked:
+    def _answer_blocks(self, requests: "list[Request[AskBlock]]") -> None:
+        if not requests:
             return
-        runs = [run for run, _ in asked]
+        runs = [run for run, _ in requests]
         (step, tokens), *others = parts = [run.part for run in runs]
         view = view_of(JoinedTokens(parts) if others else tokens, step, True, None, False, self.looped.one_call)
         given = together([run.each_given() for run in runs])
-        h = run_block(self.looped.block, joined([ask.x for _, ask in asked]), view, given)
+        h = run_block(self.looped.block, joined([ask.x for _, ask in requests]), view, given)
         for run, part in split(h, runs):
             run.answer((part, None))
 
-    def _answer_gates(self, asked: "list[Asked[AskGate]]") -> dict[int, Failed]:
+    def _answer_gates(self, requests: "list[Request[AskGate]]") -> dict[int, Failed]:
         """Answer the gate's requests. Returns the rows that failed because a score is NaN."""
         failed: dict[int, Failed] = {}
-        for group in groups(asked, self.looped.gate):
+        for group in groups(requests, self.looped.gate):
             runs = [run for run, _ in group]
             h, previous = joined([ask.h for _, ask in group]), joined([ask.previous for _, ask in group])
             scores = scored(self.looped, context(runs), h, previous, group[0][1].step)
@@ -249,8 +249,8 @@ class DepthBatch:
                 run.answer(tokens.rows(score.nan_to_num()))
         return failed
 
-    def _answer_updates(self, asked: "list[Asked[AskUpdate]]") -> None:
-        for group in groups(asked, self.looped.update):
+    def _answer_updates(self, requests: "list[Request[AskUpdate]]") -> None:
+        for group in groups(requests, self.looped.update):
             runs = [run for run, _ in group]
             last = max(ask.step for _, ask in group)
             scores = [F.pad(ask.scores, (last - ask.step, 0), value=1.0) for _, ask in group]
@@ -287,9 +287,9 @@ def _record_failure(failed: dict[int, Failed], chunks: list[Chunk], error: Excep
             failed[chunk.row] = Failed(chunk.row, chunk.position, error)
 
 
-def _continuing(asked: "list[Asked[AskUpdate]]") -> Iterator[Ran]:
+def _continuing(requests: "list[Request[AskUpdate]]") -> Iterator[Ran]:
     """The tokens that continue and are alone in their chunk."""
-    for run, ask in asked:
+    for run, ask in requests:
         depth = torch.full((1,), ask.step + 1)
         for place, chunk in enumerate(run.chunk_of_each()):
             if chunk.tokens == 1 and chunk.index in run.active:

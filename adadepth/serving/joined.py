@@ -12,12 +12,12 @@ from ..loop.iterations import AskBlock, AskGate, AskUpdate
 from .passes import Pass
 
 A = TypeVar("A", AskBlock, AskGate, AskUpdate)
-Asked = tuple[Pass, A]
+Request = tuple[Pass, A]
 
 
-def groups(asked: "list[Asked[A]]", piece: Any) -> "list[list[Asked[A]]]":
+def groups(requests: "list[Request[A]]", piece: Any) -> "list[list[Request[A]]]":
     """The requests that share a call of a piece: each pass by itself if the piece reads `step`, otherwise all."""
-    return [[one] for one in asked] if piece is None or piece.reads_step else [asked] if asked else []
+    return [[one] for one in requests] if piece is None or piece.reads_step else [requests] if requests else []
 
 
 def context(runs: list[Pass]) -> Here | Together:

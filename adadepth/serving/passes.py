@@ -73,7 +73,7 @@ class Pass:
     def chunk_of_each(self) -> list[Chunk]:
         """The chunk of each token of the current request."""
         _, tokens = self.part
-        return [chunk for chunk, number in zip(self.chunks, tokens.asked, strict=True) for _ in range(number)]
+        return [chunk for chunk, number in zip(self.chunks, tokens.queries, strict=True) for _ in range(number)]
 
     def answer(self, answer: object) -> None:
         """Give the answer to the current request. The pass runs on to its next request, or to its end."""
@@ -116,4 +116,4 @@ class Pass:
 
     def _rows(self) -> set[int]:
         """The indices of the rows that have tokens in the current request."""
-        return set() if self.ask is None else {row for row, number in enumerate(self.part[1].asked) if number}
+        return set() if self.ask is None else {row for row, number in enumerate(self.part[1].queries) if number}

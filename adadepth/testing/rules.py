@@ -38,15 +38,15 @@ def check_rule(rule: Rule, steps: int = 4, causal: bool = True) -> None:
     device = device_of(rule)
     for seen in range(1, steps):
         rows = _rows(seen, device)
-        stays = _stays(rule, rows)
+        continuing = _continuing(rule, rows)
         again = rule(*rows)
-        assert torch.equal(stays, again), "A rule must be stateless: the same arguments gave another result."
+        assert torch.equal(continuing, again), "A rule must be stateless: the same arguments gave another result."
         for row in range(_ROWS):
-            same("rule", "a row alone", rule(*(part[row : row + 1] for part in rows)), stays[row : row + 1])
+            same("rule", "a row alone", rule(*(part[row : row + 1] for part in rows)), continuing[row : row + 1])
         for where, slots in _PADDED.items():
-            _padding_is_nobody(rule, rows, stays, where, slots)
+            _padding_changes_nothing(rule, rows, continuing, where, slots)
         if causal and not isinstance(rule, TrainingOnly):
-            _each_token_alone(rule, rows, stays)
+            _each_token_alone(rule, rows, continuing)
     like = Like(device, torch.float64)
     agree(8, steps, LinearGate(8, bias=0.0).to(*like), rule, Interpolate(), like)
 
@@ -68,41 +68,41 @@ def _rows(seen: int, device: torch.device) -> _Rows:
     return _Rows(scores, remaining, torch.arange(_SEQ, device=device).expand(_ROWS, _SEQ))
 
 
-def _stays(rule: Rule, rows: _Rows) -> Tensor:
+def _continuing(rule: Rule, rows: _Rows) -> Tensor:
     """The weight that continues by the rule; checks its shape and dtype."""
-    stays = untouched(rule, *rows)
-    assert stays.shape == rows.remaining.shape, (
+    continuing = untouched(rule, *rows)
+    assert continuing.shape == rows.remaining.shape, (
         f"A rule must return how much of each token continues: expected shape {tuple(rows.remaining.shape)}, got "
-        f"{tuple(stays.shape)}."
+        f"{tuple(continuing.shape)}. Compute it from `remaining`, and reduce only the last axis of the scores."
     )
-    assert stays.is_floating_point(), (
-        f"A rule must return how much of each token continues, in floating point, got {stays.dtype}. For hard exits, "
-        "write torch.where(condition, remaining, 0)."
+    assert continuing.is_floating_point(), (
+        f"A rule must return how much of each token continues, in floating point, got {continuing.dtype}. For hard "
+        "exits, write torch.where(condition, remaining, 0)."
     )
-    assert bool(stays.isfinite().all()), (
-        f"A rule must be finite, also for a row of padding alone, got {stays.tolist()}. Divide by counts that are at "
-        "least 1: count.clamp_min(1)."
+    assert bool(continuing.isfinite().all()), (
+        f"A rule must be finite, also for a row of padding alone, got {continuing.tolist()}. Divide by counts that are "
+        "at least 1: count.clamp_min(1)."
     )
-    return stays
+    return continuing
 
 
-def _padding_is_nobody(rule: Rule, rows: _Rows, stays: Tensor, where: str, slots: list[int]) -> None:
+def _padding_changes_nothing(rule: Rule, rows: _Rows, continuing: Tensor, where: str, slots: list[int]) -> None:
     """Check that the rule decides the same in padded rows, beside one more row that is all padding."""
-    mask = torch.zeros(_ROWS + 1, _WIDTH, dtype=torch.bool, device=stays.device)
+    mask = torch.zeros(_ROWS + 1, _WIDTH, dtype=torch.bool, device=continuing.device)
     mask[:_ROWS, slots] = True
     scores, remaining = (part.new_zeros(*mask.shape, *part.shape[2:]) for part in rows[:2])
     scores[mask], remaining[mask] = rows.scores.flatten(0, 1), rows.remaining.flatten()
-    padded = _stays(rule, _Rows(scores, remaining, places(mask)))[mask].view_as(stays)
+    padded = _continuing(rule, _Rows(scores, remaining, places(mask)))[mask].view_as(continuing)
     same(
         "rule",
         f"rows with padding {where}",
         padded,
-        stays,
+        continuing,
         "Padding has remaining 0: count and average only where remaining > 0, and read positions instead of slots.",
     )
 
 
-def _each_token_alone(rule: Rule, rows: _Rows, stays: Tensor) -> None:
+def _each_token_alone(rule: Rule, rows: _Rows, continuing: Tensor) -> None:
     """Check that neither later nor earlier tokens change the result."""
     advice = "If it is for training only, say so: TrainingOnly(rule)."
     parts = {
@@ -110,4 +110,4 @@ def _each_token_alone(rule: Rule, rows: _Rows, stays: Tensor) -> None:
         "the later tokens without the first ones, as in decoding": slice(4, None),
     }
     for what, part in parts.items():
-        same("rule", what, rule(*(given[:, part] for given in rows)), stays[:, part], advice)
+        same("rule", what, rule(*(given[:, part] for given in rows)), continuing[:, part], advice)

@@ -87,9 +87,12 @@ class Interpreter(nn.Module):
         Arguments: `depth`, at which all tokens, or each, must exit, whatever gate and rule say; `every` asks for the
         logits of every iteration.
         """
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        out = self.looped(x, min_depth=depth, max_depth=depth, states=every)
+        out = self.looped(self.embed(ids), min_depth=depth, max_depth=depth, states=every)
         return Prediction(self.head(out.states if every else out.hidden), out.trace)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The input of the loop, `(rows, length, dim)`."""
+        return self.tokens(ids) + self.positions.weight[: ids.shape[1]]
 
     def _start(self) -> None:
         """Small weights, smaller where all iterations write into one stream; embeddings that weigh in it."""

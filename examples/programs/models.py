@@ -17,10 +17,10 @@ from .train import Depth, Sampled, at_depth, at_exits, objective_of, prior
 FULL = "full depth"
 PRIOR = "prior over depths"
 NEEDED = "needed depth, trained in"
-BY_KIND = "depth by kind of token"
 SHUFFLED = f"{GUIDED.name}, depths shuffled"
 RANDOM = f"{GUIDED.name}, random depths"
 ORACLE = f"{GUIDED.name}, needed depth"
+KINDS = 2  # how many of the fixed depths there are by kind of token
 
 
 class Model(NamedTuple):
@@ -55,6 +55,11 @@ def fixed_name(depth: int) -> str:
     return f"trained at depth {depth}"
 
 
+def kind_name(depth: int) -> str:
+    """The model in which tokens that need one iteration get one, and all others this depth; and its row."""
+    return f"depth 1 or {depth}, by kind"
+
+
 def readout_name(policy: Policy) -> str:
     """The row of a criterion on the model with a prior over depths."""
     return f"prior, {policy.name}"
@@ -81,7 +86,7 @@ def models(task: Task) -> dict[str, Model]:
         Model(layers, lambda steps: at_exits, Shape(1, layers=task.dense), (layers,)),
         Model(width, lambda steps: at_exits, Shape(1, dim=wide(task)), (width,)),
         Model(PRIOR, lambda steps: prior, looped, tuple(map(readout_name, READOUTS)), begins=FULL, after=GUIDED.name),
-        _at(BY_KIND, lambda sample: torch.where(sample.needed > 1, task.steps, 1), looped, begins=FULL),
+        *(_by_kind(depth, looped) for depth in task.fixed[-KINDS:]),
         _at(NEEDED, lambda sample: sample.needed, looped, begins=FULL),
     ]
     return {model.name: model for model in all_of_them}
@@ -95,6 +100,10 @@ def _exits(policy: Policy, shape: Shape) -> Model:
 def _fixed(depth: int, shape: Shape) -> Model:
     """The deepest goes on from the full depth, which is its own stage 1."""
     return _at(fixed_name(depth), lambda sample: depth, shape, begins=FULL if depth == shape.steps else "")
+
+
+def _by_kind(depth: int, shape: Shape) -> Model:
+    return _at(kind_name(depth), lambda sample: torch.where(sample.needed > 1, depth, 1), shape, begins=FULL)
 
 
 def _at(name: str, depth: Depth, shape: Shape, begins: str) -> Model:

@@ -24,10 +24,12 @@ class Guided(NamedTuple):
     """How gates that foretell are taught: `tau` is the price, in nats, at which half of each batch leaves.
 
     The other half stays to the end, and there every iteration answers: those before the last have weight `earlier`.
+    With `before`, the gate of an iteration reads the state with which the iteration began, and the input answers too.
     """
 
     tau: float
     earlier: float = 0.3
+    before: bool = False
 
 
 class Policy(NamedTuple):
@@ -68,10 +70,14 @@ def gates(model: Interpreter, hidden: int | None) -> ad.Gate:
 
 @final
 class Gains(ad.Gate):
-    """What the rest of the loop is still worth to a token, in nats: it learns from the state, and does not shape it."""
+    """What the rest of the loop is still worth to a token, in nats: it learns from the state, and does not shape it.
 
-    def __init__(self, dim: int, steps: int, hidden: int = 16) -> None:
+    The state is that after the iteration, or with `before` that with which it began.
+    """
+
+    def __init__(self, dim: int, steps: int, hidden: int = 16, before: bool = False) -> None:
         super().__init__()
+        self.before = before
         self.mlps = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, 1)) for _ in range(steps - 1)
         )
@@ -80,8 +86,7 @@ class Gains(ad.Gate):
 
     def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
         """What the MLP of iteration `step` expects."""
-        del previous
-        return self.mlps[step](h.detach()).squeeze(-1)
+        return self.mlps[step]((previous if self.before else h).detach()).squeeze(-1)
 
 
 def late(tau: float) -> ad.Rule:
@@ -116,7 +121,14 @@ GUIDED = Policy(
     rule=late,
     training=Guided(tau=0.2),
 )
-TRAINED = (GUIDED, SURVIVAL, TRAINED_ENTROPY, PAPER)
+# As above, a token that has its answer runs one more iteration. But one that has it from the start runs once, not twice.
+GUIDED_EARLY = Policy(
+    name="guided gates, early",
+    gate=lambda model: Gains(model.shape.dim, model.shape.steps, before=True),
+    rule=ad.Threshold,
+    training=Guided(tau=0.2, before=True),
+)
+TRAINED = (GUIDED, GUIDED_EARLY, SURVIVAL, TRAINED_ENTROPY, PAPER)
 # What reads the answers of weights that know no exits, and has no parameters.
 READOUTS = (
     Policy("top probability", lambda model: ad.MaxProbGate(model.head), ad.Threshold),

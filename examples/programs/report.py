@@ -54,8 +54,8 @@ per token, gates and head included. mixed: accuracy of the best mixture of two m
 same FLOPs; which two is chosen on the judged sequences, in its favour. rank: Spearman's correlation of needed and used
 depth. s: seconds per 1,000 sequences, packed, the best of several rounds in turn. All models saw the same batches for
 the same number of steps. "prior": criteria on a model whose every iteration is trained to answer, with thresholds
-fitted on other sequences to the depth of the guided gates. "depth by kind of token": trained with one iteration for
-tokens that need one, and {task.steps} for all others. A difference of less than {SEEN:g} standard errors over seeds
+fitted on other sequences to the depth of the guided gates. "by kind": trained with one iteration for tokens that need
+one, and the same depth for all others. A difference of less than {SEEN:g} standard errors over seeds
 counts as not seen.
 """.split()
     )

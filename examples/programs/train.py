@@ -144,10 +144,13 @@ def guided(training: Guided) -> Objective:
     def objective(model: Interpreter, lines: Lines, step: int) -> Losses:
         (stay, leave), (answers, others) = lines.ids.chunk(2), lines.values.chunk(2)
         out = model(stay, depth=model.shape.steps, every=True)
-        each = each_iteration(out, answers)
+        earlier, last = each_iteration(out, answers).split([model.shape.steps - 1, 1], -1)
+        if training.before:
+            start = model.head(model.embed(stay))
+            earlier = torch.cat([each_iteration(out._replace(logits=start.unsqueeze(-2)), answers), earlier], -1)
         # Not to the best of the later ones: where losses are noisy, noise alone makes one of them better.
-        gain = (each[..., :-1] - each[..., -1:]).detach()
-        taught = each[..., -1].mean() + training.earlier * each[..., :-1].mean() + F.mse_loss(out.trace.scores, gain)
+        gain = (earlier[..., : out.trace.scores.shape[-1]] - last).detach()
+        taught = last.mean() + training.earlier * earlier.mean() + F.mse_loss(out.trace.scores, gain)
         exits = at_exits(model, lines._replace(ids=leave, values=others), step)
         return Losses((taught + exits.total) / 2, *exits[1:])
 

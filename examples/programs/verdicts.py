@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .models import BY_KIND, NEEDED, ORACLE, RANDOM, SHUFFLED, dense_names, fixed_name, readout_name
-from .policies import GUIDED, READOUTS, TRAINED
+from .models import KINDS, NEEDED, ORACLE, RANDOM, SHUFFLED, dense_names, fixed_name, kind_name, readout_name
+from .policies import GUIDED, GUIDED_EARLY, READOUTS, TRAINED
 from .store import Row
 from .task import Task
 
@@ -83,9 +83,10 @@ def opponents(task: Task) -> dict[str, list[str]]:
     """What each of our policies is compared with beside the mixture."""
     deepest = fixed_name(task.steps)
     others = [policy.name for policy in TRAINED if policy is not GUIDED]
-    strict = [deepest, BY_KIND, *dense_names(task), *map(readout_name, READOUTS)]
+    strict = [deepest, *map(kind_name, task.fixed[-KINDS:]), *dense_names(task), *map(readout_name, READOUTS)]
     weights = [SHUFFLED, RANDOM, ORACLE, NEEDED]
-    return {GUIDED.name: [*strict, *weights, *others]} | {name: [deepest, *dense_names(task)] for name in others}
+    few = {name: [deepest, *dense_names(task)] for name in others}
+    return {GUIDED.name: [*strict, *weights, *others]} | few | {GUIDED_EARLY.name: strict}
 
 
 class Verdict(NamedTuple):

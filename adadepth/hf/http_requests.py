@@ -1,4 +1,4 @@
-"""Requests over HTTP on their way into a manager: each with its own options, and what becomes of it."""
+"""Requests over HTTP, added to a manager: each has its own options, and gets its own depths."""
 
 import asyncio
 import json
@@ -17,13 +17,14 @@ LOG = logging.getLogger("adadepth.serve")
 
 @final
 @dataclass
-class Asked:
-    """A request over HTTP: what it asks for, and what became of it so far.
+class HttpRequest:
+    """A request over HTTP.
 
     Attributes:
-        options: of `add_request`.
-        limited: whether it says how many new tokens it wants at most.
-        depth: as of `AdaptiveGenerationOutput`.
+        options: further arguments of `add_request`.
+        limited: whether the request limits its new tokens.
+        depth: so far, as in `AdaptiveGenerationOutput`.
+        began: when it came, in seconds of `perf_counter`.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -32,18 +33,18 @@ class Asked:
     began: float = field(default_factory=perf_counter)
 
 
-ASKED: ContextVar[Asked] = ContextVar("asked")  # of the task that serves it
-_BATCHES = utils.CBGenerateManager  # before the server puts ours in its place
+CURRENT: ContextVar[HttpRequest] = ContextVar("request")  # each task serves one request
+_BATCHES = utils.CBGenerateManager  # transformers' own; the server replaces the name by `Batches`
 
 
 @final
 class Batches(utils.CBGenerateManager):
-    """Adds each request with its own options, once it is known that they can be served."""
+    """Checks each request, and adds it to the manager with its own options."""
 
     _cb: Any
 
     def init_cb(self, model: Any, gen_config: Any) -> None:
-        """Begin a manager for a model, with the model's own configuration: that of a request is for it alone."""
+        """Start a manager with the model's own generation configuration; `gen_config` is that of the first request."""
         if self._cb is None:
             self._cb = model.init_continuous_batching(model.generation_config, self._cb_config)
             self._cb.warmup()
@@ -52,57 +53,57 @@ class Batches(utils.CBGenerateManager):
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, **options: Any
     ) -> Any:
-        """Begin a request; a queue of texts, and what fills it."""
-        return self._alone(inputs, gen_config).generate_streaming(
+        """Start a request. Returns a queue of texts, and the streamer that fills it."""
+        return self._for_request(inputs, gen_config).generate_streaming(
             model, processor, inputs, gen_config, request_id, **options
         )
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
-        """Text, length of the prompt, and new ids; a client that goes away ends its request."""
-        one = self._alone(inputs, gen_config)
+        """The text, the length of the prompt, and the new ids. If the client goes away, the request is cancelled."""
+        one = self._for_request(inputs, gen_config)
         try:
             return await one.generate_non_streaming(model, processor, inputs, gen_config, request_id)
         except asyncio.CancelledError:
             one._cb.cancel_request(request_id)
             raise
 
-    def _alone(self, inputs: Any, config: Any) -> utils.CBGenerateManager:
-        """transformers' class once more, about a single request.
+    def _for_request(self, inputs: Any, config: Any) -> utils.CBGenerateManager:
+        """An instance of transformers' class for a single request.
 
-        Raises: `ValueError` for a request that cannot be served.
+        Raises: `ValueError` if the request cannot be served.
         """
-        one, asked = _BATCHES(self._cb_config), ASKED.get()
+        one, request = _BATCHES(self._cb_config), CURRENT.get()
         ids, manager = inputs["input_ids"], self._cb
-        if not asked.limited:  # then what its row has room for
+        if not request.limited:  # as many new tokens as its row has room for
             config.max_new_tokens = max(1, min(config.max_new_tokens, manager.capacity + 1 - len(ids)))
-        manager.check(ids, config.max_new_tokens, dict(asked.options))
-        one._cb = OneRequest(manager, asked)
+        manager.check(ids, config.max_new_tokens, dict(request.options))
+        one._cb = OneRequest(manager, request)
         return one
 
 
 @final
 class OneRequest:
-    """A manager as one request sees it, which is added with its own options, and is told what became of it."""
+    """The manager for one request: adds it with its own options, and records its depths."""
 
-    def __init__(self, manager: AdaptiveBatchingManager, asked: Asked) -> None:
-        self.manager, self.asked = manager, asked
+    def __init__(self, manager: AdaptiveBatchingManager, request: HttpRequest) -> None:
+        self.manager, self.request = manager, request
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.manager, name)
 
     def add_request(self, ids: list[int], **given: Any) -> str | None:
-        """Add it."""
-        return self.manager.add_request(ids, **given, **self.asked.options)
+        """Add the request."""
+        return self.manager.add_request(ids, **given, **self.request.options)
 
     def register_result_handler(self, request_id: str, callback: Any) -> None:
-        """Have `callback` told of it."""
+        """Call `callback` with each output of the request."""
 
         def told(output: Any) -> None:
-            self.asked.depth = output.depth
+            self.request.depth = output.depth
             if output.is_finished():
-                _log(output, self.asked, self.manager)
+                _log(output, self.request, self.manager)
             if output.error is not None:
                 output.error = json.dumps(output.error)[1:-1]  # it is put between quotes
             callback(output)
@@ -110,8 +111,8 @@ class OneRequest:
         self.manager.register_result_handler(request_id, told)
 
 
-def _log(output: Any, asked: Asked, manager: Any) -> None:
-    """A line about a request that has ended."""
+def _log(output: Any, request: HttpRequest, manager: Any) -> None:
+    """Log a line about a request that has ended."""
     new, depth, engine = len(output.generated_tokens), output.depth, manager.batch_processor.engine
     LOG.info(
         "request %s: %s, prompt %d, new %d, mean depth %.2f, %.1f tokens/s; in progress %d, waiting %d",
@@ -120,7 +121,7 @@ def _log(output: Any, asked: Asked, manager: Any) -> None:
         len(output.prompt_ids),
         new,
         sum(depth) / max(len(depth), 1),
-        new / (perf_counter() - asked.began),
+        new / (perf_counter() - request.began),
         engine.in_progress,
         engine.waiting,
     )
