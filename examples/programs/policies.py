@@ -121,7 +121,7 @@ GUIDED = Policy(
     rule=late,
     training=Guided(tau=0.2),
 )
-# As above, a token that has its answer runs one more iteration. But one that has it from the start runs once, not twice.
+# As above, a token that has its answer runs one more iteration. One that has it from the start runs once, not twice.
 GUIDED_EARLY = Policy(
     name="guided gates, early",
     gate=lambda model: Gains(model.shape.dim, model.shape.steps, before=True),
