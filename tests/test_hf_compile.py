@@ -35,8 +35,9 @@ def gradients(model: Any, size: int) -> Tensor:
     return torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
 
-@pytest.mark.parametrize(("kind", "span"), [("llama", None), ("gpt_neox", slice(1, 3))])
-@pytest.mark.every
+@pytest.mark.parametrize(
+    ("kind", "span"), [("llama", None), pytest.param("gpt_neox", slice(1, 3), marks=pytest.mark.every)]
+)
 def test_compiled_layers_give_what_eager_ones_give(kind: str, span: slice | None) -> None:
     torch._dynamo.reset()
     slow = spread(kind, span)

@@ -9,7 +9,7 @@ This works if each layer reads from the block's input and adds to its output; ot
 import itertools
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, final
 
 import torch
@@ -134,7 +134,7 @@ def enter(view: Any, block: nn.Module, x: Tensor) -> Tensor:
 
     If no part of the block is compiled, this is `x` itself.
     """
-    if not (view.links and view.past and "torch._dynamo" in sys.modules and any(map(is_compiled, block.modules()))):
+    if not (view.links and view.past and "torch._dynamo" in sys.modules and any(map(is_compiled, _parts(block)))):
         return x
     past = [tensor for kv in view.past for tensor in kv]
     if not any(tensor.requires_grad for tensor in past):
@@ -142,6 +142,15 @@ def enter(view: Any, block: nn.Module, x: Tensor) -> Tensor:
     view.ledger = Ledger(entered=True)
     entered: Tensor = _Enter.apply(view.ledger, x, *past)  # type: ignore[no-untyped-call]
     return entered
+
+
+def _parts(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a block, also of what it only refers to: the loop of an adapted model refers to its base."""
+    for part in block.modules():
+        yield part
+        for value in vars(part).values():
+            if isinstance(value, nn.Module):
+                yield from value.modules()
 
 
 def leave(view: Any, h: Tensor) -> Tensor:
