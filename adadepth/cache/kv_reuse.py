@@ -34,8 +34,8 @@ class KVReuseCache:
             iteration that the token ran. This needs memory for the sum of depths, and is slower to read.
             "single": the newest entry alone, which every iteration reads. This is an approximation: the results
             are those of one pass only if all depths are 1, or if the block carries the keys and values of its first
-            iteration in its state (docs/decoding.md, "One entry for each token, exactly"). A model that was not
-            trained for it may have a much higher loss (benchmarks/RESULTS.md, "single").
+            iteration in its state (docs/decoding.md, "One entry for each token, exactly"). Otherwise the
+            loss may be much higher (benchmarks/RESULTS.md, "single").
         capacity: the most tokens a row may hold. "filled" and "single" allocate this at once for each row; "compact"
             allocates entries as tokens run. None: it has room for the first pass, and grows when it is full.
 
