@@ -33,19 +33,6 @@ def tile_of(tokens: int, vocabulary: int, device: torch.device) -> tuple[int, in
     return max(1, min(tokens, held // vocabulary)), vocabulary
 
 
-def referring(*names: str) -> Any:
-    """A `__setattr__` for a module that holds the attributes `names` without registering them as submodules.
-
-    A head that a model owns must not be saved, moved or counted twice. If the module is deep-copied or pickled
-    together with the model, the copies still share the head.
-    """
-
-    def __setattr__(self: nn.Module, name: str, value: Any) -> None:
-        (object if name in names else nn.Module).__setattr__(self, name, value)
-
-    return __setattr__
-
-
 def described(module: nn.Module) -> str:
     """The type of a module and the shape of its last matrix, as in `Linear (vocabulary, dim)`."""
     shapes = [str(tuple(p.shape)) for p in module.parameters() if p.dim() == 2]

@@ -15,8 +15,9 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from ._references import referring
 from ._types import Hidden, Score
-from ._vocabulary import described, referring, score_predictions
+from ._vocabulary import described, score_predictions
 from .gates import Gate
 
 

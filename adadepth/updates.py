@@ -13,8 +13,9 @@ from torch import nn
 
 from ._called import Called
 from ._given import unfit
+from ._references import referring
 from ._types import Hidden, ScoreHistory
-from ._vocabulary import expected_embedding, referring
+from ._vocabulary import expected_embedding
 
 
 class Update(Called, nn.Module, ABC):

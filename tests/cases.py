@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import oracle
 import pytest
 import torch
-from blocks_zoo import DIM, Kind, spread
+from blocks_zoo import BLOCKS, DIM, Kind, spread
 from hypothesis import seed, settings
 from hypothesis import strategies as st
 from narrow import the
@@ -158,6 +158,10 @@ def in_turn(cases: Iterable[tuple[Any, ...]], modes: Sequence[Any]) -> list[Any]
         for at, case in enumerate(cases)
         for number, mode in enumerate(modes)
     ]
+
+
+# Each kind of block with or without skipping.
+each = pytest.mark.parametrize(("kind", "skip"), in_turn([(kind,) for kind in BLOCKS], (True, False)))
 
 
 def of_its_own(kind: str, count: int) -> Callable[[Any], Any]:

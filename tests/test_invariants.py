@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 import torch
 from blocks_zoo import BLOCKS, DIM, looped, mixed
-from cases import in_turn
+from cases import each, in_turn
 from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
 
 both = pytest.mark.parametrize("skip", [True, False])
-each = pytest.mark.parametrize(("kind", "skip"), in_turn([(kind,) for kind in BLOCKS], (True, False)))
 # Left, right and ragged padding, and a row of nothing else.
 RAGGED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 0]]).bool()
 RULES = [

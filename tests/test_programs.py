@@ -735,16 +735,8 @@ def test_what_is_done_is_not_done_again_and_gives_the_same(small: Store, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in small.folder.iterdir()} == before
     assert [study.left(SMALL, unit, TINY, small) for unit in study.units(SMALL)] == [0] * 16
     fresh = study.store_of(tmp_path, SMALL, 0, TINY)
-    assert [study.left(SMALL, unit, TINY, fresh) for unit in study.units(SMALL)] == [
-        *[2] * 6,
-        4,
-        4,
-        2,
-        4,
-        4,
-        *[2] * 4,
-        0,
-    ]
+    expected = [*[2] * 6, 4, 4, 2, 4, 4, *[2] * 4, 0]
+    assert [study.left(SMALL, unit, TINY, fresh) for unit in study.units(SMALL)] == expected
 
 
 def test_an_interrupted_study_goes_on_with_the_same_rows(small: Store, tmp_path: Path) -> None:

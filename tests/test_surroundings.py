@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from blocks_zoo import BLOCKS, DIM, PreNorm, heads_of, looped, merged, mixed
-from cases import in_turn
+from cases import each
 from narrow import the
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,7 +21,6 @@ import adadepth as ad
 
 both = pytest.mark.parametrize("skip", [True, False])
 every = pytest.mark.parametrize("kind", BLOCKS)
-each = pytest.mark.parametrize(("kind", "skip"), in_turn([(kind,) for kind in BLOCKS], (True, False)))
 RAGGED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1]]).bool()
 
 

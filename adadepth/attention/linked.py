@@ -9,12 +9,14 @@ This works if each layer reads from the block's input and adds to its output; ot
 import itertools
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn, final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
+
+from .._references import referred
 
 Gradients = Sequence[Tensor | None]
 
@@ -134,23 +136,14 @@ def enter(view: Any, block: nn.Module, x: Tensor) -> Tensor:
 
     If no part of the block is compiled, this is `x` itself.
     """
-    if not (view.links and view.past and "torch._dynamo" in sys.modules and any(map(is_compiled, _parts(block)))):
+    if not (view.links and view.past and "torch._dynamo" in sys.modules):
         return x
     past = [tensor for kv in view.past for tensor in kv]
-    if not any(tensor.requires_grad for tensor in past):
+    if not (any(tensor.requires_grad for tensor in past) and _holds_compiled(block)):
         return x
     view.ledger = Ledger(entered=True)
     entered: Tensor = _Enter.apply(view.ledger, x, *past)  # type: ignore[no-untyped-call]
     return entered
-
-
-def _parts(block: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a block, also of what it only refers to: the loop of an adapted model refers to its base."""
-    for part in block.modules():
-        yield part
-        for value in vars(part).values():
-            if isinstance(value, nn.Module):
-                yield from value.modules()
 
 
 def leave(view: Any, h: Tensor) -> Tensor:
@@ -168,6 +161,11 @@ def leave(view: Any, h: Tensor) -> Tensor:
     for i, call in enumerate(calls):
         view.present[call] = (linked[2 * i], linked[2 * i + 1])
     return left
+
+
+def _holds_compiled(block: nn.Module) -> bool:
+    """Whether a part of a block is compiled, or of what it refers to: an adapted model's block refers to the base."""
+    return any(is_compiled(part) for module in (block, *referred(block)) for part in module.modules())
 
 
 def is_compiled(part: nn.Module) -> bool:

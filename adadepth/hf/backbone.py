@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .._vocabulary import referring
+from .._references import referring
 from ..loop.bounds import Depth
 from ..loop.trace import Output, Trace
 from ..rules import Rule

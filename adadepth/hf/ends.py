@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .._vocabulary import referring
+from .._references import referring
 from .anatomy import Anatomy, anatomy_of
 from .stack import run
 from .stand_ins import Answer, Answering, Instead, same, with_part

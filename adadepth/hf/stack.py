@@ -6,7 +6,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
-from .._vocabulary import referring
+from .._references import referring
 from ..attention.context import checking
 from ..attention.view import TokenView
 from .anatomy import Anatomy

@@ -205,14 +205,10 @@ def _remedy(piece: object, shape: torch.Size, result: Any) -> str:
         return " Does it end without a return?"
     if not isinstance(result, Tensor):
         return " Return it alone."
+    if isinstance(piece, Gate):
+        return " Reduce the last axis of the state alone, as h.mean(-1) does; a linear layer ends in .squeeze(-1)."
     if not isinstance(piece, Update):
-        return (
-            " Reduce the last axis of the state alone, as h.mean(-1) does; a linear layer ends in .squeeze(-1)."
-            if isinstance(piece, Gate)
-            else " Compute it from remaining, and reduce the last axis of the scores alone, as scores[..., -1] does."
-        )
-    return (
-        ""
-        if result.dim() == len(shape)
-        else " To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
-    )
+        return " Compute it from remaining, and reduce the last axis of the scores alone, as scores[..., -1] does."
+    if result.dim() != len(shape):
+        return " To scale by a score, keep its axis: write scores[..., -1:], not scores[..., -1]."
+    return ""

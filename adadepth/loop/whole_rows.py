@@ -39,7 +39,7 @@ def check_whole_rows(looped: Any, case: Case) -> None:
             return
         dtype = coarsest(looped, case.x)
         far = {
-            causal: _difference(case, looped, whole, dtype, **alone, causal=causal) for causal in (looped.causal, False)
+            causal: _difference(case, looped, whole, dtype, **alone, causal=causal) for causal in {looped.causal, False}
         }
     name = type(apart.block).__name__
     if (least := min(far.values())) > EXACT[dtype]:

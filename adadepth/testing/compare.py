@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._given import named
+from .._references import referred
 from ..attention.view import TokenView
 from ..gates import Gate
 from ..loop.wrapper import RecurrentWrapper
@@ -69,10 +70,8 @@ def _tensors(thing: object) -> Iterator[Tensor]:
         yield thing
     elif isinstance(thing, nn.Module):
         yield from chain(thing.parameters(), thing.buffers())
-        referred = [value for part in thing.modules() for value in vars(part).values()]
-        for part in referred:
-            if isinstance(part, nn.Module):  # such as a head, which the model owns
-                yield from chain(part.parameters(), part.buffers())
+        for part in referred(thing):
+            yield from chain(part.parameters(), part.buffers())
     elif callable(thing):
         for value in getattr(thing, "__dict__", {}).values():  # a threshold, or a rule inside a rule
             yield from _tensors(value)

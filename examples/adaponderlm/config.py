@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -310,9 +310,9 @@ def _find(name: str) -> Path:
 
 def _with_file(config: Any, name: str) -> Any:
     """The stages of a file stand in place of those before it; all else is merged."""
-    path = _find(name)
-    merged = _merge(config, lambda: OmegaConf.load(path), name)
-    if "stages" in (own := OmegaConf.load(path)):
+    load = cache(partial(OmegaConf.load, _find(name)))
+    merged = _merge(config, load, name)
+    if "stages" in (own := load()):
         merged.stages = _merge(DEFAULTS, lambda: OmegaConf.create({"stages": own.stages}), name).stages
     return merged
 

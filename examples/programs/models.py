@@ -20,7 +20,6 @@ NEEDED = "needed depth, trained in"
 SHUFFLED = f"{GUIDED.name}, depths shuffled"
 RANDOM = f"{GUIDED.name}, random depths"
 ORACLE = f"{GUIDED.name}, needed depth"
-KINDS = 2  # how many of the fixed depths there are by kind of token
 
 
 class Model(NamedTuple):
@@ -55,9 +54,9 @@ def fixed_name(depth: int) -> str:
     return f"trained at depth {depth}"
 
 
-def kind_name(depth: int) -> str:
-    """The model in which tokens that need one iteration get one, and all others this depth; and its row."""
-    return f"depth 1 or {depth}, by kind"
+def by_kind(task: Task) -> dict[str, int]:
+    """The models in which tokens that need one iteration get one, and all others the same depth; and their rows."""
+    return {f"depth 1 or {depth}, by kind": depth for depth in task.fixed[-2:]}
 
 
 def readout_name(policy: Policy) -> str:
@@ -86,7 +85,7 @@ def models(task: Task) -> dict[str, Model]:
         Model(layers, lambda steps: at_exits, Shape(1, layers=task.dense), (layers,)),
         Model(width, lambda steps: at_exits, Shape(1, dim=wide(task)), (width,)),
         Model(PRIOR, lambda steps: prior, looped, tuple(map(readout_name, READOUTS)), begins=FULL, after=GUIDED.name),
-        *(_by_kind(depth, looped) for depth in task.fixed[-KINDS:]),
+        *(_by_kind(name, depth, looped) for name, depth in by_kind(task).items()),
         _at(NEEDED, lambda sample: sample.needed, looped, begins=FULL),
     ]
     return {model.name: model for model in all_of_them}
@@ -102,8 +101,8 @@ def _fixed(depth: int, shape: Shape) -> Model:
     return _at(fixed_name(depth), lambda sample: depth, shape, begins=FULL if depth == shape.steps else "")
 
 
-def _by_kind(depth: int, shape: Shape) -> Model:
-    return _at(kind_name(depth), lambda sample: torch.where(sample.needed > 1, depth, 1), shape, begins=FULL)
+def _by_kind(name: str, depth: int, shape: Shape) -> Model:
+    return _at(name, lambda sample: torch.where(sample.needed > 1, depth, 1), shape, begins=FULL)
 
 
 def _at(name: str, depth: Depth, shape: Shape, begins: str) -> Model:

@@ -94,6 +94,12 @@ def late(tau: float) -> ad.Rule:
     return ad.Lookahead(ad.Threshold(tau))
 
 
+def guided(name: str, rule: Callable[[float], ad.Rule], before: bool = False) -> Policy:
+    """Gates that foretell; with `before`, from the state with which an iteration began."""
+    training = Guided(tau=0.2, before=before)
+    return Policy(name, lambda model: Gains(model.shape.dim, model.shape.steps, before=before), rule, training=training)
+
+
 PAPER = Policy(
     name="paper's gates",
     gate=lambda model: gates(model, hidden=None),
@@ -115,19 +121,9 @@ TRAINED_ENTROPY = Policy(
     rule=late,
     training=Training(tau=0.2),
 )
-GUIDED = Policy(
-    name="guided gates",
-    gate=lambda model: Gains(model.shape.dim, model.shape.steps),
-    rule=late,
-    training=Guided(tau=0.2),
-)
+GUIDED = guided("guided gates", late)
 # As above, a token that has its answer runs one more iteration. One that has it from the start runs once, not twice.
-GUIDED_EARLY = Policy(
-    name="guided gates, early",
-    gate=lambda model: Gains(model.shape.dim, model.shape.steps, before=True),
-    rule=ad.Threshold,
-    training=Guided(tau=0.2, before=True),
-)
+GUIDED_EARLY = guided("guided gates, early", ad.Threshold, before=True)
 TRAINED = (GUIDED, GUIDED_EARLY, SURVIVAL, TRAINED_ENTROPY, PAPER)
 # What reads the answers of weights that know no exits, and has no parameters.
 READOUTS = (

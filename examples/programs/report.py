@@ -55,8 +55,8 @@ same FLOPs; which two is chosen on the judged sequences, in its favour. rank: Sp
 depth. s: seconds per 1,000 sequences, packed, the best of several rounds in turn. All models saw the same batches for
 the same number of steps. "prior": criteria on a model whose every iteration is trained to answer, with thresholds
 fitted on other sequences to the depth of the guided gates. "by kind": trained with one iteration for tokens that need
-one, and the same depth for all others. A difference of less than {SEEN:g} standard errors over seeds
-counts as not seen.
+one, and the same depth for all others. A difference of less than {SEEN:g} standard errors over seeds counts as not
+seen.
 """.split()
     )
 

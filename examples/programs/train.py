@@ -114,14 +114,14 @@ def prior(model: Interpreter, lines: Lines, step: int) -> Losses:
     """Every iteration answers: the last one's cross-entropy, and the mean of all of them."""
     del step
     out = model(lines.ids, depth=model.shape.steps, every=True)
-    each = each_iteration(out, lines.values)
+    each = each_iteration(out.logits, lines.values)
     return Losses(each[..., -1].mean() + PRIOR * each.mean(), each[..., -1].mean(), out.trace)
 
 
-def each_iteration(out: Prediction, values: Tensor) -> Tensor:
-    """Nats `(rows, length, steps)` of a prediction at every iteration."""
-    steps = out.logits.shape[-2]
-    each = F.cross_entropy(out.logits.flatten(0, -2), values.repeat_interleave(steps), reduction="none")
+def each_iteration(logits: Tensor, values: Tensor) -> Tensor:
+    """Nats `(rows, length, steps)` of the logits of every iteration, `(rows, length, steps, answers)`."""
+    steps = logits.shape[-2]
+    each = F.cross_entropy(logits.flatten(0, -2), values.repeat_interleave(steps), reduction="none")
     return each.view(*values.shape, steps)
 
 
@@ -144,10 +144,11 @@ def guided(training: Guided) -> Objective:
     def objective(model: Interpreter, lines: Lines, step: int) -> Losses:
         (stay, leave), (answers, others) = lines.ids.chunk(2), lines.values.chunk(2)
         out = model(stay, depth=model.shape.steps, every=True)
-        earlier, last = each_iteration(out, answers).split([model.shape.steps - 1, 1], -1)
+        logits = out.logits
         if training.before:
-            start = model.head(model.embed(stay))
-            earlier = torch.cat([each_iteration(out._replace(logits=start.unsqueeze(-2)), answers), earlier], -1)
+            logits = torch.cat([model.head(model.embed(stay)).unsqueeze(-2), logits], -2)
+        each = each_iteration(logits, answers)
+        earlier, last = each[..., :-1], each[..., -1:]
         # Not to the best of the later ones: where losses are noisy, noise alone makes one of them better.
         gain = (earlier[..., : out.trace.scores.shape[-1]] - last).detach()
         taught = last.mean() + training.earlier * earlier.mean() + F.mse_loss(out.trace.scores, gain)

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .models import KINDS, NEEDED, ORACLE, RANDOM, SHUFFLED, dense_names, fixed_name, kind_name, readout_name
+from .models import NEEDED, ORACLE, RANDOM, SHUFFLED, by_kind, dense_names, fixed_name, readout_name
 from .policies import GUIDED, GUIDED_EARLY, READOUTS, TRAINED
 from .store import Row
 from .task import Task
@@ -83,10 +83,12 @@ def opponents(task: Task) -> dict[str, list[str]]:
     """What each of our policies is compared with beside the mixture."""
     deepest = fixed_name(task.steps)
     others = [policy.name for policy in TRAINED if policy is not GUIDED]
-    strict = [deepest, *map(kind_name, task.fixed[-KINDS:]), *dense_names(task), *map(readout_name, READOUTS)]
+    strict = [deepest, *by_kind(task), *dense_names(task), *map(readout_name, READOUTS)]
     weights = [SHUFFLED, RANDOM, ORACLE, NEEDED]
-    few = {name: [deepest, *dense_names(task)] for name in others}
-    return {GUIDED.name: [*strict, *weights, *others]} | few | {GUIDED_EARLY.name: strict}
+    few = [deepest, *dense_names(task)]
+    return {GUIDED.name: [*strict, *weights, *others]} | {
+        name: strict if name == GUIDED_EARLY.name else few for name in others
+    }
 
 
 class Verdict(NamedTuple):
