@@ -44,6 +44,8 @@ def _run(run: Callable[[Job], Any], jobs: Sequence[Job], processes: int) -> Iter
         return
     with get_context("spawn").Pool(processes) as pool:
         yield from pool.imap_unordered(one, jobs)
+        pool.close()  # so that each process ends by itself, and clears up what it holds
+        pool.join()
 
 
 def _one(run: Callable[[Job], Any], job: Job) -> tuple[Job, Any]:

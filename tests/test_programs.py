@@ -1,5 +1,6 @@
 """The study in examples/programs: its tasks, models, training, rows, verdicts, and what it refuses."""
 
+import csv
 import itertools
 import math
 import multiprocessing
@@ -1042,6 +1043,15 @@ def test_a_quick_run_has_a_page_and_says_that_it_means_nothing(
     assert "http" not in page.replace("http://www.w3.org", "") and command.CAVEAT in page
     lines = [line.replace(" ", "\u00a0") for line in SMALL.text(judged(SMALL, 0, TINY).ids[0].tolist())]
     assert all(f"{line} " in page for line in lines) and page.count("<svg") == 6
+    with (tmp_path / "small.csv").open(encoding="utf-8") as file:
+        numbers = {line["policy"]: line for line in csv.DictReader(file)}
+    assert list(numbers) == ROWS and {line["seed"] for line in numbers.values()} == {"0"}
+    for name, line in numbers.items():
+        row = the(Row, small.row(name))
+        read = [line["right"], line["nats"], line["depth"], line["rank"]]
+        assert read == [str(row.accuracy), str(row.loss), str(row.depth), "" if row.rank is None else str(row.rank)]
+        assert float(line["kFLOPs"]) == row.flops / 1000
+        assert line["s"] == str(the(dict, small.seconds()).get(name, ""))
     with pytest.raises(SystemExit) as e:
         command.main(["--task", "small", "--quick", "--steps1", "9", "--seeds", "0", "--out", str(tmp_path)])
     assert str(e.value).startswith(f"error: {tmp_path / 'small' / 'seed-0'}")
@@ -1119,7 +1129,7 @@ def test_the_command_runs_fresh_seeds_and_a_quick_run_one() -> None:
     parsed = command.arguments([])
     assert (parsed.task, parsed.seeds, parsed.out) == ("programs", [20, 21, 22, 23, 24], Path("out/programs"))
     assert command.plan_of(parsed) == Plan(2500, 1500)
-    assert command.plan_of(command.arguments(["--task", "deep", "--steps2", "9"])) == Plan(2500, 9)
+    assert command.plan_of(command.arguments(["--task", "deep", "--steps2", "9"])) == Plan(5000, 9)
     quick = command.arguments(["--quick"])
     assert (quick.seeds, quick.out) == ([20], Path("out/programs-quick"))
     assert command.plan_of(quick).steps_1 < 10

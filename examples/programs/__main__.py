@@ -10,7 +10,7 @@ from rich.console import Console
 
 from .page import page
 from .plan import QUICK, Plan, judged
-from .report import Seed, progress_bar, show
+from .report import Seed, numbers, progress_bar, show
 from .store import OtherSettings, Row
 from .study import left, row_names, store_of, units
 from .task import Task
@@ -119,7 +119,9 @@ def main(args: Sequence[str] | None = None) -> None:
     show(console, task, results, note)
     path = parsed.out / f"{task.name}.html"
     path.write_text(page(task, list(results.values()), judged(task, next(iter(results)), job.plan), note), "utf-8")
-    print(path)
+    numbers_path = path.with_suffix(".csv")
+    numbers_path.write_text(numbers(task, results), "utf-8")
+    print(f"{numbers_path}\n{path}")
     if ended.startswith("error"):
         raise SystemExit(1)
 

@@ -1,10 +1,10 @@
 """Straight-line programs over the numbers modulo 5.
 
-A program has 24 lines, or 36 where it is deep. A line is a constant, as the first four are, or a function of an
-earlier line, named by its number: `7: 2x(3)`. A line is one token, and every token is to predict the value of its own
-line. A line's level is the length of its chain of references: a constant has level 0, what refers to level n has
-level n + 1. A line's answer is there after as many iterations as its level, but attention reads what an iteration
-began with: a line that others refer to must run one more, and needs level + 1.
+A program has 24 lines. A line is a constant, as the first four are, or a function of an earlier line, named by its
+number: `7: 2x(3)`. A line is one token, and every token is to predict the value of its own line. A line's level is the
+length of its chain of references: a constant has level 0, what refers to level n has level n + 1. A line's answer is
+there after as many iterations as its level, but attention reads what an iteration began with: a line that others refer
+to must run one more, and needs level + 1.
 """
 
 from collections.abc import Sequence
@@ -90,4 +90,4 @@ has its answer after n iterations, and must run one more before lines that refer
 
 
 PROGRAMS = Programs()
-DEEP = Programs("deep", lines=36, deepest=11, steps=12, fixed=(2, 4, 6, 8, 10, 12), dense=6)
+DEEP = Programs("deep", deepest=11, steps=12, fixed=(4, 6, 8, 12), dense=6, training=(5000, 1500))

@@ -1,7 +1,9 @@
 """What a reader sees: a bar for each seed while it trains, then the table, the verdicts and the counts."""
 
+import csv
+import io
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.columns import Columns
@@ -100,6 +102,17 @@ def lines(task: Task, seeds: Sequence[Seed]) -> list[list[str]]:
         [name, *(figure([read(task, seed, name) for seed in seeds], form) for read, form in COLUMNS.values())]
         for name in shared(task, seeds)
     ]
+
+
+def numbers(task: Task, results: Mapping[int, Seed]) -> str:
+    """All columns of the table for each seed, with all digits, as CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["seed", "policy", *COLUMNS])
+    for number, seed in results.items():
+        names = (name for name in row_names(task) if name in seed.rows)
+        writer.writerows([number, name, *(read(task, seed, name) for read, _ in COLUMNS.values())] for name in names)
+    return out.getvalue()
 
 
 def trained(task: Task, seeds: Sequence[Seed]) -> list[list[Row]]:

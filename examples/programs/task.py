@@ -32,8 +32,8 @@ class Task(Protocol):
     """A task whose needed depth is known for every token.
 
     `steps` are the iterations of the loop, `fixed` the depths at which models are trained as such, the last of them
-    `steps`. `dense` is the number of distinct layers that cost what gates cost: the rounded mean depth. `training` are
-    the steps of both stages that it takes to learn the task.
+    `steps`. `dense` is the number of distinct layers that cost what gates cost: the mean depth of the guided gates,
+    rounded up. `training` are the steps of both stages that it takes to learn the task.
     """
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -82,11 +83,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def show(console: Console, seeds: Seeds, times: Times) -> None:
     """The table."""
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for line in lines(seeds, times):
-        table.add_row(*line)
+        table.add_row(*(cell.replace(" ±", "\n±") for cell in line))
     console.print(table)
     console.print(LEGEND)
 

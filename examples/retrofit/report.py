@@ -12,12 +12,12 @@ from ..figures import spread
 from .model import GATES, PLAIN
 from .study import Row
 
-COLUMNS = ("", "nats", "less LoRA alone", "mean depth", "relative FLOPs", "prefill, ms", "decode, ms")
+COLUMNS = ("", "nats", "less LoRA", "depth", "FLOPs", "prefill", "decode")
 LEGEND = (
-    "nats: mean loss per held-out token. less LoRA alone: the difference from the same LoRA, windows and steps "
-    "without a loop, paired over seeds, with its standard error. mean depth: iterations of the looped layers. relative "
-    "FLOPs: 1 is one pass of the model without a loop. prefill and decode: milliseconds a token, the models of the "
-    "first seed in turn, LoRA merged."
+    "nats: mean loss per held-out token. less LoRA: the difference from the same LoRA, windows and steps without a "
+    "loop, paired over seeds, with its standard error. depth: mean iterations of the looped layers. FLOPs: 1 is one "
+    "pass of the model without a loop. prefill, decode: milliseconds a token, the models of the first seed in turn, "
+    "LoRA merged. gates: one model, a loop with gates, and what decides its depth in use."
 )
 
 Seeds = Sequence[Mapping[str, Row]]  # of each seed its rows, by name
@@ -44,7 +44,7 @@ def _line(name: str, seeds: Seeds, times: Times) -> list[str]:
     ]
 
 
-USED = {f"{GATES.name}, exits, mean 2": GATES.name}  # the row whose model is timed
+USED = {"gates: exits, mean 2": GATES.name}  # the row whose model is timed
 
 
 def page(source: str, seeds: Seeds, times: Times, shown: tuple[list[str], list[int]], note: str) -> str:

@@ -72,7 +72,7 @@ def run(job: Job) -> dict[str, Any]:
     model.eval()
     if arm == GATES:
         for name, exits in ways(model, windows.fitted, windows.judged, job):
-            rows.append(judge(f"{arm.name}, {name}", model, windows.judged, plan.batch, exits))
+            rows.append(judge(f"gates: {name}", model, windows.judged, plan.batch, exits))
         with torch.inference_mode():
             shown = model(input_ids=windows.judged[:1]).trace.depth[0].tolist()
     else:
@@ -93,7 +93,7 @@ def ways(model: Any, fitted: Tensor, judged: Tensor, job: Job) -> Iterator[tuple
     yield "random, mean 2", {"min_depth": drawn, "max_depth": drawn}
     model.loop.gate = ad.ConvergenceGate()
     model.loop.rule = rule_for(model, fitted, batch, 2.0)
-    yield "exits by convergence, mean 2", {}
+    yield "convergence, mean 2", {}
     model.loop.gate = gate
     for mean in MEANS:
         model.loop.rule = rule_for(model, fitted, batch, mean)
