@@ -12,8 +12,13 @@ def cosine(step: int, steps: int, warm: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / (steps - warm))
 
 
+def standard_error(values: Sequence[float]) -> float:
+    """That of the mean of at least two values."""
+    return stdev(values) / math.sqrt(len(values))
+
+
 def spread(values: Sequence[float], form: str) -> str:
     """The mean, and its standard error if there are several, in the format `form`."""
     if len(values) == 1:
         return f"{values[0]:+{form}}"
-    return f"{mean(values):+{form}} ± {stdev(values) / math.sqrt(len(values)):{form}}"
+    return f"{mean(values):+{form}} ± {standard_error(values):{form}}"

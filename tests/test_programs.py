@@ -63,14 +63,14 @@ ROWS = [
     "trained at depth 1",
     "trained at depth 2",
     "trained at depth 3",
+    "at most 2, by kind and place",
+    "at most 3, by kind and place",
     "2 distinct layers",
     "one layer, 88 wide",
     "prior, top probability",
     "prior, entropy",
     "prior, entropy late",
     "prior, KL",
-    "depth 1 or 2, by kind",
-    "depth 1 or 3, by kind",
     "needed depth, trained in",
 ]
 OURS = {
@@ -201,6 +201,20 @@ def test_a_line_alone_says_nothing_of_its_value() -> None:
     right = (guess == b.values).double().mean(0)
     assert (right[:4] == 1).all()  # constants
     assert right[4:].mean().item() == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_no_token_needs_more_than_its_kind_and_place_allow_and_some_need_as_much(task: Task) -> None:
+    sample = some(4000, task=task)
+    most = task.most(sample.ids)
+    assert (sample.needed <= most).all()
+    reached = torch.zeros(2, *sample.ids.shape[1:], dtype=torch.bool)
+    for kind, of_kind in enumerate((sample.ids < 5, sample.ids >= 5)):  # constants or digits; functions or brackets
+        bounds = [{*most[of_kind[:, place], place].tolist()} for place in range(sample.ids.shape[1])]
+        assert all(len(bound) <= 1 for bound in bounds)  # of nothing else
+        reached[kind] = ((sample.needed == most) & of_kind).any(0) | ~of_kind.any(0)
+    assert reached.all() or task.steps == 12  # levels of ten and eleven are rare
+    assert reached[:, :12].all()
 
 
 def evaluated(ids: Sequence[int]) -> list[tuple[int, int]]:
@@ -736,7 +750,7 @@ def test_what_is_done_is_not_done_again_and_gives_the_same(small: Store, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in small.folder.iterdir()} == before
     assert [study.left(SMALL, unit, TINY, small) for unit in study.units(SMALL)] == [0] * 16
     fresh = study.store_of(tmp_path, SMALL, 0, TINY)
-    expected = [*[2] * 6, 4, 4, 2, 4, 4, *[2] * 4, 0]
+    expected = [*[2] * 6, 4, 4, 2, 4, 2, 4, 4, 2, 2, 0]
     assert [study.left(SMALL, unit, TINY, fresh) for unit in study.units(SMALL)] == expected
 
 
@@ -808,10 +822,11 @@ def test_the_rows_of_given_depths_are_those_weights_at_those_depths(small: Store
         row = the(Row, small.row(f"trained at depth {fixed}"))
         assert row.depth == fixed and row.rank is None
     assert the(Row, small.row(ORACLE)).depth == row_mean(sample.needed)
-    kinds = study.load(SMALL, 0, by_name["depth 1 or 2, by kind"], small)
-    right, nats, _ = slow(kinds, sample, torch.where(sample.ids < 5, 1, 2))  # constants, and functions
-    row = the(Row, small.row("depth 1 or 2, by kind"))
+    bounded = study.load(SMALL, 0, by_name["at most 2, by kind and place"], small)
+    right, nats, depth = slow(bounded, sample, torch.where(sample.ids < 5, 1, 2))  # constants, and functions
+    row = the(Row, small.row("at most 2, by kind and place"))
     assert (row.accuracy, row.loss) == pytest.approx((right.double().mean().item(), nats.mean().item()), rel=1e-5)
+    assert row.depth == row_mean(depth)
 
 
 def test_the_model_of_needed_depths_is_trained_at_them(small: Store) -> None:
@@ -913,15 +928,22 @@ def test_verdicts_are_of_pairs_at_equal_flops() -> None:
     def rows(seed: int) -> dict[str, Row]:
         fixed = [(1, 0.5), (2, 0.7), (3, 0.99 + seed / 100)]
         made = [some_row(seed, f"trained at depth {d}")._replace(flops=d, accuracy=a, loss=1 - a) for d, a in fixed]
+        names = ["at most 2, by kind and place", "at most 3, by kind and place"]
+        made += [some_row(seed, name)._replace(flops=2.5, accuracy=0.6, loss=0.4) for name in names]
         gates = some_row(seed, GUIDED.name)._replace(flops=2.0, accuracy=0.9 + seed / 100, loss=0.1)
         return {row.name: row for row in [*made, gates]}
 
     said = [each.sentence for each in verdicts.verdicts(SMALL, [rows(0), rows(1), rows(2)])]
     assert said == [
-        "guided gates − best mixture of two trained depths (FLOPs × 1.00): accuracy, points +16.00 ± 0.29, above by "
+        "guided gates − best mixture of two without gates (FLOPs × 1.00): accuracy, points +16.00 ± 0.29, above by "
         "55.4 standard errors; loss -0.1500 ± 0.0029, below by 52.0 standard errors.",
         "guided gates − trained at depth 3 (FLOPs × 0.67): accuracy, points -9.00 ± 0.00, below by inf standard errors"
         "; loss +0.1000 ± 0.0058, above by 17.3 standard errors.",
+        *(
+            f"guided gates − {name} (FLOPs × 0.80): accuracy, points +31.00 ± 0.58, above by 53.7 standard errors; "
+            "loss -0.3000 ± 0.0000, below by inf standard errors."
+            for name in ("at most 2, by kind and place", "at most 3, by kind and place")
+        ),
     ]
 
 
@@ -983,9 +1005,8 @@ def test_every_printed_figure_is_that_of_the_rows(capsys: pytest.CaptureFixture[
         ]
         figures.append([seed.rows[name].flops / 1000 for seed in results.values()])
         mixed = [verdicts.mixture_of(SMALL, seed.rows, name) for seed in results.values()]
-        figures.append(
-            [] if name.startswith("trained at") else [the(verdicts.Mixture, each).accuracy for each in mixed]
-        )
+        gateless = name.startswith("trained at") or name.endswith("place")
+        figures.append([] if gateless else [the(verdicts.Mixture, each).accuracy for each in mixed])
         figures.append([the(float, seed.rows[name].rank) for seed in results.values()])
         figures.append([seed.seconds[name] for seed in results.values() if name in seed.seconds])
         for cell, values, near in zip(printed, figures, (1e-4, 1e-4, 6e-3, 0.6, 1e-4, 6e-4, 6e-3), strict=True):

@@ -15,11 +15,13 @@ from hf_zoo import IDS, original
 from torch import nn
 
 import adadepth as ad
+from adadepth.hf import adapt
+from adadepth.hf.flops import relative
 from examples.retrofit import __main__ as command
-from examples.retrofit import report, study, text
+from examples.retrofit import prepare, report, study, text
 from examples.retrofit.model import ARMS, GATES, PLAIN, Arm, build, even_layers, learned, load, merge
 from examples.retrofit.study import Row
-from examples.retrofit.train import EARLIER, QUICK, groups, guided, train
+from examples.retrofit.train import EARLIER, QUICK, Plan, groups, guided, train
 
 LAYERS = (1, 3)
 
@@ -57,6 +59,8 @@ def test_merging_changes_nothing() -> None:
     before = model(IDS).logits
     merge(model)
     torch.testing.assert_close(model(IDS).logits, before, atol=2e-3, rtol=0)
+    assert not any("lora" in name for name, _ in model.named_modules())
+    assert relative(model, 2.0) == relative(adapt(base(), 3, layers=slice(*LAYERS)), 2.0)
     assert (before - base()(IDS).logits).abs().max() > 0.1
 
 
@@ -90,7 +94,7 @@ def test_training_lowers_the_loss_and_exits_begin_late() -> None:
     windows = torch.randint(3, 37, (1, 12), generator=torch.Generator().manual_seed(0)).repeat(4, 1)
     for arm in (PLAIN, GATES):
         model = build(base(), arm, LAYERS, seed=0)
-        losses = train(model, arm, windows, windows, QUICK._replace(steps=12), seed=0)
+        losses = train(model, arm, windows, QUICK._replace(steps=12), seed=0)
         assert losses[-1] < losses[0] - 0.1
         assert arm == PLAIN or isinstance(model.loop.rule, ad.Threshold)
 
@@ -121,15 +125,19 @@ def test_windows_are_of_text_that_was_not_trained_on(tmp_path: Path) -> None:
     assert not set(train) & set(held_out)
 
 
-def test_differences_are_of_the_same_seed() -> None:
-    seeds = [
-        {PLAIN.name: Row(PLAIN.name, loss, 1.0, 1.0), "other": Row("other", loss - gain, 2.0, 1.4)}
-        for loss, gain in ((3.0, 0.1), (2.0, 0.3))
-    ]
+def test_differences_are_of_the_same_seed_and_window() -> None:
+    def seed(losses: tuple[float, float], gains: tuple[float, float]) -> dict[str, Row]:
+        less = [loss - gain for loss, gain in zip(losses, gains, strict=True)]
+        return {PLAIN.name: Row(PLAIN.name, list(losses), 1.0, 1.0), "other": Row("other", less, 2.0, 1.4)}
+
     times = {"other": {"prefill": 1.0, "decode": 2.0}}
-    plain, other = report.lines(seeds, times)
+    plain, other = report.lines([seed((1.0, 5.0), (0.1, 0.1)), seed((1.0, 3.0), (0.3, 0.3))], times)
     assert plain == [PLAIN.name, "2.5000", "", "1.00", "1.00", "", ""]
-    assert other == ["other", "2.3000", "-0.2000 ± 0.1000", "2.00", "1.40", "1.0", "2.0"]
+    assert other == ["other", "2.3000", "-0.2000 ± 0.1000", "2.00", "1.40", "1.0", "2.0"]  # over seeds
+    _, other = report.lines([seed((1.0, 5.0), (0.0, 0.4)), seed((1.0, 3.0), (0.0, 0.4))], times)
+    assert other[2] == "-0.2000 ± 0.2000"  # over windows
+    _, other = report.lines([seed((1.0, 5.0), (0.0, 0.4))], times)
+    assert other[2] == "-0.2000 ± 0.2000"
 
 
 def test_a_quick_run_resumes_and_says_what_it_is(
@@ -145,10 +153,12 @@ def test_a_quick_run_resumes_and_says_what_it_is(
     command.main(args)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Text: a.txt, the last tenth held out. Looped: layers 2 to 2."
-    assert [line.split("] ")[1] for line in lines if line.startswith("[")] == [f"seed 1, {arm.name}" for arm in ARMS]
+    done = [line.split("] ")[1] for line in lines if line.startswith("[")]
+    assert [line.split(", scale of the loop ")[0] for line in done] == [f"seed 1, {arm.name}" for arm in ARMS]
+    assert ["scale of the loop" in line for line in done] == [arm.steps > 1 for arm in ARMS]
     assert lines[-1] == command.CAVEAT
     assert command.CAVEAT in (out / "retrofit.html").read_text("utf-8")
-    table = [line for line in lines if re.fullmatch(r"  .*\d\.\d{4} .*", line)]
+    table = [line for line in lines if re.fullmatch(r"  \w.*\d\.\d{4} .*", line)]
     assert not any("…" in line for line in lines)
     names = [re.split("  +", line.strip())[0] for line in table]
     assert names[:3] == [study.UNTOUCHED, PLAIN.name, ARMS[1].name]
@@ -160,6 +170,22 @@ def test_a_quick_run_resumes_and_says_what_it_is(
     assert [line for line in again if line in table] == table
     with pytest.raises(SystemExit, match="error: cannot read the text"):
         command.main([*args, "--text", str(tmp_path / "none.txt")])
+
+
+def test_results_of_other_text_or_settings_are_not_taken_for_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "load", lambda name: base())
+    monkeypatch.setattr(prepare, "tokenizer_of", lambda name: tokenizer())
+    a, b = (text.Prose([f"{word} in depth. " * 60], ["held out. " * 60], "one text") for word in ("read", "seen"))
+
+    def mark(prose: text.Prose, plan: Plan = QUICK) -> str:
+        return prepare.prepare(tmp_path, None, prose, plan, (1, 3)).mark
+
+    marks = [mark(a), mark(b), mark(a, QUICK._replace(steps=3))]
+    assert mark(a) == marks[0]
+    monkeypatch.setattr(prepare, "RANK", 8)
+    assert len({*marks, mark(a)}) == 4
 
 
 def test_the_default_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

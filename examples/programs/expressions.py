@@ -112,6 +112,11 @@ around it can read it."""
         ids, values, heights = (torch.stack(part, 1) for part in zip(*tokens, strict=True))
         return Sample(ids, values, heights + 1, heights > 0)
 
+    def most(self, ids: Tensor) -> Tensor:
+        """One for digits; an expression of height h has at least 2h + 1 tokens."""
+        place = torch.arange(ids.shape[-1]).expand_as(ids)
+        return torch.where(ids < MODULUS, 1, (place // 2 + 1).clamp_max(self.steps))
+
     def text(self, ids: Sequence[int]) -> list[str]:
         """The tokens of one sequence."""
         return [f"{place}: {self._token(place, token)}" for place, token in enumerate(ids)]

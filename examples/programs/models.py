@@ -54,9 +54,9 @@ def fixed_name(depth: int) -> str:
     return f"trained at depth {depth}"
 
 
-def by_kind(task: Task) -> dict[str, int]:
-    """The models in which tokens that need one iteration get one, and all others the same depth; and their rows."""
-    return {f"depth 1 or {depth}, by kind": depth for depth in task.fixed[-2:]}
+def by_place(task: Task) -> dict[str, int]:
+    """The models in which each token gets as many iterations as it may need, up to a depth; and their rows."""
+    return {f"at most {depth}, by kind and place": depth for depth in task.fixed[1:]}
 
 
 def readout_name(policy: Policy) -> str:
@@ -82,10 +82,10 @@ def models(task: Task) -> dict[str, Model]:
         Model(FULL, lambda steps: at_exits, looped, ()),
         *(_exits(policy, looped) for policy in TRAINED),
         *(_fixed(depth, looped) for depth in task.fixed),
+        *(_by_place(task, name, depth, looped) for name, depth in by_place(task).items()),
         Model(layers, lambda steps: at_exits, Shape(1, layers=task.dense), (layers,)),
         Model(width, lambda steps: at_exits, Shape(1, dim=wide(task)), (width,)),
         Model(PRIOR, lambda steps: prior, looped, tuple(map(readout_name, READOUTS)), begins=FULL, after=GUIDED.name),
-        *(_by_kind(name, depth, looped) for name, depth in by_kind(task).items()),
         _at(NEEDED, lambda sample: sample.needed, looped, begins=FULL),
     ]
     return {model.name: model for model in all_of_them}
@@ -97,12 +97,16 @@ def _exits(policy: Policy, shape: Shape) -> Model:
 
 
 def _fixed(depth: int, shape: Shape) -> Model:
-    """The deepest goes on from the full depth, which is its own stage 1."""
-    return _at(fixed_name(depth), lambda sample: depth, shape, begins=FULL if depth == shape.steps else "")
+    return _at(fixed_name(depth), lambda sample: depth, shape, begins=_start(depth, shape))
 
 
-def _by_kind(name: str, depth: int, shape: Shape) -> Model:
-    return _at(name, lambda sample: torch.where(sample.needed > 1, depth, 1), shape, begins=FULL)
+def _by_place(task: Task, name: str, depth: int, shape: Shape) -> Model:
+    return _at(name, lambda sample: task.most(sample.ids).clamp_max(depth), shape, begins=_start(depth, shape))
+
+
+def _start(depth: int, shape: Shape) -> str:
+    """The deepest go on from the full depth, which is their own stage 1; from the start, shallower ones learn more."""
+    return FULL if depth == shape.steps else ""
 
 
 def _at(name: str, depth: Depth, shape: Shape, begins: str) -> Model:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+from torch import Tensor
 
 from .task import Sample, Sizes
 
@@ -77,6 +78,11 @@ has its answer after n iterations, and must run one more before lines that refer
             ids[:, line] = MODULUS + self.lines * function + source
             values[:, line] = TABLE[function, values.gather(1, source[:, None]).squeeze(1)]
         return Sample(ids, values, (levels + 1).clamp_max(self.steps), torch.ones_like(ids, dtype=torch.bool))
+
+    def most(self, ids: Tensor) -> Tensor:
+        """A line's chain leads through earlier lines, the last of them a constant."""
+        place = torch.arange(ids.shape[-1]).expand_as(ids)
+        return (place - CONSTANTS + 2).clamp(1, self.steps)
 
     def text(self, ids: Sequence[int]) -> list[str]:
         """The lines of one program."""

@@ -12,12 +12,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from .models import fixed_name
 from .policies import TRAINED
 from .store import Row
 from .study import row_names
 from .task import Task
-from .verdicts import SEEN, Rows, mixture_of, verdicts
+from .verdicts import SEEN, Rows, gateless, mixture_of, verdicts
 
 
 class Seed(NamedTuple):
@@ -40,8 +39,8 @@ COLUMNS: dict[str, tuple[Read, str]] = {
 
 
 def _mixed(task: Task, seed: Seed, name: str) -> float | None:
-    """Nothing for the fixed depths themselves."""
-    if name in map(fixed_name, task.fixed):
+    """Nothing for the models that are mixed."""
+    if name in gateless(task):
         return None
     found = mixture_of(task, seed.rows, name)
     return None if found is None else found.accuracy
@@ -51,14 +50,14 @@ def legend(task: Task) -> str:
     """What the columns are."""
     return " ".join(
         f"""\
-right, nats: accuracy and loss of the tokens that count. depth: mean iterations of {task.steps}. kFLOPs: thousand FLOPs
-per token, gates and head included. mixed: accuracy of the best mixture of two models trained at fixed depths, at the
-same FLOPs; which two is chosen on the judged sequences, in its favour. rank: Spearman's correlation of needed and used
-depth. s: seconds per 1,000 sequences, packed, the best of several rounds in turn. All models saw the same batches for
-the same number of steps. "prior": criteria on a model whose every iteration is trained to answer, with thresholds
-fitted on other sequences to the depth of the guided gates. "by kind": trained with one iteration for tokens that need
-one, and the same depth for all others. A difference of less than {SEEN:g} standard errors over seeds counts as not
-seen.
+right, nats: accuracy and loss of the tokens that count. depth: mean iterations of {task.steps}. kFLOPs: thousand
+FLOPs per token, gates and head included. mixed: accuracy of the best mixture of two models whose depth is fixed, for
+all tokens or by kind and place, at the same FLOPs; which two is chosen on the judged sequences, in its favour. rank:
+Spearman's correlation of needed and used depth. s: seconds per 1,000 sequences, packed, the best of several rounds in
+turn. All models saw the same batches for the same number of steps. "prior": criteria on a model whose every iteration
+is trained to answer, with thresholds fitted on other sequences to the depth of the guided gates. "by kind and place":
+trained with as many iterations for each token as its kind and its place allow it to need, up to a depth. A difference
+of less than {SEEN:g} standard errors over seeds counts as not seen.
 """.split()
     )
 

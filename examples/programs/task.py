@@ -54,5 +54,8 @@ class Task(Protocol):
     def draw(self, count: int, generator: torch.Generator) -> Sample:
         """`count` random sequences."""
 
+    def most(self, ids: Tensor) -> Tensor:
+        """The most iterations that each token of `ids` can need, by its kind and its place alone; of the same shape."""
+
     def text(self, ids: Sequence[int]) -> list[str]:
         """The tokens of one sequence as one writes them."""

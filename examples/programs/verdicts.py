@@ -1,10 +1,11 @@
-"""Who wins, in words: paired differences over seeds, and the best mixture of models trained at fixed depths."""
+"""Who wins, in words: paired differences over seeds, and the best mixture of models whose depth needs no gate."""
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .models import NEEDED, ORACLE, RANDOM, SHUFFLED, by_kind, dense_names, fixed_name, readout_name
+from ..figures import standard_error
+from .models import NEEDED, ORACLE, RANDOM, SHUFFLED, by_place, dense_names, fixed_name, readout_name
 from .policies import GUIDED, GUIDED_EARLY, READOUTS, TRAINED
 from .store import Row
 from .task import Task
@@ -54,17 +55,21 @@ def _mix(low: Row, high: Row, cost: float) -> Mixture:
 
 
 def mixture_of(task: Task, rows: Rows, name: str) -> Mixture | None:
-    """The mixture of fixed depths at the FLOPs of a row; None if one of them is not there."""
-    fixed = [rows.get(fixed_name(depth)) for depth in task.fixed]
-    there = [row for row in fixed if row is not None]
-    return mixture(there, rows[name].flops) if len(there) == len(fixed) else None
+    """The mixture of depths that need no gate, at the FLOPs of a row; None if one of them is not there."""
+    without = [rows.get(name) for name in gateless(task)]
+    there = [row for row in without if row is not None]
+    return mixture(there, rows[name].flops) if len(there) == len(without) else None
+
+
+def gateless(task: Task) -> list[str]:
+    """The models whose depth is fixed, for all tokens or by kind and place."""
+    return [*map(fixed_name, task.fixed), *by_place(task)]
 
 
 def difference(pairs: Sequence[tuple[float, float]]) -> Difference:
     """First less second, over seeds."""
     each = [a - b for a, b in pairs]
-    error = statistics.stdev(each) / len(each) ** 0.5 if len(each) > 1 else None
-    return Difference(statistics.mean(each), error)
+    return Difference(statistics.mean(each), standard_error(each) if len(each) > 1 else None)
 
 
 def said(difference: Difference, form: str) -> str:
@@ -83,7 +88,7 @@ def opponents(task: Task) -> dict[str, list[str]]:
     """What each of our policies is compared with beside the mixture."""
     deepest = fixed_name(task.steps)
     others = [policy.name for policy in TRAINED if policy is not GUIDED]
-    strict = [deepest, *by_kind(task), *dense_names(task), *map(readout_name, READOUTS)]
+    strict = [deepest, *by_place(task), *dense_names(task), *map(readout_name, READOUTS)]
     weights = [SHUFFLED, RANDOM, ORACLE, NEEDED]
     few = [deepest, *dense_names(task)]
     return {GUIDED.name: [*strict, *weights, *others]} | {
@@ -110,7 +115,7 @@ class Verdict(NamedTuple):
         return f"{self.name} − {self.other} (FLOPs × {self.cost:.2f}): accuracy, points {points}; loss {nats}."
 
 
-MIXTURE = "best mixture of two trained depths"
+MIXTURE = "best mixture of two without gates"
 
 
 def verdicts(task: Task, results: Sequence[Rows]) -> Iterator[Verdict]:

@@ -52,7 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except BadInput as error:
         raise SystemExit(f"error: {error}") from None
     jobs = [
-        Job(arm, seed, parsed.model, prepared.layers, plan, str(parsed.out))
+        Job(arm, seed, parsed.model, prepared.layers, plan, str(parsed.out), prepared.mark)
         for seed in parsed.seeds
         for arm in range(len(ARMS))
     ]
@@ -65,9 +65,9 @@ def main(args: Sequence[str] | None = None) -> None:
     found: dict[int, dict[int, dict[str, Any]]] = {seed: {} for seed in parsed.seeds}
     for job, result in run_all(run, jobs, parsed.out / "results.jsonl", parsed.processes):
         found[job.seed][job.arm] = result
-        console.print(
-            f"[{time.perf_counter() - start:.0f} s] seed {job.seed}, {ARMS[job.arm].name}", markup=False, soft_wrap=True
-        )
+        scale = "" if result["opened"] is None else f", scale of the loop {result['opened']:.3f}"
+        said = f"[{time.perf_counter() - start:.0f} s] seed {job.seed}, {ARMS[job.arm].name}{scale}"
+        console.print(said, markup=False, soft_wrap=True)
     note = CAVEAT if parsed.quick else ""
     rows = [{row[0]: Row(*row) for arm in sorted(seed) for row in seed[arm]["rows"]} for seed in found.values()]
     console.print("Now the times of the first seed's models.")

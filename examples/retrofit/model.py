@@ -120,10 +120,16 @@ def learned(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def merge(model: nn.Module) -> None:
-    """Put LoRA into the weights, as one would to use the model: it then costs no time."""
-    for module in model.modules():
+    """Put LoRA into the weights, as one would to use the model: it then costs nothing."""
+    for name, module in list(model.named_modules()):
         if isinstance(module, LoraLayer):
             module.merge()
+            model.set_submodule(name, module.get_base_layer())
+
+
+def opened(model: Any) -> float | None:
+    """How far the loop is open: the learned scale of its update, 0 where each iteration gets the same input."""
+    return model.loop.update.alpha.item() if is_looped(model) else None
 
 
 def is_looped(model: nn.Module) -> bool:

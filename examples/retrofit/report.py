@@ -8,16 +8,17 @@ import torch
 
 from adadepth import viz
 
-from ..figures import spread
+from ..figures import standard_error
 from .model import GATES, PLAIN
 from .study import Row
 
 COLUMNS = ("", "nats", "less LoRA", "depth", "FLOPs", "prefill", "decode")
 LEGEND = (
     "nats: mean loss per held-out token. less LoRA: the difference from the same LoRA, windows and steps without a "
-    "loop, paired over seeds, with its standard error. depth: mean iterations of the looped layers. FLOPs: 1 is one "
-    "pass of the model without a loop. prefill, decode: milliseconds a token, the models of the first seed in turn, "
-    "LoRA merged. gates: one model, a loop with gates, and what decides its depth in use."
+    "loop, with the larger of its standard errors over windows and over seeds. depth: mean iterations of the looped "
+    "layers. FLOPs: 1 is one pass of the layers without a loop; the head does not count. prefill, decode: milliseconds "
+    "a token, the models of the first seed in turn, LoRA merged. gates: one model, a loop with gates, and what decides "
+    "its depth in use."
 )
 
 Seeds = Sequence[Mapping[str, Row]]  # of each seed its rows, by name
@@ -32,16 +33,29 @@ def lines(seeds: Seeds, times: Times) -> list[list[str]]:
 
 def _line(name: str, seeds: Seeds, times: Times) -> list[str]:
     rows = [rows[name] for rows in seeds]
-    differences = [row.loss - rows[PLAIN.name].loss for row, rows in zip(rows, seeds, strict=True)]
+    differences = [_less(row, rows[PLAIN.name]) for row, rows in zip(rows, seeds, strict=True)]
     timed = times.get(USED.get(name, name), {})
     return [
         name,
         f"{mean(row.loss for row in rows):.4f}",
-        "" if name == PLAIN.name else spread(differences, ".4f"),
+        "" if name == PLAIN.name else _paired(differences),
         f"{mean(row.depth for row in rows):.2f}",
         f"{mean(row.flops for row in rows):.2f}",
         *(f"{timed[what]:.1f}" if what in timed else "" for what in ("prefill", "decode")),
     ]
+
+
+def _less(row: Row, other: Row) -> list[float]:
+    """The difference of each window."""
+    return [a - b for a, b in zip(row.losses, other.losses, strict=True)]
+
+
+def _paired(differences: Sequence[list[float]]) -> str:
+    """The mean over windows `(seeds, windows)`, and the larger of its standard errors."""
+    over_windows = standard_error([mean(each) for each in zip(*differences, strict=True)])
+    of_seeds = [mean(each) for each in differences]
+    over_seeds = standard_error(of_seeds) if len(of_seeds) > 1 else 0.0
+    return f"{mean(of_seeds):+.4f} ± {max(over_windows, over_seeds):.4f}"
 
 
 USED = {"gates: exits, mean 2": GATES.name}  # the row whose model is timed

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import adadepth as ad
 from adadepth.hf import flops
 
-from .model import ARMS, GATES, PLAIN, build, is_looped, learned, load, merge
+from .model import ARMS, GATES, PLAIN, build, is_looped, learned, load, merge, opened
 from .prepare import Prepared, read
 from .train import Plan, nats, rule_for, train
 
@@ -23,7 +24,7 @@ MEANS = (1.5, 2.0, 2.5)  # iterations to which thresholds are fitted
 class Job(NamedTuple):
     """A model to train, the `arm`-th of all; `base` by name or path, None for the one of the package.
 
-    `out` is the folder, `layers` those that are looped.
+    `out` is the folder, `layers` those that are looped, `mark` that of the text and the settings.
     """
 
     arm: int
@@ -32,6 +33,7 @@ class Job(NamedTuple):
     layers: tuple[int, int]
     plan: Plan
     out: str
+    mark: str
 
     def prepared(self) -> Prepared:
         """The text of the folder."""
@@ -46,16 +48,21 @@ class Job(NamedTuple):
     @property
     def kept(self) -> Path:
         """Where what it learned is."""
-        return Path(self.out) / f"arm-{self.arm}-seed-{self.seed}.pt"
+        return Path(self.out) / f"{self.mark}-arm-{self.arm}-seed-{self.seed}.pt"
 
 
 class Row(NamedTuple):
-    """A line of the table: nats per token, mean iterations of the looped layers, and relative FLOPs."""
+    """A line of the table: nats per token of each window, mean iterations of the looped layers, and relative FLOPs."""
 
     name: str
-    loss: float
+    losses: list[float]
     depth: float
     flops: float
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return mean(self.losses)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -65,7 +72,7 @@ def run(job: Job) -> dict[str, Any]:
     if arm == PLAIN:
         rows.append(judge(UNTOUCHED, model, windows.judged, plan.batch))  # LoRA begins as nothing
     start = time.perf_counter()
-    losses = train(model, arm, windows.train, windows.fitted, plan, job.seed)
+    losses = train(model, arm, windows.train, plan, job.seed)
     minutes = (time.perf_counter() - start) / 60
     torch.save({name: parameter.detach() for name, parameter in learned(model).items()}, job.kept)
     merge(model)
@@ -77,7 +84,7 @@ def run(job: Job) -> dict[str, Any]:
             shown = model(input_ids=windows.judged[:1]).trace.depth[0].tolist()
     else:
         rows.append(judge(arm.name, model, windows.judged, plan.batch))
-    return {"rows": rows, "losses": losses, "minutes": minutes, "shown": shown}
+    return {"rows": rows, "losses": losses, "minutes": minutes, "shown": shown, "opened": opened(model)}
 
 
 def ways(model: Any, fitted: Tensor, judged: Tensor, job: Job) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -95,9 +102,9 @@ def ways(model: Any, fitted: Tensor, judged: Tensor, job: Job) -> Iterator[tuple
     model.loop.rule = rule_for(model, fitted, batch, 2.0)
     yield "convergence, mean 2", {}
     model.loop.gate = gate
-    for mean in MEANS:
-        model.loop.rule = rule_for(model, fitted, batch, mean)
-        yield f"exits, mean {mean:g}", {}
+    for goal in MEANS:
+        model.loop.rule = rule_for(model, fitted, batch, goal)
+        yield f"exits, mean {goal:g}", {}
     model.loop.rule = rule_for(model, fitted, batch, 2.0)
 
 
@@ -105,15 +112,15 @@ def ways(model: Any, fitted: Tensor, judged: Tensor, job: Job) -> Iterator[tuple
 def judge(name: str, model: nn.Module, windows: Tensor, batch: int, exits: dict[str, Tensor] | None = None) -> Row:
     """The mean loss and depth over windows, whose depths `exits` may hold."""
     model.eval()
-    losses, depths = [], []
+    losses, depths = list[float](), []
     given = {name: depth.split(batch) for name, depth in (exits or {}).items()}
     for i, rows in enumerate(windows.split(batch)):
         out = model(input_ids=rows, **{name: parts[i] for name, parts in given.items()})
-        losses.append(nats(out.logits, rows).flatten())
+        losses += nats(out.logits, rows).mean(1).tolist()
         depths.append(out.trace.depth.double().flatten() if is_looped(model) else torch.ones(rows.numel()))
     depth = torch.cat(depths).mean().item()
     cost = flops.relative(model, depth) if is_looped(model) else 1.0  # type: ignore[arg-type]
-    return Row(name, torch.cat(losses).mean().item(), depth, cost)
+    return Row(name, losses, depth, cost)
 
 
 @torch.inference_mode()

@@ -34,8 +34,9 @@ class Plan(NamedTuple):
 QUICK = Plan(steps=2, batch=2, window=16, fitted=4, judged=4, rounds=1)
 
 
-def train(model: Any, arm: Arm, windows: Tensor, fitted: Tensor, plan: Plan, seed: int) -> list[float]:
-    """The loss of every step, in nats per token."""
+def train(model: Any, arm: Arm, windows: Tensor, plan: Plan, seed: int) -> list[float]:
+    """The loss of every step, in nats per token. Thresholds are fitted on some of the same windows."""
+    fitted = windows[:: max(1, len(windows) // plan.fitted)][: plan.fitted]
     order = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(groups(model), weight_decay=0.0)
     rates, losses = [group["lr"] for group in optimiser.param_groups], []
