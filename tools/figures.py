@@ -10,8 +10,10 @@ from adadepth import viz
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "when-depth-helps.md"
 WORST = 12  # per cent wrong
+GATELESS = ("trained at", "at most")
+HIDDEN = (*GATELESS, "best mixture")  # among the points
 # Of the expressions; the others lie on one another.
-CHOSEN = ("guided gates, early", "depth 1 or 4, by kind", "3 distinct layers", "prior, KL")
+CHOSEN = ("guided gates, early", "3 distinct layers", "prior, KL")
 TEXT = {name: name for name in ("router-shallow", "router", "router-deep")} | {
     "guided": "guided gates",
     "survival": "survival gates",
@@ -46,17 +48,18 @@ def table(page: str, column: str) -> list[list[str]]:
 
 def _chosen(rows: list[list[str]]) -> list[list[str]]:
     """Those to show, without the column that the other table does not have."""
-    return [[*row[:3], *row[4:]] for row in rows if row[0] in CHOSEN or row[0].startswith("trained at")]
+    return [[*row[:3], *row[4:]] for row in rows if row[0] in CHOSEN or row[0].startswith(GATELESS)]
 
 
 def _programs(rows: list[list[str]]) -> str:
-    """Those that are nearly always right, and the models of a fixed depth."""
+    """Those that are nearly always right, and the models whose depth needs no gate."""
     places = {name: (float(cost), 100 - float(right)) for name, right, _, cost, *_ in rows}
     near = {name: place for name, place in places.items() if place[1] < WORST and "needed" not in name}
-    fixed = [name for name in places if name.startswith("trained at")]
-    line = tuple(zip(*(places[name] for name in fixed), strict=True))
-    points = {name.removeprefix("trained at "): place for name, place in near.items()}
-    lines = {"each trained at one fixed depth": (line[0], line[1])}
+    points = {name: place for name, place in near.items() if not name.startswith(HIDDEN)}
+    lines = {}
+    for start, said in zip(GATELESS, ("one fixed depth each", "at most one depth, by place"), strict=True):
+        at = tuple(zip(*(place for name, place in places.items() if name.startswith(start)), strict=True))
+        lines[said] = (at[0], at[1])
     return viz.svg(viz.plot_frontier(points, lines, x="thousand FLOPs per token", y="wrong, %"))
 
 

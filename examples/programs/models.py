@@ -1,7 +1,8 @@
 """The models of the study: how each is built and trained, and which rows of the table are its own.
 
-All see the same batches for the same number of steps at the same learning rates. Those with exits go on from one
-model, trained at full depth in stage 1; the others are trained from the start, for one depth or without a loop.
+All see the same batches at the same learning rates, for the same number of steps but for one without a loop, which is
+trained for as many FLOPs as full depth. Those with exits go on from one model, trained at full depth in stage 1; the
+others are trained from the start, for given depths or without a loop.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .model import Interpreter, Shape
+from .plan import Plan
 from .policies import GUIDED, READOUTS, TRAINED, Policy
 from .task import Task
 from .train import Depth, Sampled, at_depth, at_exits, objective_of, prior
@@ -26,7 +28,8 @@ class Model(NamedTuple):
     """A model: its shape, what a stage of so many steps minimises, its exits, and whose weights it goes on from.
 
     `rows` are the rows of the table that are measured on it. `depth` is that at which its tokens exit, if it is given.
-    A model with `begins` has stage 2 alone to train. What is `after` another needs rows of it.
+    A model with `begins` has stage 2 alone to train, one that is trained `longer` has so many times the steps. What is
+    `after` another needs rows of it.
     """
 
     name: str
@@ -37,16 +40,17 @@ class Model(NamedTuple):
     depth: Depth | None = None
     begins: str = ""
     after: str = ""
+    longer: float = 1.0
 
     def build(self, task: Task, seed: int) -> Interpreter:
         """With initial weights that are the same for all models of one shape."""
         torch.manual_seed(seed)
         return Interpreter(task.sizes, self.shape)
 
-    @property
-    def stages(self) -> tuple[int, ...]:
-        """Those that it is trained in."""
-        return (1,) if self.name == FULL else (2,) if self.begins else (1, 2)
+    def stages(self, plan: Plan) -> dict[int, int]:
+        """The steps of each stage that it is trained in."""
+        numbers = (1,) if self.name == FULL else (2,) if self.begins else (1, 2)
+        return {number: round(self.longer * (plan.steps_1, plan.steps_2)[number - 1]) for number in numbers}
 
 
 def fixed_name(depth: int) -> str:
@@ -64,9 +68,10 @@ def readout_name(policy: Policy) -> str:
     return f"prior, {policy.name}"
 
 
-def dense_names(task: Task) -> tuple[str, str]:
-    """The models without a loop: distinct layers, and a wide one."""
-    return f"{task.dense} distinct layers", f"one layer, {wide(task)} wide"
+def dense_names(task: Task) -> tuple[str, str, str]:
+    """The models without a loop: distinct layers, the same trained for the FLOPs of full depth, and a wide layer."""
+    layers = f"{task.dense} distinct layers"
+    return layers, f"{layers}, longer", f"one layer, {wide(task)} wide"
 
 
 def wide(task: Task) -> int:
@@ -77,13 +82,15 @@ def wide(task: Task) -> int:
 def models(task: Task) -> dict[str, Model]:
     """All of them, each after those that it needs."""
     looped = Shape(task.steps)
-    layers, width = dense_names(task)
+    layers, longer, width = dense_names(task)
+    more = task.steps / task.dense
     all_of_them = [
         Model(FULL, lambda steps: at_exits, looped, ()),
         *(_exits(policy, looped) for policy in TRAINED),
         *(_fixed(depth, looped) for depth in task.fixed),
         *(_by_place(task, name, depth, looped) for name, depth in by_place(task).items()),
         Model(layers, lambda steps: at_exits, Shape(1, layers=task.dense), (layers,)),
+        Model(longer, lambda steps: at_exits, Shape(1, layers=task.dense), (longer,), longer=more),
         Model(width, lambda steps: at_exits, Shape(1, dim=wide(task)), (width,)),
         Model(PRIOR, lambda steps: prior, looped, tuple(map(readout_name, READOUTS)), begins=FULL, after=GUIDED.name),
         _at(NEEDED, lambda sample: sample.needed, looped, begins=FULL),

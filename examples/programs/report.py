@@ -54,10 +54,10 @@ right, nats: accuracy and loss of the tokens that count. depth: mean iterations 
 FLOPs per token, gates and head included. mixed: accuracy of the best mixture of two models whose depth is fixed, for
 all tokens or by kind and place, at the same FLOPs; which two is chosen on the judged sequences, in its favour. rank:
 Spearman's correlation of needed and used depth. s: seconds per 1,000 sequences, packed, the best of several rounds in
-turn. All models saw the same batches for the same number of steps. "prior": criteria on a model whose every iteration
-is trained to answer, with thresholds fitted on other sequences to the depth of the guided gates. "by kind and place":
-trained with as many iterations for each token as its kind and its place allow it to need, up to a depth. A difference
-of less than {SEEN:g} standard errors over seeds counts as not seen.
+turn. All models saw the same batches for the same number of steps; "longer": for the FLOPs of full depth. "prior":
+criteria on a model whose every iteration is trained to answer, with thresholds fitted on other sequences to the depth
+of the guided gates. "by kind and place": trained with as many iterations for each token as its kind and its place
+allow it to need, up to a depth. A difference of less than {SEEN:g} standard errors over seeds counts as not seen.
 """.split()
     )
 

@@ -52,7 +52,7 @@ def left(task: Task, unit: str, plan: Plan, store: Store) -> int:
     """Steps of training that a unit has yet to do."""
     if unit == TIMES or store.weights(unit) is not None:
         return 0
-    return sum({1: plan.steps_1, 2: plan.steps_2}[number] for number in models(task)[unit].stages)
+    return sum(models(task)[unit].stages(plan).values())
 
 
 def work(task: Task, seed: int, unit: str, plan: Plan, store: Store) -> Iterator[Now | Row]:
@@ -79,8 +79,7 @@ def _train(task: Task, seed: int, model: Model, plan: Plan, store: Store) -> Ite
         trained.load_state_dict(_there(store, model.begins))
     if model.policy is not None:
         model.policy.attach(trained, model.policy.tau)
-    for number in model.stages:
-        steps = {1: plan.steps_1, 2: plan.steps_2}[number]
+    for number, steps in model.stages(plan).items():
         samples = batches(task, stream(seed, number - 1))
         for done in stage(trained, number, steps, samples, model.objective(steps)):
             yield Now(model.name, *done)
