@@ -11,7 +11,6 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "when-depth-helps.md"
 WORST = 12  # per cent wrong
 GATELESS = ("trained at", "at most")
-HIDDEN = (*GATELESS, "best mixture")  # among the points
 # Of the expressions; the others lie on one another.
 CHOSEN = ("guided gates, early", "3 distinct layers", "prior, KL")
 TEXT = {name: name for name in ("router-shallow", "router", "router-deep")} | {
@@ -55,7 +54,7 @@ def _programs(rows: list[list[str]]) -> str:
     """Those that are nearly always right, and the models whose depth needs no gate."""
     places = {name: (float(cost), 100 - float(right)) for name, right, _, cost, *_ in rows}
     near = {name: place for name, place in places.items() if place[1] < WORST and "needed" not in name}
-    points = {name: place for name, place in near.items() if not name.startswith(HIDDEN)}
+    points = {name: place for name, place in near.items() if not name.startswith(GATELESS)}
     lines = {}
     for start, said in zip(GATELESS, ("one fixed depth each", "at most one depth, by place"), strict=True):
         at = tuple(zip(*(place for name, place in places.items() if name.startswith(start)), strict=True))
