@@ -6,7 +6,6 @@ programs line by line, from caches of two layouts.
 
 import argparse
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from typing import NamedTuple, final
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 import adadepth as ad
 from adadepth.cache.kv_reuse import LayoutName
+from examples.programs.evaluate import Measured
 from examples.programs.model import HEADS, Interpreter, Layer
 from examples.programs.plan import stream
 from examples.programs.policies import GUIDED_EARLY
@@ -22,8 +22,8 @@ from examples.programs.programs import PROGRAMS
 from examples.programs.task import Sample
 from examples.programs.train import Losses, Sampled, at_depth, at_exits, batches, objective_of, stage
 
+from . import single
 from ._measure import machine, write_section
-from .single import LAYOUTS, Changed
 
 SEED = 0
 
@@ -56,12 +56,12 @@ def carrying(model: Interpreter) -> None:
     model.looped.block = Carrying(layer, dim)
     embed = model.embed
     model.embed = lambda ids: F.pad(embed(ids), (0, 2 * dim))  # type: ignore[method-assign]
-    model.head = Changed(model.head, lambda h: h[..., :dim], lambda logits: logits)  # type: ignore[assignment]
+    model.head = single.Changed(model.head, lambda h: h[..., :dim], lambda logits: logits)  # type: ignore[assignment]
 
 
 def by_step(model: Interpreter, sample: Sample, step: int) -> Losses:
     """A depth for the whole batch, from 2 up, drawn anew at each step."""
-    depth = ad.random_depth(torch.tensor([0.0] + [1.0] * (PROGRAMS.steps - 1)), step)
+    depth = single.by_step((len(sample.ids), PROGRAMS.lines), PROGRAMS.steps, step)
     return at_depth(lambda sample: depth)(model, sample, step)
 
 
@@ -87,16 +87,8 @@ WAYS = (
 )
 
 
-class Read(NamedTuple):
-    """The share of lines that are right, nats per line, and mean depth."""
-
-    accuracy: float
-    loss: float
-    depth: float
-
-
 @torch.inference_mode()
-def decoded(model: Interpreter, sample: Sample, layout: LayoutName, depth: int | None) -> Read:
+def decoded(model: Interpreter, sample: Sample, layout: LayoutName, depth: int | None) -> Measured:
     """Programs read line by line, at a depth or with the model's own exits."""
     cache = ad.KVReuseCache(layout)
     lines = [
@@ -104,9 +96,8 @@ def decoded(model: Interpreter, sample: Sample, layout: LayoutName, depth: int |
         for x in model.embed(sample.ids).split(1, 1)
     ]
     logits = model.head(torch.cat(lines, 1))
-    right = (logits.argmax(-1) == sample.values).double().mean().item()
-    loss = F.cross_entropy(logits.flatten(0, 1), sample.values.flatten()).item()
-    return Read(right, loss, cache.depth.double().mean().item())
+    nats = F.cross_entropy(logits.transpose(1, 2), sample.values, reduction="none")
+    return Measured(logits.argmax(-1) == sample.values, nats, cache.depth, sample.counted)
 
 
 def trained(model: Interpreter, number: int, steps: int, objective: Sampled) -> Interpreter:
@@ -118,15 +109,15 @@ def trained(model: Interpreter, number: int, steps: int, objective: Sampled) -> 
 
 def models(steps_1: int, steps_2: int) -> Iterator[tuple[str, Interpreter, tuple[int | None, ...]]]:
     """Each model, trained, with its name and the depths at which it is read; None for its own exits."""
-    gates = Interpreter(PROGRAMS.sizes)
+    done = []
     for way in WAYS:
         torch.manual_seed(SEED)
         model = Interpreter(PROGRAMS.sizes)
         way.change(model)
         trained(model, 1, steps_1, way.objective)
-        if way is WAYS[0]:
-            gates = deepcopy(model)
+        done.append(model)
         yield way.name, model, (2, 4, 6)
+    gates = done[0]  # goes on from full depth
     GUIDED_EARLY.attach(gates, GUIDED_EARLY.tau)
     yield GUIDED_EARLY.name, trained(gates, 2, steps_2, objective_of(GUIDED_EARLY, steps_2)), (None,)
 
@@ -137,9 +128,9 @@ def study(steps_1: int, steps_2: int, count: int) -> list[str]:
     sample = PROGRAMS.draw(count, stream(SEED, 2))
     for name, model, depths in models(steps_1, steps_2):
         for depth in depths:
-            filled, single = (decoded(model, sample, layout, depth) for layout in LAYOUTS)
-            right = f"{filled.accuracy:.2%} | {single.accuracy:.2%}"
-            lines.append(f"| {name} | {filled.depth:.2f} | {right} | {filled.loss:.4f} | {single.loss:.4f} |")
+            filled, newest = (decoded(model, sample, layout, depth) for layout in single.LAYOUTS)
+            right = f"{filled.accuracy:.2%} | {newest.accuracy:.2%}"
+            lines.append(f"| {name} | {filled.mean_depth:.2f} | {right} | {filled.loss:.4f} | {newest.loss:.4f} |")
             print(lines[-1], flush=True)
     return lines
 

@@ -167,7 +167,7 @@ def test_a_quick_run_resumes_and_says_what_it_is(
     monkeypatch.setattr(command, "seconds", None)
     command.main(args)
     again = capsys.readouterr().out.splitlines()
-    assert [line for line in again if line in table] == table
+    assert [line for line in again if line.startswith("  ")] == [line for line in lines if line.startswith("  ")]
     with pytest.raises(SystemExit, match="error: cannot read the text"):
         command.main([*args, "--text", str(tmp_path / "none.txt")])
 
