@@ -129,7 +129,7 @@ notes:  ## the changelog's section of a release: make --silent notes TAG=v0.1.0
 	@$(PYTHON) -m tools.release $(TAG) --notes
 
 # make bench BASE=<commit> ONLY=skip ARGS="--only '4 × 256 | 2'" compares with another commit and writes no file.
-ONLY ?= skip overhead ponder decode $(if $(BASE),,single single_programs serving drafts peers)
+ONLY ?= skip overhead ponder decode $(if $(BASE),,single single_programs loop_contrast serving drafts peers)
 
 bench: $(INSTALLED)  ## all benchmarks, into benchmarks/RESULTS.md; with BASE, the ratio to that commit instead
 	$(if $(filter peers,$(ONLY)),$(INSTALL) -r benchmarks/requirements.txt)

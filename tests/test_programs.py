@@ -1021,7 +1021,8 @@ def test_every_printed_figure_is_that_of_the_rows(capsys: pytest.CaptureFixture[
                 continue
             mean, spread = cell.split(" ±")
             assert number(mean) == pytest.approx(statistics.mean(values), abs=near), name
-            assert number(spread) == pytest.approx(statistics.stdev(values), abs=near), name
+            error = statistics.stdev(values) / len(values) ** 0.5
+            assert number(spread) == pytest.approx(error, abs=near), name
     for name in ROWS:
         means = [statistics.mean(the(float, seed.rows[name].right[i]) for seed in results.values()) for i in range(2)]
         assert rows.pop(0) == [name, *(f"{mean:.0%}" for mean in means), "–"]

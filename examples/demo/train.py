@@ -89,6 +89,13 @@ class Training:
         thousandth = 1000 * (self.step - recipe.first) // max(1, recipe.steps - recipe.first)
         return self._update(data, lambda trace: policy.cost(trace, thousandth))
 
+    def answering(self, data: Tensor) -> Progress:
+        """One step at full depth in which every iteration is trained to answer."""
+        loss = self.every_iteration(self._windows(data))
+        self._descend(loss, schedule(self.step, self.recipe.steps))
+        self.step += 1
+        return Progress(self.step, loss.item(), self.model.shape.steps)
+
     def probe(self, data: Tensor) -> Probed:
         """What each iteration is worth: a copy learns to answer after every iteration, and is looked at."""
         trial = copy.deepcopy(self)

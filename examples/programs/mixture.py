@@ -153,7 +153,7 @@ def study(seed: int, plan: Plan, text: Text, console: Console) -> dict[float, Ro
 
 
 def show(console: Console, seeds: str, results: Sequence[dict[float, Row]]) -> None:
-    """A line for each price, in a table of programs and one of prose: means over seeds, and standard deviations."""
+    """A line for each price, in a table of programs and one of prose: means over seeds, and standard errors."""
     for name, columns in (("programs", OF_PROGRAMS), ("prose", OF_PROSE)):
         out = Table(title=f"{seeds}: {name}", title_justify="left")
         for column in ("price", *columns):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adadepth import viz
 
-from .models import fixed_name
+from .models import by_place, fixed_name
 from .report import COLUMNS, Seed, legend, lines, shared, trained
 from .store import Row
 from .study import SHOWN
@@ -46,12 +46,15 @@ def _verdicts(task: Task, seeds: Sequence[Seed]) -> str:
 
 
 def _frontier(task: Task, seeds: Sequence[Seed]) -> matplotlib.figure.Figure:
-    fixed = [name for name in map(fixed_name, task.fixed) if name in shared(task, seeds)]
-    names = [name for name in shared(task, seeds) if name not in fixed]
-    line = tuple(zip(*(_place(seeds, name) for name in fixed), strict=True))
-    lines = {"each trained at a fixed depth": (line[0], line[1])} if line else {}
-    points = {name: _place(seeds, name) for name in names or fixed}
-    return viz.plot_frontier(points, lines, x="thousand FLOPs per token", y="wrong, %")
+    """Lines through the models whose depth needs no gate, and a point for each of the others."""
+    places = {name: _place(seeds, name) for name in shared(task, seeds)}
+    known = {"each trained at a fixed depth": map(fixed_name, task.fixed), "at most a depth, by place": by_place(task)}
+    points, lines = dict(places), {}
+    for label, names in known.items():
+        if line := [points.pop(name) for name in names if name in points]:
+            costs, wrong = zip(*line, strict=True)
+            lines[label] = (costs, wrong)
+    return viz.plot_frontier(points or places, lines, x="thousand FLOPs per token", y="wrong, %")
 
 
 def _place(seeds: Sequence[Seed], name: str) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
+from ..figures import standard_error
 from .policies import TRAINED
 from .store import Row
 from .study import row_names
@@ -57,7 +58,8 @@ Spearman's correlation of needed and used depth. s: seconds per 1,000 sequences,
 turn. All models saw the same batches for the same number of steps; "longer": for the FLOPs of full depth. "prior":
 criteria on a model whose every iteration is trained to answer, with thresholds fitted on other sequences to the depth
 of the guided gates. "by kind and place": trained with as many iterations for each token as its kind and its place
-allow it to need, up to a depth. A difference of less than {SEEN:g} standard errors over seeds counts as not seen.
+allow it to need, up to a depth. ±: one standard error of the mean over seeds. A difference of less than {SEEN:g}
+standard errors over seeds counts as not seen.
 """.split()
     )
 
@@ -83,7 +85,7 @@ def show(console: Console, task: Task, results: dict[int, Seed], note: str) -> N
     """The table, verdicts and counts of `results`, by seed, and first a note."""
     console.print(note)
     seeds = list(results.values())
-    spread = ": mean, standard deviation" if len(seeds) > 1 else ""
+    spread = ": mean, standard error" if len(seeds) > 1 else ""
     out = _table(f"{task.name}, seeds {', '.join(map(str, results))}{spread}", ["", *COLUMNS])
     for line in lines(task, seeds):
         out.add_row(*line)
@@ -121,12 +123,12 @@ def trained(task: Task, seeds: Sequence[Seed]) -> list[list[Row]]:
 
 
 def figure(values: Sequence[float | None], form: str) -> str:
-    """The mean and, below it, the standard deviation if there is more than one; a dash where there is no number."""
+    """The mean and, below it, its standard error if there are several; a dash where there is no number."""
     there = [value for value in values if value is not None]
     if len(there) < len(values):
         return "–"
     mean = format(statistics.mean(there), form)
-    return mean if len(there) == 1 else f"{mean}\n±{format(statistics.stdev(there), form)}"
+    return mean if len(there) == 1 else f"{mean}\n±{format(standard_error(there), form)}"
 
 
 def right(task: Task, seeds: Sequence[Seed]) -> Table:
