@@ -44,8 +44,25 @@ class ConvergenceGate(Gate):
         return torch.linalg.vector_norm(h - previous, dim=-1) / before
 
 
+class _ReadsPredictions(Gate):
+    """A gate that reads predictions, by a head to which it refers."""
+
+    measures = True
+    reads_step = False
+    head: nn.Module
+    __setattr__ = referring("head")
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def extra_repr(self) -> str:
+        """The head, which is not registered."""
+        return f"head={described(self.head)}"
+
+
 @final
-class KLGate(Gate):
+class KLGate(_ReadsPredictions):
     """How much the last iteration changed the prediction: `KL(p_previous ‖ p)`.
 
     Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
@@ -55,19 +72,6 @@ class KLGate(Gate):
     Source: Geiping et al. 2025, arXiv 2502.05171, zero-shot adaptive compute.
     """
 
-    measures = True
-    reads_step = False
-    head: nn.Module
-    __setattr__ = referring("head")
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def extra_repr(self) -> str:
-        """The head, which is not registered."""
-        return f"head={described(self.head)}"
-
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """The divergence of the new prediction from the one before."""
         del step
@@ -75,7 +79,7 @@ class KLGate(Gate):
 
 
 @final
-class MaxProbGate(Gate):
+class MaxProbGate(_ReadsPredictions):
     """How uncertain the prediction is: `1 - p1`, where p1 is the highest probability.
 
     Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
@@ -85,19 +89,6 @@ class MaxProbGate(Gate):
     Source: Schwartz et al. 2020, arXiv 2004.07453 (confidence as the largest softmax probability).
     """
 
-    measures = True
-    reads_step = False
-    head: nn.Module
-    __setattr__ = referring("head")
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def extra_repr(self) -> str:
-        """The head, which is not registered."""
-        return f"head={described(self.head)}"
-
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """1 minus the highest probability."""
         del previous, step
@@ -105,7 +96,7 @@ class MaxProbGate(Gate):
 
 
 @final
-class MarginGate(Gate):
+class MarginGate(_ReadsPredictions):
     """How close the two highest probabilities are: `1 - (p1 - p2)`.
 
     Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
@@ -115,19 +106,6 @@ class MarginGate(Gate):
     Source: the softmax response of Schuster et al. 2022 (CALM), arXiv 2207.07061.
     """
 
-    measures = True
-    reads_step = False
-    head: nn.Module
-    __setattr__ = referring("head")
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def extra_repr(self) -> str:
-        """The head, which is not registered."""
-        return f"head={described(self.head)}"
-
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """1 minus the margin."""
         del previous, step
@@ -135,7 +113,7 @@ class MarginGate(Gate):
 
 
 @final
-class EntropyGate(Gate):
+class EntropyGate(_ReadsPredictions):
     """The entropy of the prediction: `-Σ p log p`.
 
     Shapes: `h (..., dim)` to `score (...)`, float32 or wider, without gradient.
@@ -144,19 +122,6 @@ class EntropyGate(Gate):
     Raises: `ValueError` if `head` does not map `(n, dim)` to `(n, vocabulary)`.
     Source: Teerapittayanon et al. 2016 (BranchyNet), arXiv 1709.01686.
     """
-
-    measures = True
-    reads_step = False
-    head: nn.Module
-    __setattr__ = referring("head")
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def extra_repr(self) -> str:
-        """The head, which is not registered."""
-        return f"head={described(self.head)}"
 
     def forward(self, h: Hidden, previous: Hidden, step: int) -> Score:
         """The entropy."""
