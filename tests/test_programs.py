@@ -1036,7 +1036,7 @@ def test_every_printed_figure_is_that_of_the_rows(capsys: pytest.CaptureFixture[
 def test_figures_of_one_seed_and_figures_that_are_none() -> None:
     assert report.figure([0.12345], ".2%") == "12.35%"
     assert report.figure([0.5, None], ".3f") == "–"
-    assert report.figure([1.0, 3.0], ".2f") == "2.00\n±1.41"
+    assert report.figure([1.0, 3.0], ".2f") == "2.00\n±1.00"
 
 
 def run_here(job: workers.Job, seeds: Sequence[int], processes: int) -> Said:
