@@ -8,7 +8,8 @@ Source: Loop Contrastive Decoding, arXiv 2609.24196.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -33,69 +34,60 @@ class Result(NamedTuple):
     """Nats per byte of one seed at one depth; with contrast by `weight`, away from the iteration `earlier`."""
 
     alone: float
-    loss: float
+    plain: float
     tempered: float
     contrast: float
     weight: float
     earlier: int
 
 
-def contrasted(each: Tensor, depth: int, earlier: int, weight: float) -> Tensor:
+def contrasted(each: Tensor, depth: int, weight: float, earlier: int) -> Tensor:
     """The logits of iteration `depth`, moved away from those of `earlier`; `each`, `(…, steps, 256)`, has all."""
     last = each[..., depth - 1, :]
     return last + weight * (last - each[..., earlier - 1, :])
 
 
-@torch.inference_mode()
-def logits(model: AdaptiveLM, windows: Tensor) -> Tensor:
-    """Of every iteration, `(n, window, steps, 256)`."""
-    return torch.cat([model(rows[:, :-1], every=True).logits for rows in windows.split(32)])
+def loss(logits: Tensor, targets: Tensor) -> float:
+    """Nats per byte."""
+    return nll(logits, targets).mean().item()
 
 
 def judged(each: Tensor, windows: Tensor, depth: int, alone: float) -> Result:
     """What is best on every other window, judged on the rest."""
-    to_fit, to_judge = ((each[half::2], windows[half::2, 1:]) for half in (0, 1))
-
-    def loss(of: tuple[Tensor, Tensor], earlier: int, weight: float, temperature: float = 1.0) -> float:
-        return nll(contrasted(of[0], depth, earlier, weight) / temperature, of[1]).mean().item()
-
-    weight, earlier = min(
-        ((w, e) for e in range(1, depth) for w in WEIGHTS), key=lambda found: loss(to_fit, found[1], found[0])
-    )
-    temperature = min(TEMPERATURES, key=lambda found: loss(to_fit, 1, 0.0, found))
-    plain, tempered = loss(to_judge, 1, 0.0), loss(to_judge, 1, 0.0, temperature)
-    return Result(alone, plain, tempered, loss(to_judge, earlier, weight), weight, earlier)
+    (fitted, answers), (unseen, others) = ((each[half::2], windows[half::2, 1:]) for half in (0, 1))
+    choices = [(weight, earlier) for earlier in range(1, depth) for weight in WEIGHTS]
+    weight, earlier = min(choices, key=lambda choice: loss(contrasted(fitted, depth, *choice), answers))
+    last = unseen[..., depth - 1, :]
+    temperature = min(TEMPERATURES, key=lambda t: loss(fitted[..., depth - 1, :] / t, answers))
+    contrast = loss(contrasted(unseen, depth, weight, earlier), others)
+    return Result(alone, loss(last, others), loss(last / temperature, others), contrast, weight, earlier)
 
 
-def trained_alone(recipe: Recipe, data: Tensor, seed: int, depth: int) -> AdaptiveLM:
-    """At this depth."""
+def trained(recipe: Recipe, seed: int, step: Callable[[Training], object]) -> AdaptiveLM:
+    """A model after all steps of training."""
     training = Training(Shape(), recipe, seed)
     while training.step < recipe.steps:
-        training.fixed(data, depth)
+        step(training)
     return training.model.eval()
 
 
-def trained_to_answer(recipe: Recipe, data: Tensor, seed: int) -> AdaptiveLM:
-    """After every iteration from the second on."""
-    training = Training(Shape(), recipe, seed)
-    while training.step < recipe.steps:
-        training.answering(data)
-    return training.model.eval()
+def one_seed(text: Text, recipe: Recipe, seed: int, count: int) -> dict[int, Result]:
+    """By depth."""
+    model = trained(recipe, seed, partial(Training.answering, data=text.train))
+    alone = {depth: trained(recipe, seed, partial(Training.fixed, data=text.train, depth=depth)) for depth in DEPTHS}
+    return results(model, alone, even_windows(text.held_out, count, recipe.window))
 
 
 @torch.inference_mode()
-def one_seed(text: Text, recipe: Recipe, seed: int, count: int) -> dict[int, Result]:
-    """By depth."""
-    windows = even_windows(text.held_out, count, recipe.window)
-    with torch.inference_mode(False):
-        alone = {depth: trained_alone(recipe, text.train, seed, depth) for depth in DEPTHS}
-        model = trained_to_answer(recipe, text.train, seed)
-    each, results = logits(model, windows), {}
-    for depth in DEPTHS:
-        rows = windows[1::2]
-        loss = nll(alone[depth](rows[:, :-1], min_depth=depth, max_depth=depth).logits, rows[:, 1:]).mean().item()
-        results[depth] = judged(each, windows, depth, loss)
-    return results
+def results(model: AdaptiveLM, alone: dict[int, AdaptiveLM], windows: Tensor) -> dict[int, Result]:
+    """By depth, of a model whose every iteration answers, and of those that are trained at one depth alone."""
+    each = torch.cat([model(rows[:, :-1], every=True).logits for rows in windows.split(32)])
+    ids, targets = windows[1::2, :-1], windows[1::2, 1:]
+    found = {}
+    for depth, other in alone.items():
+        logits = other(ids, min_depth=depth, max_depth=depth).logits
+        found[depth] = judged(each, windows, depth, loss(logits, targets))
+    return found
 
 
 def head_in_iterations(window: int) -> float:
@@ -117,10 +109,10 @@ def lines(found: Sequence[dict[int, Result]], head: float) -> Iterator[str]:
     for depth in DEPTHS:
         of = [seed[depth] for seed in found]
         cells = [f"{mean(values):.4f}" for values in zip(*(result[:4] for result in of), strict=True)]
-        cells.append(spread([result.loss - result.contrast for result in of], ".4f"))
+        cells.append(spread([result.plain - result.contrast for result in of], ".4f"))
         cells.append("")
         if depth < DEPTHS[-1]:
-            same = [(1 - head) * seed[depth].loss + head * seed[depth + 1].loss for seed in found]
+            same = [(1 - head) * seed[depth].plain + head * seed[depth + 1].plain for seed in found]
             cells[-1] = spread([line - result.contrast for result, line in zip(of, same, strict=True)], ".4f")
         yield f"| {depth} | " + " | ".join(cells) + " |"
 

@@ -17,7 +17,7 @@ def test_the_weight_and_the_iteration_are_found_and_judged_apart() -> None:
     log_p = ((1 + result.weight) * each[..., 2, :] - result.weight * second).double().log_softmax(-1)
     unseen = [-log_p[i, j, drawn[i, j]].item() for i in range(1, 40, 2) for j in range(16)]
     assert result.contrast == pytest.approx(sum(unseen) / len(unseen), abs=1e-5)
-    assert result.contrast < result.tempered <= result.loss
+    assert result.contrast < result.tempered <= result.plain
 
 
 def test_the_head_is_counted_in_iterations() -> None:

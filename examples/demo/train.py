@@ -92,9 +92,7 @@ class Training:
     def answering(self, data: Tensor) -> Progress:
         """One step at full depth in which every iteration is trained to answer."""
         loss = self.every_iteration(self._windows(data))
-        self._descend(loss, schedule(self.step, self.recipe.steps))
-        self.step += 1
-        return Progress(self.step, loss.item(), self.model.shape.steps)
+        return self._advance(loss, loss, self.model.shape.steps)
 
     def probe(self, data: Tensor) -> Probed:
         """What each iteration is worth: a copy learns to answer after every iteration, and is looked at."""
@@ -122,9 +120,14 @@ class Training:
         windows = self._windows(data)
         prediction = self.model(windows[:, :-1], **depths)
         loss = nll(prediction.logits, windows[:, 1:]).mean()
-        self._descend(loss + cost(prediction.trace), schedule(self.step, self.recipe.steps))
+        depth = prediction.trace.depth.double().mean().item()
+        return self._advance(loss + cost(prediction.trace), loss, depth)
+
+    def _advance(self, total: Tensor, loss: Tensor, depth: float) -> Progress:
+        """One step down `total`, of which `loss` is reported."""
+        self._descend(total, schedule(self.step, self.recipe.steps))
         self.step += 1
-        return Progress(self.step, loss.item(), prediction.trace.depth.double().mean().item())
+        return Progress(self.step, loss.item(), depth)
 
     def _windows(self, data: Tensor) -> Tensor:
         return random_windows(data, self.recipe.batch, self.recipe.window, self.generator)
