@@ -96,4 +96,4 @@ has its answer after n iterations, and must run one more before lines that refer
 
 
 PROGRAMS = Programs()
-DEEP = Programs("deep", deepest=11, steps=12, fixed=(4, 6, 8, 12), dense=6, training=(5000, 1500))
+DEEP = Programs("deep", deepest=11, steps=12, fixed=(4, 6, 8, 12), dense=6, training=(5000, 4000))
