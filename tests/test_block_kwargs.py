@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -256,6 +256,70 @@ def test_a_pass_in_which_nothing_runs_is_given_something(shape: tuple[int, int])
     looped = ad.RecurrentWrapper(block, STEPS)
     out = looped(x, mask=torch.zeros(shape, dtype=torch.bool))
     assert out.hidden.shape == x.shape and not out.hidden.any()
+
+
+class Flagged(AdaLN):
+    """Turns round the tokens that are not flagged, and divides by a time."""
+
+    def forward(self, x: Tensor, flag: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.where(~flag.unsqueeze(-1), -x, x) / time, torch.ones(1, 1, DIM))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_passed_keeps_its_dtype_and_its_values_for_exited_tokens(padded: bool) -> None:
+    x, flag, time = torch.randn(3, 5, DIM), torch.rand(3, 5) > 0.5, 1 + torch.rand(3, 5, 1)
+    mask = torch.arange(5) < torch.tensor([[5], [3], [4]]) if padded else None
+    depth, block, got = torch.tensor([[3, 1, 2, 3, 1]]).expand(3, 5), Flagged(), []
+    for skip in (True, False):
+        loop = ad.RecurrentWrapper(block, STEPS, skip=skip)
+        given = {"flag": flag, "time": time.masked_fill(~mask[..., None], 1) if mask is not None else time}
+        loop(x, mask=mask, max_depth=depth, block_kwargs=given).hidden.sin().sum().backward()
+        got.append([p.grad.clone() for p in block.parameters() if p.grad is not None])
+        block.zero_grad()
+    assert all(grad.isfinite().all() for grad in got[1])
+    for packed, dense in zip(*got, strict=True):
+        torch.testing.assert_close(packed, dense, rtol=1e-4, atol=1e-6)
+
+
+class Writes(AdaLN):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        c += 1
+        return super().forward(x, c)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_block_that_writes_into_what_is_passed_is_refused(skip: bool, nested: bool) -> None:
+    class Unpacks(Writes):
+        def forward(self, x: Tensor, given: tuple[Tensor, ...]) -> Tensor:  # type: ignore[override]
+            return super().forward(x, given[0])
+
+    block, c = Unpacks() if nested else Writes(), torch.randn(2, 4, DIM)
+    name, passed = ("given", (c,)) if nested else ("c", c)
+    message = (
+        f"{type(block).__name__} writes into {name}, which is read again later. Make a new tensor, or start with "
+        f"{name} = {name}.clone()."
+    )
+    with torch.no_grad(), pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ad.RecurrentWrapper(block, STEPS, skip=skip)(torch.randn(2, 4, DIM), block_kwargs={name: passed})
+
+
+class Tables(NamedTuple):
+    scale: Tensor
+    shift: Tensor
+
+
+def test_a_named_tuple_reaches_a_block_of_rows_as_one() -> None:
+    class Rotated(AdaLN):
+        def forward(self, x: Tensor, tables: Tables) -> Tensor:  # type: ignore[override]
+            scale, shift = (table.reshape(x.shape) for table in tables)
+            return super().forward(x * scale + shift, torch.ones(1, 1, DIM))
+
+    tables, x, block = Tables(torch.randn(2, 5, DIM), torch.randn(2, 5, DIM)), torch.randn(2, 5, DIM), Rotated()
+    want = ad.RecurrentWrapper(block, STEPS)(x, block_kwargs={"tables": tables}).hidden
+    apart = ad.RecurrentWrapper(ad.RowPerToken(block), STEPS)
+    apart.self_check = False  # a row by itself has no such tables
+    torch.testing.assert_close(apart(x, block_kwargs={"tables": tables}).hidden, want, rtol=1e-4, atol=1e-5)
 
 
 def test_noise_of_each_row_is_read_by_rows() -> None:

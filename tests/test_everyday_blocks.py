@@ -263,3 +263,13 @@ def test_check_block_takes_a_block_as_it_is() -> None:
         ad.check_block(Tables(), DIM, steps=2)
     with pytest.raises(RuntimeError, match="no"):
         ad.check_block(Lone(DIM, True), DIM)
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+def test_a_causal_encoder_by_itself_is_causal(layers: int | None) -> None:
+    layer: Any = nn.TransformerEncoderLayer(DIM, 2, 2 * DIM, dropout=0.0, batch_first=True)
+    encoder = layer if layers is None else nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+    prelude, x = ad.CausalEncoder(encoder).eval(), torch.randn(2, 6, DIM)
+    want = encoder(x, nn.Transformer.generate_square_subsequent_mask(6), is_causal=True)
+    with torch.no_grad():
+        torch.testing.assert_close(prelude(x), want, rtol=1e-4, atol=1e-5)

@@ -331,3 +331,17 @@ def test_what_wraps_a_piece_may_be_assigned_in_its_place() -> None:
     looped.gate, looped.rule, looped.update = None, None, None  # type: ignore[assignment]
     assert isinstance(looped.update, ad.Replace)
     assert looped(X).trace.depth.eq(3).all()
+
+
+class RuleModule(nn.Module):
+    def forward(self, scores: Any, remaining: Any, positions: Any) -> Any:
+        return remaining
+
+
+@pytest.mark.parametrize("between", [False, True])
+def test_a_rule_that_is_a_module_may_be_replaced_by_one_that_is_not(between: bool) -> None:
+    loop, plain, module = ad.RecurrentWrapper(PreNorm(8, True), 2, ad.LinearGate(8)), ad.Threshold(0.5), RuleModule()
+    for rule in (plain, module, *[None] * between, plain, module):
+        loop.rule = rule
+        assert loop.rule is rule
+    assert dict(loop.named_modules())["rule"] is module

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.shapes
 PACKAGE = Path(adadepth.__file__).parent
 # From the bottom up: a room reads those in the lines before its own, and itself.
 ORDER = [
-    {"_called", "_extras", "_given", "_lazy", "_modes", "_references", "_types"},
+    {"_called", "_extras", "_given", "_lazy", "_modes", "_nested", "_references", "_types"},
     {"_vocabulary"},
     {"masks", "depths", "selection", "gates", "rules", "updates", "ranks"},
     {"criteria"},

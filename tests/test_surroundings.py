@@ -6,6 +6,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -317,6 +318,35 @@ def test_threads_do_not_meet(skips: tuple[bool, bool]) -> None:
     assert torch.equal(got[1], want[1])
 
 
+def test_the_first_calls_of_two_threads_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ad.RecurrentWrapper, "self_check", True)
+    layer = nn.TransformerEncoderLayer(DIM, 2, 2 * DIM, dropout=0.0, batch_first=True)
+    for _ in range(10):
+        stack = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        loop = ad.RecurrentWrapper(ad.CausalEncoder(stack), 4, ad.LinearGate(DIM), ad.Threshold(0.5)).eval()
+        x, barrier, errors = rows(torch.float32), threading.Barrier(2, timeout=30), list[Exception]()
+
+        def work(
+            loop: ad.RecurrentWrapper = loop,
+            x: Tensor = x,
+            barrier: threading.Barrier = barrier,
+            errors: list[Exception] = errors,
+        ) -> None:
+            barrier.wait()
+            try:
+                with torch.no_grad():
+                    loop(x, max_depth=torch.tensor([[4], [3], [2]]))
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+
+
 def test_another_thread_s_plain_attention_is_not_caught() -> None:
     barrier, q = threading.Barrier(2, timeout=30), torch.randn(5, 2, 7, 4)
     loop, got = meeting(barrier, skip=True), []
@@ -406,6 +436,57 @@ def test_a_block_that_writes_into_its_input_is_refused_or_given_a_copy(skip: boo
     )
     with torch.inference_mode():
         torch.testing.assert_close(loop(x.clone(), mask=mask).hidden, want, rtol=1e-10, atol=1e-12)
+
+
+def closing(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    remaining[scores[..., -1] < 0.5] = 0
+    return remaining
+
+
+def counting(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    positions += 1
+    return remaining
+
+
+class Centring(ad.Gate):
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        h -= h.mean(-1, keepdim=True)
+        return h[..., 0].sigmoid()
+
+
+class Forgetting(ad.Gate):
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return previous.zero_()[..., 0] + 0.7
+
+
+class Hasty(ad.Update):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> Tensor:
+        return {"x": x, "h": h, "start": start}[self.name].mul_(2.0)
+
+
+WRITING: list[tuple[dict[str, Any], str]] = [
+    ({"rule": closing}, "closing writes into remaining"),
+    ({"rule": counting}, "counting writes into positions"),
+    ({"gate": Centring()}, "Centring writes into h"),
+    ({"gate": Forgetting()}, "Forgetting writes into previous"),
+    *[({"update": Hasty(name)}, f"Hasty writes into {name}") for name in ("x", "h", "start")],
+]
+
+
+@both
+@pytest.mark.parametrize(("pieces", "said"), WRITING)
+def test_a_piece_that_writes_into_its_arguments_is_refused(skip: bool, pieces: dict[str, Any], said: str) -> None:
+    loop, start = looped("attention", skip=skip).eval(), rows()
+    for name, piece in pieces.items():
+        setattr(loop, name, piece)
+    _, _, name = said.rpartition(" ")
+    message = f"{said}, which is read again later. Make a new tensor, or start with {name} = {name}.clone()."
+    with torch.no_grad(), pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        loop(rows(), mask=RAGGED, start=start)
 
 
 @pytest.mark.parametrize(

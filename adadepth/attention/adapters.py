@@ -5,6 +5,7 @@ from typing import Any, final
 from torch import nn
 
 from .._types import Hidden
+from .prepare import prepare
 from .view import TokenView
 
 
@@ -41,6 +42,7 @@ class CausalEncoder(nn.Module):
 
     def __init__(self, encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
         super().__init__()
+        prepare(encoder)  # the fast path would read the mask's values
         self.encoder = encoder
 
     def forward(self, x: Hidden) -> Hidden:

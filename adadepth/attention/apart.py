@@ -1,11 +1,11 @@
 """`RowPerToken`: a wrapper for blocks that take one condition, or one memory, for each row of their batch."""
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, final
 
 from torch import Tensor, nn
 
+from .._nested import each
 from .._types import Hidden
 from .catch import catching, current_view, takes_view
 from .context import active
@@ -57,10 +57,4 @@ class RowPerToken(nn.Module):
 
 def _apart(given: Any, shape: tuple[int, int]) -> Any:
     """`given`, where each tensor, which broadcasts to `shape`, becomes one entry for each token."""
-    if isinstance(given, Tensor):
-        return given.expand(*shape, *given.shape[2:]).flatten(0, 1) if given.dim() else given
-    if isinstance(given, Mapping):
-        return {name: _apart(value, shape) for name, value in given.items()}
-    if isinstance(given, tuple | list):
-        return type(given)([_apart(value, shape) for value in given])
-    return given
+    return each(given, lambda tensor: tensor.expand(*shape, *tensor.shape[2:]).flatten(0, 1))

@@ -166,14 +166,16 @@ class DenseTokens(TokenSet):
 
     def spread(self, rows: Tensor) -> Tensor:
         # A tensor of another shape has one entry for a row or a column, so no entries of padding.
-        return self.rows(rows) if rows.shape[:2] == self.live.shape else rows
+        if self.mask is None or rows.shape[:2] != self.live.shape:
+            return rows
+        return torch.where(_like(self.mask, rows), rows, nothing(rows))
 
     def settle(self, new: Tensor, old: Tensor) -> Tensor:
         # No token reads the state of one that does not run, so its graph is not kept.
         return torch.where(_like(self.live, new), new, old.detach())
 
     def rows(self, tokens: Tensor) -> Tensor:
-        return torch.where(_like(self.live, tokens), tokens, 0)
+        return torch.where(_like(self.live, tokens), tokens, False)  # unlike 0, it leaves bool as it is
 
     def over(self, rows: Tensor, tokens: Tensor) -> Tensor:
         return torch.where(_like(self.live, tokens), tokens, rows)
@@ -321,6 +323,11 @@ class PackedTokens(Packed):
 def chosen(go: Tensor, number: int) -> Tensor:
     """Where the flattened `go` is True, `(number,)` int64; `number` is known to be how often it is True."""
     return torch.nonzero_static(go.flatten(), size=number).squeeze(1)
+
+
+def nothing(given: Tensor) -> float | bool:
+    """A value for what belongs to no token, in a further argument of the block: a block may divide by it."""
+    return 1.0 if given.is_floating_point() else False
 
 
 def _like(live: Tensor, tokens: Tensor) -> Tensor:

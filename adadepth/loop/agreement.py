@@ -64,7 +64,7 @@ def check(looped: Any, case: Case) -> bool:
     """
     try:
         dense, again = case.run(looped, skip=False), case.run(looped, skip=False)
-    except ValueError:
+    except (ValueError, torch.OutOfMemoryError):
         raise
     except Exception:  # a block that runs only on packed tokens cannot be compared
         return False
@@ -197,8 +197,9 @@ def untouched(looped: nn.Module, device: torch.device) -> Iterator[None]:
             yield
         finally:
             for part, attributes, own in parts:
-                part.__dict__.clear()
-                part.__dict__.update(attributes)
+                for name in part.__dict__.keys() - attributes.keys():
+                    del part.__dict__[name]
+                part.__dict__.update(attributes)  # without an instant in which another thread would find none
                 part._buffers.update(own)
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):

@@ -16,6 +16,7 @@ from .blocks import ask_piece, run, view_of
 from .checks import check_result, check_scores
 from .iterations import Ask, AskGate, AskUpdate, Loop
 from .reads import Reads
+from .writes import check_unwritten, watched
 
 
 def answer(loop: Loop, ask: Ask, given: Mapping[str, Any], reads: Reads) -> Any:
@@ -54,7 +55,9 @@ def _score(loop: Loop, ask: AskGate, reads: Reads) -> WeightRows:
 
 def scored(loop: Loop, here: Here | Together, h: Tensor, previous: Tensor, step: int) -> Tensor:
     """The gate's scores of tokens in the state `h (rows, length, dim)`."""
+    arguments = watched({"h": h, "previous": previous})
     score: Tensor = ask_piece(loop.gate, here, h, previous, step)
+    check_unwritten(loop.gate, arguments)
     check_result(loop.gate, "one score per token", h.shape[:-1], score, step)
     return score
 
@@ -63,6 +66,8 @@ def updated(
     loop: Loop, here: Here | Together, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int
 ) -> Tensor:
     """The next input of the tokens that continue, from the update."""
+    arguments = watched({"x": x, "h": h, "start": start})
     new: Tensor = ask_piece(loop.update, here, x, h, start, scores, step)
+    check_unwritten(loop.update, arguments)
     check_result(loop.update, "the next input", x.shape, new, step)
     return new if new.dtype == x.dtype else new.to(x.dtype)

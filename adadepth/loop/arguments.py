@@ -66,20 +66,21 @@ def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
             "state: looped(x).hidden."
         )
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
-        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {got}.")
-    if mask is not None and (mask.shape != x.shape[:2] or mask.dtype != torch.bool):
-        longer = mask.dim() == 2 and mask.shape[1] > x.shape[1]
+        raise ValueError(f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {_shown(x)}.")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.shape == x.shape[:2] and mask.dtype == torch.bool):
+        longer = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > x.shape[1]
         raise ValueError(
             f"mask expected shape (batch, seq) = {tuple(x.shape[:2])} and dtype torch.bool, True for real tokens, got "
-            f"{tuple(mask.shape)} {mask.dtype}."
+            f"{_shown(mask)}."
             + (f" With a cache, pass the mask of the new tokens only: mask[:, -{x.shape[1]}:]." if longer else "")
         )
-    if start is not None and (start.shape != x.shape or start.dtype != x.dtype):
-        raise ValueError(
-            f"start expected the shape and dtype of x, {tuple(x.shape)} {x.dtype}, got {tuple(start.shape)} "
-            f"{start.dtype}."
-        )
+    if start is not None and not (isinstance(start, Tensor) and start.shape == x.shape and start.dtype == x.dtype):
+        raise ValueError(f"start expected the shape and dtype of x, {_shown(x)}, got {_shown(start)}.")
+
+
+def _shown(value: object) -> str:
+    """What was given, in messages."""
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def looks(looped: Any, mask: Tensor | None, min_depth: Depth, max_depth: Depth) -> bool:
@@ -155,16 +156,24 @@ def check_cache(cache: object, looped: nn.Module) -> None:
         raise ValueError(
             f"cache expected an adadepth.KVReuseCache, got {got}. Begin with cache=adadepth.KVReuseCache()."
         )
-    if isinstance(looped.rule, TrainingOnly):
-        raise ValueError(
-            f"The rule {_name(looped.rule.rule)} is for training only: with a cache it gets the new tokens alone and "
-            "would decide differently. Decode with a rule that treats each token on its own, such as "
-            "adadepth.Threshold(tau)."
-        )
+    check_decodes(looped.rule)
     if looped.training and any(isinstance(p, _DropoutNd) and p.p for p in looped.modules()):
         warnings.warn(
             "A cache is used in training mode, with dropout: what it holds is random. Call looped.eval() first.",
             stacklevel=4,
+        )
+
+
+def check_decodes(rule: object) -> None:
+    """Check that a rule may decide about new tokens without the others of their rows.
+
+    Raises: `ValueError`.
+    """
+    if isinstance(rule, TrainingOnly):
+        raise ValueError(
+            f"The rule {_name(rule.rule)} is for training only: with a cache it gets the new tokens alone and "
+            "would decide differently. Decode with a rule that treats each token on its own, such as "
+            "adadepth.Threshold(tau)."
         )
 
 

@@ -1,6 +1,6 @@
 """Runs a block with a view: passes it to a block that takes one; otherwise catches the block's attention calls."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._nested import each
 from ..attention.apart import RowPerToken
 from ..attention.catch import catching, takes_view
 from ..attention.context import Here, Together, Window, active, call_piece
@@ -16,12 +17,13 @@ from ..attention.flex import FlexView
 from ..attention.linked import enter, leave
 from ..attention.packed import PackedView
 from ..attention.prepare import refuse_compiled
-from ..attention.tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens
+from ..attention.tokens import DenseTokens, PackedTokens, TokenSet, WholeTokens, nothing
 from ..attention.view import KV, TokenView
 from ..cache.paged import PagedView
 from ..cache.tokens import CachedTokens, JoinedTokens
 from ..cache.view import CachedView
 from .explain import explain, per_row
+from .writes import check_unwritten, watched
 
 # For each kind of tokens the default view, and the view for `one_call=True`.
 _VIEWS: dict[type[TokenSet], tuple[type[TokenView], type[TokenView]]] = {
@@ -67,6 +69,7 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
     if not taken:
         refuse_compiled(block)
     copied, written = _guarded(x)
+    arguments = watched(given)
     copied = enter(view, block, copied)
     before = active.here
     active.view, active.here, active.block, active.takes_view = view, view.here, block, taken
@@ -89,6 +92,7 @@ def run_block(block: nn.Module, x: Tensor, view: TokenView, given: Mapping[str, 
             f"{type(block).__name__} writes into its input, which the update reads later. Write x = x + ... instead of "
             "x += ..., or start with x = x.clone()."
         )
+    check_unwritten(block, arguments)
     view.close()
     _check_output(block, x, out, view, taken)
     out = out if out.dtype == x.dtype else out.to(x.dtype)
@@ -107,21 +111,9 @@ def ask_piece(piece: Any, here: Here | Together, h: Tensor, *more: Any) -> Any:
         raise
 
 
-def each(given: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`given` with each tensor changed, also in tuples, lists and mappings; a tensor without axes is kept."""
-    if isinstance(given, Tensor):
-        return change(given) if given.dim() else given
-    if isinstance(given, Mapping):
-        return {name: each(value, change) for name, value in given.items()}
-    if isinstance(given, tuple | list):
-        parts = [each(value, change) for value in given]
-        return type(given)(*parts) if hasattr(given, "_fields") else type(given)(parts)
-    return given
-
-
 def _no_token(given: Tensor) -> Tensor:
-    """The argument of the placeholder: zeros for one token."""
-    return given.new_zeros(1, 1, *given.shape[2:])
+    """The argument of the placeholder, one token."""
+    return given.new_full((1, 1, *given.shape[2:]), nothing(given))
 
 
 @contextmanager

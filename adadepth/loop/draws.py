@@ -1,5 +1,6 @@
 """Watches the random numbers that a block draws: whether each token, or each row, gets its own."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, final
@@ -27,6 +28,7 @@ class Draws(TorchDispatchMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.module, self.found, self._inside = module, list[Draw](), list[str]()
+        self._thread = threading.get_ident()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and record what it drew."""
@@ -43,7 +45,7 @@ class Draws(TorchDispatchMode):
         handles = []
         for name, part in self.module.named_modules():
             label = labelled(name, part)
-            handles.append(part.register_forward_pre_hook(lambda *_, label=label: self._inside.append(label)))
+            handles.append(part.register_forward_pre_hook(lambda *_, label=label: self._enter(label)))
             handles.append(part.register_forward_hook(lambda *_: self._leave(), always_call=True))
         try:
             with self:
@@ -52,8 +54,13 @@ class Draws(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
+    def _enter(self, label: str) -> None:
+        if threading.get_ident() == self._thread:  # another one may run the same modules
+            self._inside.append(label)
+
     def _leave(self) -> None:
-        self._inside.pop()
+        if threading.get_ident() == self._thread:
+            self._inside.pop()
 
 
 def labelled(name: str, part: nn.Module) -> str:

@@ -18,6 +18,7 @@ from ..updates import Update
 from .bounds import Bounds
 from .checks import check_result
 from .recorder import Recorder
+from .writes import check_unwritten, watched
 
 
 @runtime_checkable
@@ -129,7 +130,9 @@ def _continuing(
     """The weight of each token that continues after iteration `step`."""
     continuing = remaining
     if rule is not None and not bounds.forced(step):
+        arguments = watched({"remaining": remaining, "positions": tokens.positions})
         continuing = rule(history, remaining, tokens.positions)
+        check_unwritten(rule, arguments)
         check_result(rule, "how much of each token continues", remaining.shape, continuing, step)
     return bounds.clamp(continuing, remaining, step)
 

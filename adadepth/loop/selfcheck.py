@@ -1,5 +1,6 @@
 """The self check: a wrapper compares packed and dense execution when it first skips tokens."""
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,14 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._nested import each
 from ..attention.context import Window
 from ..attention.tokens import TokenSet, WholeTokens
 from .agreement import Case, check_some_mode, untouched
-from .blocks import each
 from .eager import in_eager
 from .whole_rows import check_whole_rows
 
 ROWS, TOKENS = 4, 64  # the most that a self check runs on
+
+_one_at_a_time = threading.RLock()  # a check switches off dropout in modules that other threads may check too
 
 
 def due(looped: Any, tokens: TokenSet, x: Tensor) -> bool:
@@ -42,7 +45,7 @@ def check_itself(looped: Any, x: Tensor, mask: Tensor | None, more: Mapping[str,
     if not bool(case.mask.any()):
         return
     try:
-        with in_eager(), untouched(looped, x.device):
+        with _one_at_a_time, in_eager(), untouched(looped, x.device):
             check_some_mode(looped, case)
             check_whole_rows(looped, case)
     except ValueError as error:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .._modes import evaluating
+from .._nested import each
 from ..attention.adapters import Pointwise
 from ..attention.apart import RowPerToken
 from ..attention.catch import current_view
 from ..attention.dispatch import uncaught
 from ..updates import Replace
 from .agreement import EXACT, Case, coarsest, off
-from .blocks import each
 
 
 def check_whole_rows(looped: Any, case: Case) -> None:

@@ -105,6 +105,8 @@ class RecurrentWrapper(Called, nn.Module):
         if name in PARTS:
             value = check_part(name, value)
             self.__dict__["_checked"] = frozenset()
+            if not isinstance(value, nn.Module | None):
+                self._modules.pop(name, None)  # torch does not replace a module by anything else
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:

@@ -7,8 +7,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from .._nested import each
 from ..cache.tokens import CachedTokens
-from ..loop.blocks import each
 from ..loop.bounds import Bounds
 from ..loop.iterations import Ask, AskBlock, Only, answered, iterations
 from ..loop.recorder import Recorder

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .._modes import evaluating
+from .._nested import each
 from .._types import HiddenRows, MaskRows
 from ..cache.kv_reuse import KVReuseCache
 from ..loop.agreement import EXACT, Case, altered, check_some_mode, coarsest, off, untouched
-from ..loop.blocks import each
 from ..loop.selfcheck import mixed, shortened
 from ..loop.whole_rows import check_whole_rows
 from ..loop.wrapper import RecurrentWrapper
