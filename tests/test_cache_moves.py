@@ -291,3 +291,20 @@ def test_a_cache_goes_where_its_loop_goes(layout: LayoutName) -> None:
     assert twin.to("cpu").lengths.tolist() == [2, 2]
     torch.testing.assert_close(got.hidden.cpu(), want.hidden, rtol=1e-10, atol=1e-12)
     assert torch.equal(got.trace.live.cpu(), want.trace.live)
+
+
+COPIES: dict[str, Callable[[ad.KVReuseCache], ad.KVReuseCache]] = {
+    "copied": copy.deepcopy,
+    "pickled": lambda cache: pickle.loads(pickle.dumps(cache)),
+    "moved": lambda cache: copy.deepcopy(cache).to("cpu"),
+}
+
+
+@layouts
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_that_was_made_in_inference_mode_serves_outside_it(layout: LayoutName, how: str) -> None:
+    loop, x, cache = looped("attention").eval(), rows(2, 5), ad.KVReuseCache(layout, capacity=8)
+    with torch.inference_mode():
+        loop(x[:, :4], cache=cache)
+        other = COPIES[how](cache)
+    assert_equal_outputs(loop(x[:, 4:], cache=other), loop(x[:, 4:], cache=cache))

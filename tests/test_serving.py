@@ -234,6 +234,79 @@ def test_a_call_whose_block_fails_may_be_made_again() -> None:
         assert_alone(loop, x[row : row + 1], got[row])
 
 
+class LastFails(nn.Module):
+    """Fails once, in its second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.fails = nn.ModuleList(looped("attention").block for _ in range(2)), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers
+        x = first(x)
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("out of luck")
+        out: Tensor = second(x)
+        return out
+
+
+def test_the_first_call_may_be_made_again() -> None:
+    loop, x = looped("attention"), x_of(1, 3)
+    loop.block, loop.self_check = LastFails(), False
+    batch = batch_of(loop)
+    batch.begin([0], x)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        batch.call()
+    assert_alone(loop, x, left(batch)[0])
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_row_may_begin_twice_before_the_first_call(waits: bool) -> None:
+    loop, x = looped("attention"), x_of(1, 5)
+    batch, wait = batch_of(loop), {(0, 0)}
+    batch.begin([0], x[:, :1])
+    if waits:
+        assert batch.call(wait) == []
+    batch.begin([0], x[:, 1:])
+    if waits:
+        assert batch.call({(0, 0), (0, 1)}) == []
+    got = dict[int, Ran]()
+    while batch.room < batch.width:
+        got |= {one.position: one for one in batch.call() if isinstance(one, Ran) and one.left}
+    want = loop(x).hidden[0]
+    torch.testing.assert_close(torch.cat([got[0].hidden, got[1].hidden]), want, rtol=1e-10, atol=1e-12)
+
+
+class FailingUpdate(Counting, ad.Update):
+    """The same as an update."""
+
+
+def test_an_update_that_fails_loses_no_result() -> None:
+    loop, x = looped("attention"), x_of(2, 3)
+    loop.update = FailingUpdate(loop.update)
+    batch, most = batch_of(loop), torch.tensor([[1], [4]])
+    batch.begin([0, 1], x, max_depth=most)
+    loop.update.fails = True
+    with pytest.raises(RuntimeError, match="out of luck"):
+        batch.call()
+    got = left(batch)
+    for row in (0, 1):
+        assert_alone(loop, x[row : row + 1], got[row], max_depth=most[row : row + 1])
+
+
+def test_the_self_check_is_made_once_whatever_rules_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ad.RecurrentWrapper, "self_check", True)
+    loop, calls = looped("attention"), list[int]()
+    loop.block.register_forward_hook(lambda *_: calls.append(1))
+    batch, after = batch_of(loop), list[int]()
+    for row in range(3):
+        batch.begin([row], x_of(1, 3), rule=ad.Threshold(0.1 * row))
+        after.append(len(calls))
+    assert after[0] > 0
+    assert after == after[:1] * 3
+
+
 @pytest.mark.shapes
 def test_a_request_may_be_given_up_at_any_time() -> None:
     loop, x = looped("attention"), x_of(3, 3)
@@ -343,6 +416,30 @@ def test_a_token_that_is_no_number_reaches_no_other(layout: LayoutName, gated: b
     torch.testing.assert_close(ran.hidden, loop(x[:1, :7]).hidden[0, 6:], rtol=1e-10, atol=1e-12)
 
 
+TRAINING_ONLY = (
+    "The rule best_half is for training only: with a cache it gets the new tokens alone and would decide differently. "
+    "Decode with a rule that treats each token on its own, such as adadepth.Threshold(tau)."
+)
+
+
+def best_half(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    latest = scores[..., -1]
+    return torch.where(latest >= latest.median(-1, keepdim=True).values, remaining, 0)
+
+
+def only_trained() -> ad.RecurrentWrapper:
+    loop = looped("attention")
+    loop.rule = ad.TrainingOnly(best_half)
+    return loop
+
+
+def prompted() -> DepthBatch:
+    batch = batch_of(looped("attention"))
+    batch.begin([0], x_of(1, 5), min_depth=4)
+    batch.call()
+    return batch
+
+
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "a cache without a capacity": (
         lambda: DepthBatch(looped("attention").eval(), ad.KVReuseCache(), 2, 2),
@@ -376,6 +473,21 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: overtaking().call({(0, 0)}),
         "The token at position 1 of row 0 attends to the one at 0, which must wait at depth 1, so its keys and values "
         "are missing. Let both wait, or neither.",
+    ),
+    "a loop for training only": (lambda: batch_of(only_trained()).begin([0], x_of(1, 3)), TRAINING_ONLY),
+    "a rule for training only": (
+        lambda: batch_of(looped("attention")).begin([0], x_of(1, 3), rule=ad.TrainingOnly(best_half)),
+        TRAINING_ONLY,
+    ),
+    "what is no rule": (
+        lambda: batch_of(looped("attention")).begin([0], x_of(1, 3), rule="x"),  # type: ignore[arg-type]
+        "RecurrentWrapper expected rule to be a function or a callable object, got str. The order is block, steps, "
+        "gate, rule, update.",
+    ),
+    "half of a prompt": (
+        lambda: prompted().drop(0, 3),
+        "drop expected a position at which tokens of row 0 began, got 3: the 5 tokens from position 0 on began "
+        "together, and some of them still run. Drop all of them, or wait until they have exited.",
     ),
     "a row that is too long": (
         lambda: batch_of(looped("attention")).begin([0], x_of(1, 9)),

@@ -69,9 +69,16 @@ class KVReuseCache:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_owner": None}  # which wrapper filled it can be told in one process only
 
+    def __setstate__(self, state: dict[str, object]) -> None:
+        if torch.is_inference_mode_enabled():  # tensors that are loaded there could be written only there
+            with torch.inference_mode(False):
+                state = copy.deepcopy(state)
+        self.__dict__.update(state)
+
     def __deepcopy__(self, memo: dict[int, object]) -> "KVReuseCache":
         new = copy.copy(self)
-        new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
+        with torch.inference_mode(False):
+            new.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         new._owner = self._owner
         return new
 
@@ -145,9 +152,10 @@ class KVReuseCache:
 
     def to(self, device: torch.device | str) -> "KVReuseCache":
         """Move the keys and values to a device; returns the same cache."""
-        self._depth = self._depth.to(device)
-        if self._entries is not None:
-            self._entries.to(device)
+        with torch.inference_mode(False):
+            self._depth = self._depth.to(device)
+            if self._entries is not None:
+                self._entries.to(device)
         return self
 
     @contextmanager

@@ -39,6 +39,7 @@ class Layout(ABC):
     """
 
     capacity: int
+    complete: int | None = None  # the attention calls of the block; None before it has run once without an error
 
     def rounded(self, capacity: int) -> int:
         """The capacity that rows get if they need `capacity` slots."""

@@ -50,11 +50,12 @@ class CachedView(TokenView):
         else:
             self.parts = [(step, tokens)]
         self.entries = self.parts[0][1].held.entries
-        self.expected = self.entries.calls or (0 if self._begun() else None)
+        self.expected = self.entries.complete
 
-    def _begun(self) -> bool:
-        """Whether a row already holds tokens; if the cache then has no entries, the block calls no attention."""
-        return any(span.before for _, part in self.parts for span in part.held.spans)
+    def close(self) -> None:
+        """The same; later passes must then make as many calls."""
+        super().close()
+        self.entries.complete = self.calls
 
     def _merge(self, k: Tensor, v: Tensor) -> KV:
         if self.calls == 0:

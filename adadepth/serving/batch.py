@@ -17,10 +17,10 @@ from ..cache.kv_reuse import KVReuseCache
 from ..cache.tokens import JoinedTokens
 from ..loop.agreement import altered
 from ..loop.answers import scored, updated
-from ..loop.arguments import check_given, check_rows
+from ..loop.arguments import check_decodes, check_given, check_rows
 from ..loop.blocks import run_block, view_of
 from ..loop.bounds import Bounds, Depth
-from ..loop.checks import check_any_row, check_scores, check_together
+from ..loop.checks import check_any_row, check_part, check_scores, check_together
 from ..loop.iterations import AskBlock, AskGate, AskUpdate
 from ..loop.selfcheck import check_itself, due
 from ..loop.wrapper import RecurrentWrapper
@@ -136,8 +136,8 @@ class DepthBatch:
         bounds = Bounds.of(self.looped.steps, min_depth, max_depth, shape, x.device)
         loop = self._loop_with(rule)
         tokens = self.cache.behind(x, mask, {row: self.length(row) for row in rows})
-        if due(loop, tokens, x):
-            check_itself(loop, x, mask, {"start": start, "block_kwargs": given})
+        if due(self.looped, tokens, x):
+            check_itself(self.looped, x, mask, {"start": start, "block_kwargs": given})
         run = Pass(loop, x, tokens, start, bounds, given)
         self._passes.append(run)
         for chunk in run.chunks:
@@ -155,16 +155,17 @@ class DepthBatch:
 
         Returns: the results. Tokens of one row that began together are returned once all of them have exited; a
             single token is returned after each iteration.
-        Raises: what the block raises, and `ValueError` for tokens that cannot wait. Nothing has changed then, and you
-            may call again.
+        Raises: what the block, the gate or the update raises, and `ValueError` for tokens that cannot wait. No token
+            is lost then, and you may call again.
         """
         for run in self._passes:
             run.apply_drops()
         self._answer_blocks(self._to_run(wait))
         failed = self._answer_gates(self._requests(AskGate))
         continuing = self._requests(AskUpdate)
-        ran = [*self._exits(), *_continuing(continuing)]
+        ran = [*_continuing(continuing)]
         self._answer_updates(continuing)
+        ran = [*self._exits(), *ran]  # after all that may raise, because each exit is returned once
         for run in self._passes:
             if run.error is not None:
                 _record_failure(failed, [run.chunks[index] for index in run.active], run.error)
@@ -175,8 +176,18 @@ class DepthBatch:
         return [*failed.values(), *ran]
 
     def drop(self, row: int, position: int) -> None:
-        """Forget the tokens of a row from `position` on. They stop, and the row's next token gets this position."""
+        """Forget the tokens of a row from `position` on. They stop, and the row's next token gets this position.
+
+        Raises: `ValueError` if tokens that began together would be parted, and they have not all exited.
+        """
         chunks, end = self._chunks[row], self.length(row)
+        for chunk in chunks:
+            if chunk.position < position < chunk.position + chunk.tokens:
+                raise ValueError(
+                    f"drop expected a position at which tokens of row {row} began, got {position}: the {chunk.tokens} "
+                    f"tokens from position {chunk.position} on began together, and some of them still run. Drop all "
+                    "of them, or wait until they have exited."
+                )
         while chunks and chunks[-1].position + chunks[-1].tokens > position:
             chunk = chunks.pop()
             self._exited.pop(chunk, None)
@@ -188,10 +199,15 @@ class DepthBatch:
         self.drop(row, 0)
 
     def _loop_with(self, rule: Rule | None) -> RecurrentWrapper:
-        """The loop, with another rule if one is given. The loop's own rule is checked once: it must accept any row."""
+        """The loop, with another rule if one is given. The loop's own rule is checked once: it must accept any row.
+
+        Raises: `ValueError` for a rule that cannot decide about single tokens, or that is no rule.
+        """
         if rule is not None:
-            loop: RecurrentWrapper = altered(self.looped, rule=rule)
+            check_decodes(rule)
+            loop: RecurrentWrapper = altered(self.looped, rule=check_part("rule", rule))
             return loop
+        check_decodes(self.looped.rule)
         if self.looped.rule is not None and self.looped.rule is not self._checked:
             check_any_row(self.looped.rule, "how much of each token continues, for any row", self.cache.depth.device)
             self._checked = self.looped.rule
