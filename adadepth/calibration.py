@@ -49,6 +49,14 @@ class Calibration(NamedTuple):
 
 
 @final
+class Run(NamedTuple):
+    """What the loop did with a batch: its trace, and the depth that each token had to reach, whatever the rule says."""
+
+    trace: Trace
+    least: Tensor
+
+
+@final
 class Goal(NamedTuple):
     """What the caller wants: an argument's name and value, its mean depth, and the function from a depth to it."""
 
@@ -126,15 +134,15 @@ def fit(
             "calibrate expected at least 2 batches, because it measures the result on every second one, got "
             f"{len(batches)}. Split the data into more batches."
         )
-    with _measuring(model, looped) as traces:
-        full = traces(None, batches[::2])
+    with _measuring(model, looped) as runs:
+        full = runs(None, batches[::2])
         taus = _thresholds(full)
         wanted = _within(goal, sorted(_predict(rule(float(tau)), full) for tau in (taus[0], taus[-1])))
         tau, depth = search(
             wanted,
             taus,
             predict=lambda tau: _predict(rule(tau), full),
-            measure=lambda tau: _mean(trace.depth for trace in traces(rule(tau), batches[::2])),
+            measure=lambda tau: _mean(run.trace.depth for run in runs(rule(tau), batches[::2])),
         )
         if abs(depth - wanted) > _FAR * wanted:
             warnings.warn(
@@ -142,7 +150,7 @@ def fit(
                 "because many tokens have the same scores and exit together. Train the gate, or choose that value.",
                 stacklevel=3,
             )
-        unseen = _mean(trace.depth for trace in traces(rule(tau), batches[1::2]))
+        unseen = _mean(run.trace.depth for run in runs(rule(tau), batches[1::2]))
     return Calibration(rule(tau), tau, depth, unseen)
 
 
@@ -201,10 +209,10 @@ def _neighbours(taus: Tensor, predict: Callable[[float], float], depth: float) -
     return sorted(pairs, key=lambda pair: abs(pair[0] - depth))
 
 
-def _thresholds(full: list[Trace]) -> Tensor:
+def _thresholds(full: list[Run]) -> Tensor:
     """All thresholds that give different exits, ascending: between neighbouring scores or products, and beyond them."""
-    seen = [torch.zeros(1)]
-    for trace in full:
+    seen = [torch.zeros(1, device="cpu")]
+    for trace, _ in full:
         live = trace.live[..., :-1]
         seen += [trace.scores[live].cpu(), trace.scores.cumprod(-1)[live].cpu()]
     values = torch.cat(seen).double()
@@ -212,17 +220,19 @@ def _thresholds(full: list[Trace]) -> Tensor:
     return torch.cat([values[:1] - 1, (values[1:] + values[:-1]) / 2, values[-1:] + 1])
 
 
-def _predict(rule: Rule, full: list[Trace]) -> float:
+def _predict(rule: Rule, full: list[Run]) -> float:
     """The mean depth by `rule` if no score depended on which tokens have exited."""
-    return _mean(_apply(rule, trace) for trace in full)
+    return _mean(_apply(rule, *run) for run in full)
 
 
-def _apply(rule: Rule, full: Trace) -> Tensor:
+def _apply(rule: Rule, full: Trace, least: Tensor) -> Tensor:
     mask = full.live[..., 0]
     positions = places(mask)
     remaining, depth = mask.to(full.scores.dtype), mask.long()
     for seen in range(1, full.scores.shape[-1] + 1):
-        remaining = torch.minimum(rule(full.scores[..., :seen], remaining, positions), remaining)
+        continuing = torch.minimum(rule(full.scores[..., :seen], remaining, positions), remaining)
+        continuing = torch.where(seen < least, remaining, continuing)
+        remaining = torch.where(full.live[..., seen], continuing, 0)  # a depth from outside may end it
         depth = depth + (remaining > 0)
     return depth
 
@@ -259,25 +269,26 @@ def _moved(value: Any, device: torch.device | None) -> Any:
 
 
 @contextmanager
-def _measuring(model: nn.Module, looped: RecurrentWrapper) -> Iterator[Callable[[Rule | None, list[Any]], list[Trace]]]:
-    """Yields what runs batches by a rule and returns the loop's traces; all is as before at the end."""
-    before, seen = looped.rule, []
+def _measuring(model: nn.Module, looped: RecurrentWrapper) -> Iterator[Callable[[Rule | None, list[Any]], list[Run]]]:
+    """Yields what runs batches by a rule and returns what the loop did; all is as before at the end."""
+    before, seen = looped.rule, list[Run]()
 
-    def note(module: nn.Module, given: Any, out: Output) -> None:
-        del module, given
-        seen.append(out.trace)
+    def note(module: nn.Module, args: Any, given: Mapping[str, Any], out: Output) -> None:
+        del module, args
+        least = given.get("min_depth")
+        seen.append(Run(out.trace, torch.as_tensor(1 if least is None else least, device=out.hidden.device)))
 
-    def traces(rule: Rule | None, batches: list[Any]) -> list[Trace]:
+    def runs(rule: Rule | None, batches: list[Any]) -> list[Run]:
         looped.rule = rule
         seen.clear()
         for by_place, by_name in batches:
             model(*by_place, **by_name)
         return [*seen]
 
-    hook = looped.register_forward_hook(note)
+    hook = looped.register_forward_hook(note, with_kwargs=True)
     try:
         with evaluating(model):
-            yield traces
+            yield runs
     finally:
         hook.remove()
         looped.rule = before

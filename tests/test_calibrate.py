@@ -1,5 +1,6 @@
 """`calibrate`: from a wanted mean depth to a threshold, for any gate, and what it refuses."""
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -90,6 +91,28 @@ def test_reaches_the_depth_that_is_asked_for(name: str, rule: Callable[[float], 
         assert found.depth == pytest.approx(mean_depth(loop, found.rule, data[::2]))
         assert found.unseen_depth == pytest.approx(mean_depth(loop, found.rule, data[1::2]))
         assert found.unseen_depth == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["min_depth", "max_depth"])
+@pytest.mark.parametrize("each", [False, True])
+def test_depths_in_the_data_bound_what_can_be_reached(name: str, each: bool) -> None:
+    loop, data = make_loop(learned()), text()
+    bound: int | Tensor = torch.tensor([[2], [3]] * 4) if each else 3
+    ends = {"min_depth": (2.5 if each else 3.0, 4.0), "max_depth": (1.0, 2.5 if each else 3.0)}[name]
+    data = [{**batch, "mask": torch.ones(8, 32, dtype=torch.bool), name: bound} for batch in data]
+    for wanted in ends:
+        assert ad.calibrate(loop, data, wanted).depth == pytest.approx(wanted)
+    middle = sum(ends) / 2
+    assert ad.calibrate(loop, data, middle).depth == pytest.approx(middle, rel=0.02)
+    for outside in (ends[0] - 0.1, ends[1] + 0.1):
+        with pytest.raises(ad.OutOfReach, match=re.escape(f"from {ends[0]:.4g}, where")):
+            ad.calibrate(loop, data, outside)
+
+
+def test_another_default_device_changes_nothing() -> None:
+    loop, data = make_loop(learned()), text()
+    with torch.device("meta"):
+        assert ad.calibrate(loop, data, 2.5).depth == pytest.approx(2.5, rel=0.02)
 
 
 def test_the_ends_can_be_reached() -> None:

@@ -129,6 +129,24 @@ def test_the_trainer_keeps_the_positions_of_packed_texts(tmp_path: Path) -> None
     assert near(torch.from_numpy(predicted[0]), torch.cat(apart))
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_smoothed_labels_are_the_next_tokens(tmp_path: Path, lora: bool) -> None:
+    pytest.importorskip("accelerate")
+    model = spread("llama", None, torch.float32).eval()
+    if lora:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2))
+    arguments = transformers.TrainingArguments(
+        tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    given = {"input_ids": IDS, "attention_mask": MASK, "labels": LABELS}
+    with torch.no_grad():
+        logits = model(input_ids=IDS, attention_mask=MASK).logits
+        got = transformers.Trainer(model, arguments).compute_loss(model, given)
+    want = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_lora_trains_and_is_saved(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(

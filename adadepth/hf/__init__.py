@@ -5,6 +5,7 @@ from .._extras import need
 need("transformers", "hf")
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 from .backbone import AdaptiveBackboneOutput as AdaptiveBackboneOutput  # noqa: E402
 from .cache import AdaptiveCache as AdaptiveCache  # noqa: E402
@@ -24,3 +25,5 @@ from .traces import traces as traces  # noqa: E402
 
 AutoConfig.register(AdaptiveConfig.model_type, AdaptiveConfig, exist_ok=True)
 AutoModelForCausalLM.register(AdaptiveConfig, AdaptiveForCausalLM, exist_ok=True)
+# By this table a `Trainer` with label smoothing knows that labels are the next tokens.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[AdaptiveConfig.model_type] = AdaptiveForCausalLM.__name__
