@@ -4,10 +4,9 @@ A FLOP is a multiplication or an addition in a matrix product; nothing else coun
 pass; training costs about three times as much.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from jaxtyping import Bool
@@ -17,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import _vocabulary as _vocabulary  # defines the operator whose formula stands below
 from ._given import named
 from ._modes import evaluating
+from ._nested import each
 from .loop.eager import in_eager
 from .loop.wrapper import RecurrentWrapper
 
@@ -79,7 +79,11 @@ class TokenFlops:
 
     @classmethod
     def measure(
-        cls, looped: RecurrentWrapper, dim: int, once: Sequence[Callable[[Tensor], object]] = ()
+        cls,
+        looped: RecurrentWrapper,
+        dim: int,
+        once: Sequence[Callable[[Tensor], object]] = (),
+        block_kwargs: Mapping[str, Any] | None = None,
     ) -> "TokenFlops":
         """Count the FLOPs of each piece on a few random tokens.
 
@@ -87,7 +91,8 @@ class TokenFlops:
         Triton kernels or compiled parts of the block, count as 0.
 
         Arguments: `looped`, the wrapper; `dim`, the width of its input; `once`, parts that run once for every token,
-        such as a prelude, a coda or a head. They are called with `(1, n, dim)`.
+        such as a prelude, a coda or a head. They are called with `(1, n, dim)`; `block_kwargs`, the block's further
+        arguments, with tensors `(1, 1, ...)` for a single token.
         Raises: `ValueError` if `looped` is no `RecurrentWrapper`.
         """
         if not isinstance(looped, RecurrentWrapper):
@@ -101,7 +106,7 @@ class TokenFlops:
         x, n, steps = tokens[0], LENGTHS[0], range(looped.steps - 1)
         gate, update = looped.gate, looped.update
         with evaluating(*modules):
-            block = _per_token(partial(looped, max_depth=1), tokens)
+            block = _per_token(lambda x: looped(x, max_depth=1, block_kwargs=_for_each(x, block_kwargs)), tokens)
             parts = [_per_token(part, tokens) for part in once]
             gates = [0.0 if gate is None else _count(gate, x, x, step) / n for step in steps]
             updates = [_count(update, x, x, x, x.new_ones(1, n, step + 1), step) / n for step in steps]
@@ -153,6 +158,11 @@ def _per_token(part: Callable[[Tensor], object], tokens: Sequence[Tensor]) -> Co
     (n, more), (few, many) = LENGTHS, [_count(part, x) for x in tokens]
     pair = (many - few * more / n) / (more**2 - n * more)
     return Cost(few / n - pair * n, pair)
+
+
+def _for_each(x: Tensor, given: Any) -> Any:
+    """The block's further arguments, of a single token, for each token of `x (1, n, dim)`."""
+    return each(given, lambda tensor: tensor.expand(1, x.shape[1], *tensor.shape[2:]))
 
 
 def _count(run: Callable[..., object], *args: object) -> float:

@@ -173,6 +173,10 @@ ERRORS: dict[str, tuple[Callable[[ad.KVReuseCache], object], str]] = {
         lambda cache: cache.reorder(torch.tensor([True, False, True])),
         "reorder expected row numbers of shape (new_batch,), integers, got (3,) torch.bool.",
     ),
+    "reorder with a list": (
+        lambda cache: cache.reorder([1, 0]),  # type: ignore[arg-type]
+        "reorder expected row numbers of shape (new_batch,), integers, got list.",
+    ),
     "reorder beyond": (
         lambda cache: cache.reorder(torch.tensor([0, 3])),
         "reorder expected numbers of the 3 rows that are held, from 0, got [0, 3].",
@@ -216,6 +220,10 @@ NEW: dict[str, tuple[Callable[[], object], str]] = {
     "capacity": (
         lambda: ad.KVReuseCache(capacity=0),
         "KVReuseCache needs capacity >= 1, or None to grow, got capacity=0.",
+    ),
+    "a capacity that is no number": (
+        lambda: ad.KVReuseCache(capacity="8"),  # type: ignore[arg-type]
+        "KVReuseCache needs capacity >= 1, or None to grow, got capacity='8'.",
     ),
     "reorder": (
         lambda: ad.KVReuseCache().reorder(torch.tensor([0])),

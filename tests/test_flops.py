@@ -115,6 +115,20 @@ def test_a_loop_without_weights_of_its_own_is_measured_as_the_head_is() -> None:
     assert cost.block == Cost(2 * DIM**2) and cost.once == Cost(2 * DIM * 7)
 
 
+def test_a_block_is_measured_with_what_it_needs() -> None:
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.modulation = nn.Linear(DIM, DIM), nn.Linear(7, DIM)
+
+        def forward(self, x: torch.Tensor, c: tuple[torch.Tensor, float]) -> torch.Tensor:
+            return self.linear(x) + c[1] * self.modulation(c[0])
+
+    model = ad.RecurrentWrapper(ad.Pointwise(Conditioned()), STEPS)
+    cost = ad.TokenFlops.measure(model, DIM, block_kwargs={"c": (torch.randn(1, 1, 7), 2.0)})
+    assert cost.block == Cost(2 * DIM**2 + 2 * 7 * DIM)
+
+
 FOUR = ad.TokenFlops(Cost(1.0), (0.0,) * 3, (0.0,) * 3)
 TRACE = ad.Trace(torch.ones(1, 2, 4, dtype=torch.bool), torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {

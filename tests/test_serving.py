@@ -446,6 +446,11 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "Expected a new KVReuseCache with a capacity, the most tokens that a row may hold, got no capacity. Pass "
         "one, such as adadepth.KVReuseCache(layout='filled', capacity=2048).",
     ),
+    "no loop": (
+        lambda: DepthBatch(None, ad.KVReuseCache, 2, 2),  # type: ignore[arg-type]
+        "DepthBatch expected a RecurrentWrapper and a KVReuseCache, got None and the class KVReuseCache. Call it as "
+        "DepthBatch(looped, adadepth.KVReuseCache(capacity=2048), rows=8, width=8).",
+    ),
     "a training loop": (
         lambda: DepthBatch(looped("attention"), ad.KVReuseCache(capacity=4), 2, 2),
         "DepthBatch expected a causal loop in evaluation mode, got causal=True and training=True. Call looped.eval() "

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
+from .._given import named
 from .grids import Grids
 from .layouts import Layout, chosen, longer, zeros
 from .pages import Pages
@@ -51,8 +52,8 @@ class KVReuseCache:
     def __init__(self, layout: LayoutName = "filled", capacity: int | None = None) -> None:
         if layout not in get_args(LayoutName):
             raise ValueError(f"KVReuseCache expected layout to be one of {get_args(LayoutName)}, got {layout!r}.")
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"KVReuseCache needs capacity >= 1, or None to grow, got capacity={capacity}.")
+        if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+            raise ValueError(f"KVReuseCache needs capacity >= 1, or None to grow, got capacity={capacity!r}.")
         self.layout, self.capacity = layout, capacity
         self.reset()
 
@@ -115,10 +116,9 @@ class KVReuseCache:
         Raises: `ValueError` for another shape or dtype, or rows that the cache does not have.
         """
         batch = len(self._lengths)
-        if rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-            raise ValueError(
-                f"reorder expected row numbers of shape (new_batch,), integers, got {tuple(rows.shape)} {rows.dtype}."
-            )
+        if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
+            got = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else named(rows)
+            raise ValueError(f"reorder expected row numbers of shape (new_batch,), integers, got {got}.")
         rows = rows.long()
         order = rows.tolist()
         if any(not 0 <= row < batch for row in order):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._given import named
 from .._types import HiddenRows, MaskRows
 from ..cache.kv_reuse import KVReuseCache
 from ..cache.tokens import JoinedTokens
@@ -74,6 +75,11 @@ class DepthBatch:
     """
 
     def __init__(self, looped: RecurrentWrapper, cache: KVReuseCache, rows: int, width: int) -> None:
+        if not (isinstance(looped, RecurrentWrapper) and isinstance(cache, KVReuseCache)):
+            raise ValueError(
+                f"DepthBatch expected a RecurrentWrapper and a KVReuseCache, got {named(looped)} and {named(cache)}. "
+                "Call it as DepthBatch(looped, adadepth.KVReuseCache(capacity=2048), rows=8, width=8)."
+            )
         if rows < 1 or width < 1:
             raise ValueError(f"DepthBatch expected rows and width of 1 or more, got rows={rows}, width={width}.")
         if looped.training or not looped.causal:
