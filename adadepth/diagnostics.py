@@ -82,8 +82,8 @@ class Oracle(NamedTuple):
 def measure(score: Score, data: Iterable[Any], **depths: Any) -> Measured:
     """Losses and depths over all batches of `data`; `depths` are passed to every call of `score`.
 
-    Raises: `ValueError` if there is no batch, if losses and depths are not two tensors of one shape, or if some of
-    them are of padding.
+    Raises: `ValueError` if there is no batch, if losses and depths are not two tensors of one shape, if some of them
+    are of padding, or if the batches have rows of different lengths.
     """
     parts = [score(batch, **depths) for batch in data]
     if not parts:
@@ -108,6 +108,11 @@ def measure(score: Score, data: Iterable[Any], **depths: Any) -> Measured:
                 "loss[mask], depth[mask]."
             )
     losses, each = zip(*parts, strict=True)
+    if len(lengths := {tuple(loss.shape[1:]) for loss in losses}) > 1:
+        raise ValueError(
+            f"measure expected all batches to have rows of one length, got {sorted(lengths)}. Return their tokens "
+            "alone, on one axis: loss[mask], depth[mask]."
+        )
     return Measured(torch.cat(losses), torch.cat(each))
 
 

@@ -147,6 +147,11 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "measure expected score to return losses and depths of the same tokens, got (2, 3) and (2, 4). Cut both to "
         "the tokens that have a label.",
     ),
+    "lengths": (
+        lambda: measure(lambda length: (torch.zeros(2, length), torch.ones(2, length)), [5, 7]),
+        "measure expected all batches to have rows of one length, got [(5,), (7,)]. Return their tokens alone, on one "
+        "axis: loss[mask], depth[mask].",
+    ),
     "padding": (
         lambda: measure(lambda ids: (torch.zeros(1, 3), torch.tensor([[0, 2, 0]])), [None]),
         "measure expected score to return tokens that ran, got 2 of depth 0. Remove the padding: loss[mask], "
