@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from hf_drafting import model_of, padded
-from hf_zoo import PAD
+from hf_zoo import DIM, PAD
 from transformers import StoppingCriteria
 from transformers.generation import SynthIDTextWatermarkingConfig
 from transformers.generation.streamers import BaseStreamer
@@ -207,6 +207,12 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     "states": (
         lambda: run(output_logits=True, output_hidden_states=True, **WHOLE),
         BOTH.format("output_logits, output_hidden_states"),
+    ),
+    "embeddings": (
+        lambda: model_of("llama tied", None).generate(
+            inputs_embeds=torch.zeros(1, 3, DIM).double(), max_new_tokens=2, draft_depth=1
+        ),
+        BOTH.format("inputs_embeds"),
     ),
     "no cache": (lambda: run(use_cache=False), BOTH.format("use_cache=False")),
     "a filled cache": (lambda: run(**{CACHE: _filled()}), BOTH.format(f"a {CACHE} that holds tokens")),

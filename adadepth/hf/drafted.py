@@ -114,7 +114,10 @@ def _check(mask: Tensor, cache: Any, config: GenerationConfig, streamer: Any, gi
     Raises: `ValueError`.
     """
     refused = [name for name in _OUTPUTS if config.return_dict_in_generate and getattr(config, name, None)]
-    refused += [name for name in ("inputs_embeds", "synced_gpus") if given.get(name) not in (None, False)]
+    if given.get("inputs_embeds") is not None:
+        refused.append("inputs_embeds")
+    if given.get("synced_gpus"):
+        refused.append("synced_gpus")
     refused += remembering(given["processors"])
     if cache is None:
         refused.append("use_cache=False")
