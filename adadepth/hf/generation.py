@@ -15,6 +15,9 @@ from .inputs import cache_of, check_past
 
 # Arguments of `generate` itself, which it also passes to each step.
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
+# Arguments of `generate` about the passes of the adapted model, which an assistant does not take.
+_OF_PASSES = (*DEPTHS, "rule")
+_OF_DRAFTS = ("draft_depth", "revise_drafts")
 
 
 @final
@@ -81,7 +84,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if past is not None and mask is not None and len(mask) == past.batch_size:
             check_past(mask[:, : past.get_seq_length()], past)
-        own = {name: model_kwargs.pop(name) for name in (*DEPTHS, "rule") if name in model_kwargs}
+        own = {name: model_kwargs.pop(name) for name in _OF_PASSES if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
@@ -134,13 +137,17 @@ class AdaptiveGenerationMixin(GenerationMixin):
         return inputs
 
     def _get_candidate_generator(self, generation_config: Any, **kwargs: Any) -> Any:
-        """With `assistant_early_exit=n` the model drafts for itself, in at most n iterations."""
-        depth = generation_config.assistant_early_exit
+        """With `assistant_early_exit=n` the model drafts for itself, in at most n iterations.
+
+        An assistant runs at its own depths: those of the call are for this model's iterations.
+        """
+        depth, given = generation_config.assistant_early_exit, kwargs.pop("model_kwargs")
         if depth is None:
-            return super()._get_candidate_generator(generation_config=generation_config, **kwargs)
+            others = {name: value for name, value in given.items() if name not in (*_OF_PASSES, *_OF_DRAFTS)}
+            return super()._get_candidate_generator(generation_config=generation_config, model_kwargs=others, **kwargs)
         config = copy.deepcopy(generation_config)
         config.assistant_early_exit = None
-        shallow = {**kwargs.pop("model_kwargs"), "min_depth": None, "max_depth": depth}
+        shallow = {**given, "min_depth": None, "max_depth": depth}
         known = {name: kwargs[name] for name in ("input_ids", "inputs_tensor", "logits_processor")}
         return AssistedCandidateGenerator(assistant_model=self, generation_config=config, model_kwargs=shallow, **known)
 
