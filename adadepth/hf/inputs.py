@@ -67,11 +67,18 @@ _INSTEAD = {
 def new_columns(attention_mask: Tensor | None, x: Tensor, cache: AdaptiveCache | None) -> Tensor | None:
     """Which of the tokens `x (batch, seq, dim)` are real, `(batch, seq)` bool.
 
-    Raises: `ValueError` if the mask is neither `(batch, seq)` nor longer by the columns of the cache.
+    Raises: `ValueError` if the cache holds another number of rows, or if the mask is neither `(batch, seq)` nor longer
+        by the columns of the cache.
     """
+    batch, seq = x.shape[:2]
+    if cache is not None and cache.batch_size not in (-1, batch):
+        raise ValueError(
+            f"The cache holds {cache.batch_size} rows, got a batch of {batch}. Begin with a new cache or "
+            "cache.reset(), or choose rows with cache.reorder_cache(rows). For n beams or n sequences of each row, "
+            "repeat its rows with cache.batch_repeat_interleave(n)."
+        )
     if attention_mask is None:
         return None
-    batch, seq = x.shape[:2]
     past = 0 if cache is None else cache.get_seq_length()
     if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] not in (seq, past + seq):
         raise ValueError(
