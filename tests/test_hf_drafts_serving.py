@@ -17,6 +17,7 @@ from hf_drafting import SPANS, STEPS, drafting, model_of
 from hf_served import VARIED, alone, made, prompts, results
 from hf_zoo import DIM, EOS, PAD, original
 from transformers import GenerationConfig
+from transformers.generation import SynthIDTextWatermarkingConfig
 
 from adadepth.hf import AdaptiveCache, adapt
 from adadepth.hf.drafts import Drafts
@@ -88,6 +89,26 @@ def test_each_request_is_generate_alone(rows: int, width: int, span: Any) -> Non
     for i, (text, options) in enumerate(zip(texts, asked, strict=True)):
         torch.manual_seed(options.pop("seed", 0))
         assert made(outs[str(i)]) == alone(model, text, **VARIED | {"no_repeat_ngram_size": 2} | options), i
+    guesses.assert_drafted()
+
+
+def test_requests_whose_processors_keep_a_state_run_without_guesses() -> None:
+    """A processor that has read a guess would choose another text."""
+    model, texts = model_of("llama tied", SPANS[1]), prompts(3)
+    mark = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2], context_history_size=9)
+    options: dict[str, Any] = {**ENDLESS, "max_new_tokens": 12, "do_sample": True, "watermarking_config": mark}
+    options |= {"no_repeat_ngram_size": None}
+    want = []
+    for text in texts:
+        torch.manual_seed(4)
+        want.append(alone(model, text, **options))
+    torch.manual_seed(4)
+    assert want[0] != alone(model, texts[0], **options | {"watermarking_config": None})
+    with drafting(model, 0.3) as guesses:
+        outs = model.generate_batch(texts, rows=3, width=9, seed=4, draft_depth=1, **options).values()
+        assert [*map(made, outs)] == want
+        assert not guesses.right and not guesses.wrong
+        model.generate_batch(texts, rows=3, width=9, seed=4, draft_depth=1, **options | {"watermarking_config": None})
     guesses.assert_drafted()
 
 

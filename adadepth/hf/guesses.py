@@ -21,8 +21,10 @@ class Guesses:
 
     def note(self, tokens: Tokens) -> None:
         """Note tokens that have run if their next token may be guessed now."""
-        chain, drafts = tokens.request.chain, self.drafts
-        if drafts is None or tokens.end >= tokens.request.longest or (tokens.exited and tokens is chain[0]):
+        request, chain, drafts = tokens.request, tokens.request.chain, self.drafts
+        if drafts is None or not request.guessable or tokens.end >= request.longest:
+            return
+        if tokens.exited and tokens is chain[0]:
             return
         if (tokens.exited or tokens.depth[-1] >= drafts.depth) and (tokens is chain[-1] or drafts.revise):
             self.waiting.append(tokens)

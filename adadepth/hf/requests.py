@@ -13,6 +13,7 @@ from ..loop.checks import check_any_row
 from ..rules import Rule
 from .depths import GivenDepth, of_columns
 from .noise import Noise
+from .processors import remembering
 
 # Options of a request that are not those of a GenerationConfig.
 OWN = ("min_depth", "max_depth", "rule", "seed")
@@ -113,6 +114,7 @@ class Request:
         padding: the ids of left padding, for processors and depth functions that read ids in columns.
         depth: the depth of each token that has run.
         row: its row in the caches; -1 while it waits.
+        guessable: whether its tokens may be guessed. A processor that keeps a state may not read a guess.
         chain: its tokens whose next token is not chosen yet. The first entry is certain, the others are guesses.
     """
 
@@ -133,6 +135,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt = len(self.ids)
+        self.guessable = not remembering(self.processors)
 
     @classmethod
     def of(
