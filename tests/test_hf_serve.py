@@ -38,7 +38,7 @@ from adadepth.hf.cache import CACHE
 from adadepth.hf.clients import Departures
 from adadepth.hf.counts import Counts, metrics
 from adadepth.hf.http_requests import CURRENT as OPTIONS
-from adadepth.hf.http_requests import HttpRequest
+from adadepth.hf.http_requests import Batches, HttpRequest
 from adadepth.hf.memory import bytes_of, bytes_per_token
 from adadepth.hf.serve import main, prepared
 from adadepth.hf.server import REPLACED, Completions
@@ -282,6 +282,36 @@ def test_a_greedy_request_sets_no_sampling_options() -> None:
     assert config.do_sample is False
     options = OPTIONS.get().options
     assert options == {"do_sample": False, "temperature": None, "top_k": None}
+
+
+def test_a_whole_configuration_in_a_body_keeps_its_limit(model: Any) -> None:
+    """`max_length` counts the prompt; without a limit, the answer takes the room of its row."""
+    handler: Any = object.__new__(Completions)
+    handler.generation_state = SimpleNamespace(_compile=False)
+    given = {"input_ids": [5, 6, 7]}
+    with model.continuous_batching_context_manager(GenerationConfig(), capacity=20) as manager:
+        batches: Any = Batches(None)
+        batches._cb = manager
+        for body, new in (
+            ({"generation_config": '{"max_length": 9}'}, 6),
+            ({"generation_config": '{"max_new_tokens": 7, "max_length": 9}'}, 7),
+            ({"generation_config": '{"max_length": 9}', "max_tokens": 2}, 2),
+            ({"generation_config": '{"max_depth": 1}'}, 18),
+            ({}, 18),
+        ):
+            OPTIONS.set(HttpRequest())
+            config = handler._build_generation_config(body, model.generation_config)
+            batches._for_request(given, config)
+            assert config.max_new_tokens == new, body
+        OPTIONS.set(HttpRequest())
+        short = handler._build_generation_config({"generation_config": '{"max_length": 3}'}, model.generation_config)
+        with pytest.raises(ValueError, match="room for 1 or more new tokens after its prompt of 3, got 0"):
+            batches._for_request(given, short)
+        several = handler._build_generation_config(
+            {"generation_config": '{"do_sample": true, "num_return_sequences": 2}'}, model.generation_config
+        )
+        with pytest.raises(ValueError, match=r"^The manager has num_return_sequences=1 .* got 2 for one of them[.]"):
+            batches._for_request(given, several)
 
 
 @pytest.mark.parametrize("number", [60, pytest.param(1000, marks=pytest.mark.every)])

@@ -254,6 +254,75 @@ def test_a_request_without_a_limit_ends_where_its_row_does(model: AdaptiveForCau
     assert out.error.startswith("The request needs room for 10 tokens") and len(out.generated_tokens) == 8
 
 
+def test_max_length_counts_prompt_and_answer(model: AdaptiveForCausalLM) -> None:
+    model.generation_config.eos_token_id = None
+    texts, options = [[3, 4, 5], [6, 7], [8] * 7], {**VARIED, "max_new_tokens": None, "no_repeat_ngram_size": None}
+    for sizes in ({}, {"capacity": 40}):
+        outs = [*model.generate_batch([*texts, [9] * 10], max_length=10, **options, **sizes).values()]
+        assert [*map(made, outs[:3])] == [alone(model, text, max_length=10, **options) for text in texts]
+        assert outs[3].error == (
+            "A request expected room for 1 or more new tokens after its prompt of 10, got 0. Pass a larger "
+            "max_new_tokens or max_length."
+        )
+    with model.continuous_batching_context_manager(GenerationConfig(**VARIED), capacity=40) as manager:
+        asked = {
+            "own": {"max_length": 9},
+            "both": {"max_length": 9, "max_new_tokens": 3},
+            "none": {"max_new_tokens": 0},
+        }
+        for name, each in asked.items():
+            manager.add_request([3, 4, 5], name, **each)
+        manager.add_request([3, 4, 5], "default")
+        ran = results(manager, 4)
+    assert ran.pop("none").error.startswith("A request expected room for 1 or more new tokens after its prompt of 3")
+    assert {name: len(out.generated_tokens) for name, out in ran.items()} == {"own": 6, "both": 3, "default": NEW}
+    model.generation_config.max_length = 5
+    assert [len(row) for row, _ in served(model, texts[:2], **options)] == [2, 3]
+    assert [len(row) for row, _ in served(model, texts[:2], **GREEDY)] == [NEW, NEW]
+
+
+@pytest.mark.parametrize("options", [{"max_depth": 1}, {"min_depth": STEPS}, {"rule": ad.Threshold(2.0)}], ids=str)
+def test_depths_and_a_rule_of_a_configuration(options: dict[str, Any], model: AdaptiveForCausalLM) -> None:
+    """In that of a call, of a manager or of the model; a call that names its own wins."""
+    text, other = [3, 4, 5, 6], {"min_depth": 2, "max_depth": 2, "rule": None}
+    plain, want, overridden = (alone(model, text, **VARIED, **each) for each in ({}, options, other))
+    assert want[1] != plain[1] != overridden[1] != want[1]
+    config = GenerationConfig(**VARIED, **options)
+    assert alone(model, text, generation_config=config) == want
+    assert alone(model, text, generation_config=config, **other) == overridden
+    assert served(model, [text], generation_config=config) == [want]
+    assert served(model, [text], generation_config=config, **other) == [overridden]
+    for manager_config in (config, GenerationConfig(**VARIED)):
+        with model.continuous_batching_context_manager(manager_config) as manager:
+            manager.add_request(text, "configured")
+            manager.add_request(text, "own", **other)
+            ran = results(manager, 2)
+        assert (made(ran["configured"]), made(ran["own"])) == (want, overridden)
+        vars(model.generation_config).update(options)  # for the next one
+    assert alone(model, text, **VARIED) == want
+    assert alone(model, text, **VARIED, **other) == overridden
+    assert served(model, [text], **VARIED) == [want]
+
+
+def test_a_seed_of_a_configuration(model: AdaptiveForCausalLM) -> None:
+    config = {**GREEDY, "do_sample": True}
+    want = served(model, [[3, 4]], seed=5, **config)
+    assert served(model, [[3, 4]], generation_config=GenerationConfig(**config, seed=5)) == want
+
+
+def test_several_answers_are_for_all_requests_of_a_manager(model: AdaptiveForCausalLM) -> None:
+    config = GenerationConfig(**GREEDY | {"do_sample": True}, num_return_sequences=2)
+    with model.continuous_batching_context_manager(config) as manager:
+        manager.add_request([3, 4], num_return_sequences=2)
+        assert len(results(manager, 2)) == 2
+        message = (
+            "The manager has num_return_sequences=2 for all its requests, got 3 for one of them. Pass it in the "
+            "generation_config of the manager, or add the request several times."
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            manager.add_request([3, 4], num_return_sequences=3)
+
+
 def test_learned_positions_end_a_row() -> None:
     model = spread("gpt2", None)
     outs = [*model.generate_batch([[3] * 60, [3] * 59, [4]], **VARIED).values()]

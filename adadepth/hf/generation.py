@@ -50,13 +50,20 @@ class AdaptiveGenerationMixin(GenerationMixin):
     `min_depth` and `max_depth` are each one of four things: an int; an integer tensor `(batch, 1)`, with a depth per
     row; one of shape `(batch, columns)`, with a depth per token, such as the `depth` of an earlier call's cache, which
     repeats that call; or a function of the ids so far, `(batch, length)`, whose result broadcasts to them. `rule`
-    replaces the loop's rule; its threshold may be `(batch, 1)`.
+    replaces the loop's rule; its threshold may be `(batch, 1)`. A `GenerationConfig` may hold all three as well.
 
     `draft_depth=n`: after n iterations of a token, the next token begins, as a guess: the one that the model would
     choose from the state so far. If the model chooses another one in the end, the guess is dropped. The text is
     therefore the same, with sampling too. Rows do not wait for each other. With `revise_drafts=True`, the guess is made
     again after each later iteration.
     """
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """Depths and a rule in a configuration, the call's or the model's, hold unless the call names its own."""
+        given = {name: kwargs.pop(name) for name in _OF_PASSES if name in kwargs}
+        config, others = super()._prepare_generation_config(generation_config, **kwargs)
+        configured = {name: vars(config).pop(name) for name in _OF_PASSES if name in vars(config)}
+        return config, others | configured | given
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         if not (generation_config.cache_implementation or "dynamic").startswith("dynamic"):

@@ -11,8 +11,10 @@ from typing import Any, final
 from transformers.cli.serving import utils
 
 from .manager import AdaptiveBatchingManager
+from .requests import most_new_tokens
 
 LOG = logging.getLogger("adadepth.serve")
+_NEW = 1024  # the most new tokens of a request that has no limit, as in transformers
 
 
 @final
@@ -76,8 +78,10 @@ class Batches(utils.CBGenerateManager):
         """
         one, request = _BATCHES(self._cb_config), CURRENT.get()
         ids, manager = inputs["input_ids"], self._cb
-        if not request.limited:  # as many new tokens as its row has room for
-            config.max_new_tokens = max(1, min(config.max_new_tokens, manager.capacity + 1 - len(ids)))
+        if request.limited:
+            config.max_new_tokens = most_new_tokens(config, len(ids))
+        else:  # as many new tokens as its row has room for
+            config.max_new_tokens = max(1, min(config.max_new_tokens or _NEW, manager.capacity + 1 - len(ids)))
         manager.check(ids, config.max_new_tokens, dict(request.options))
         one._cb = OneRequest(manager, request)
         return one

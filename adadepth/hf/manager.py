@@ -21,7 +21,7 @@ from ..cache.kv_reuse import LayoutName
 from .cache import AdaptiveCache
 from .drafts import Drafts
 from .engine import Engine, Event, Refused
-from .requests import Request, configured
+from .requests import Request, configured, most_new_tokens
 
 T = TypeVar("T")
 
@@ -151,6 +151,7 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
     """transformers' manager of requests, for an adapted model.
 
     `model.init_continuous_batching` makes it, with an engine of these `sizes`. Results are `AdaptiveGenerationOutput`s.
+    `defaults` are the depths, rule and seed of requests that name none.
     """
 
     batch_processor: Processor | None
@@ -161,14 +162,15 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         generation_config: GenerationConfig,
         batching: ContinuousBatchingConfig,
         sizes: Sizes,
+        defaults: dict[str, Any],
     ) -> None:
         super().__init__(model, GenerationConfig(), batching)  # each request has its own logits processors
         self.sizes = sizes
-        self.configure(generation_config)
+        self.configure(generation_config, defaults)
 
-    def configure(self, generation_config: GenerationConfig) -> None:
+    def configure(self, generation_config: GenerationConfig, defaults: dict[str, Any]) -> None:
         """Set the default options of later requests."""
-        self.generation_config = generation_config
+        self.generation_config, self.defaults = generation_config, defaults
         self.num_return_sequences = generation_config.num_return_sequences or 1
 
     def switch_to_cb_friendly_attn(self, model: Any, auto_switch_to_flash: bool = True) -> None:
@@ -193,16 +195,22 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         """Add a request; returns its id, or None if the manager is stopping.
 
         Arguments:
+            max_new_tokens: the most new tokens. None: as many as `max_length` allows, if it is among `options`;
+                otherwise as in the manager's configuration.
             options: those of a `GenerationConfig`, for this request alone; `min_depth`, `max_depth` and `rule`, as
                 `generate` takes them for a batch of one; and `seed`. With `seed`, sampling gives the same text as
                 `generate` after `torch.manual_seed(seed)` for this prompt alone, whatever other requests there are.
 
         Raises: `ValueError` for unknown options. A wrong prompt or a wrong value of an option makes the request fail.
         """
-        configured(self.generation_config, options)
+        config, _ = configured(self.generation_config, options)
         ids = input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else input_ids
+        if max_new_tokens is None:
+            if options.get("max_length") is not None:
+                config.max_new_tokens = None  # a default, which the request's own limit replaces
+            max_new_tokens = most_new_tokens(config, len(ids))
         added: str | None = super().add_request(
-            ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id, **options
+            ids, request_id, max_new_tokens, streaming, record_timestamps, eos_token_id, **self.defaults | options
         )
         return added
 
@@ -217,7 +225,7 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         Raises: `ValueError` for options, a prompt or a length that it cannot take.
         """
         assert self.batch_processor is not None, "warmup comes first"
-        request = Request.of(self.model, self.generation_config, ids, max_new_tokens, False, options)
+        request = Request.of(self.model, self.generation_config, ids, max_new_tokens, False, self.defaults | options)
         self.batch_processor.engine.check(request)
 
     def forget_handler(self, request_id: str) -> None:

@@ -26,6 +26,13 @@ def configured(config: GenerationConfig, options: dict[str, Any]) -> tuple[Gener
 
     Raises: `ValueError` for options that are unknown or that serving does not support.
     """
+    answers = config.num_return_sequences or 1
+    if options.get("num_return_sequences") not in (None, answers):
+        raise ValueError(
+            f"The manager has num_return_sequences={answers} for all its requests, got "
+            f"{options['num_return_sequences']} for one of them. Pass it in the generation_config of the manager, or "
+            "add the request several times."
+        )
     config = copy.deepcopy(config)
     unknown = config.update(**options)
     own = {name: unknown.pop(name) for name in OWN if name in unknown}
@@ -44,6 +51,13 @@ def configured(config: GenerationConfig, options: dict[str, Any]) -> tuple[Gener
             "modes."
         )
     return config, own
+
+
+def most_new_tokens(config: GenerationConfig, prompt: int) -> int | None:
+    """The most new tokens after a prompt of so many tokens; None: no limit. As in `generate`, `max_new_tokens` wins."""
+    if config.max_new_tokens is not None or config.max_length is None:
+        return config.max_new_tokens
+    return config.max_length - prompt
 
 
 def check_rule(rule: Rule, device: torch.device) -> None:
@@ -141,13 +155,18 @@ class Request:
     def of(
         cls, model: Any, config: GenerationConfig, ids: list[int], new: int | None, logprobs: bool, options: Any
     ) -> "Request":
-        """A request for at most `new` tokens after a prompt.
+        """A request for at most `new` tokens after a prompt; None: no limit.
 
         Raises: `ValueError` for a prompt or options that serving does not support.
         """
         _check_prompt(ids, model.get_input_embeddings().weight.shape[0])
+        if new is not None and new < 1:
+            raise ValueError(
+                f"A request expected room for 1 or more new tokens after its prompt of {len(ids)}, got {new}. Pass a "
+                "larger max_new_tokens or max_length."
+            )
         config, own = configured(config, options)
-        longest = len(ids) + max(new or 1, 1) - 1
+        longest = len(ids) + (new or 1) - 1
         config.max_length = longest + 1
         config.pad_token_id = 0  # no row is padded; without it transformers would warn that no padding token is set
         model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=model.device)

@@ -21,7 +21,7 @@ from .http_requests import CURRENT, LOG, Batches, HttpRequest
 
 # Fields of a body that are adadepth's own, and of what type.
 FIELDS: dict[str, type] = {"min_depth": int, "max_depth": int, "threshold": float, "seed": int}
-_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "generation_config")
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 # Given to the manager by themselves, or about a cache that is not ours.
 _APART = ("max_new_tokens", "eos_token_id", "use_cache", "cache_implementation")
 _BUILD = server.build_server  # before `install`
@@ -62,7 +62,7 @@ class Handles:
             config.temperature = config.top_p = config.top_k = None
         if config.sequence_bias:  # of a body's logit_bias, in which whole numbers are usual
             config.sequence_bias = {ids: float(bias) for ids, bias in config.sequence_bias.items()}
-        if config.max_new_tokens < 1:
+        if config.max_new_tokens is not None and config.max_new_tokens < 1:
             raise ValueError(f"A request expected 1 or more new tokens, got {config.max_new_tokens}.")
         before = vars(usual)
         changed = {name: value for name, value in vars(config).items() if value != before.get(name)}
@@ -73,7 +73,10 @@ class Handles:
         request.options = {
             name: value for name, value in (changed | own).items() if name not in _APART and not name.startswith("_")
         }
-        request.limited = any(body.get(name) is not None for name in _LIMITS)
+        whole = body.get("generation_config") is not None  # one without defaults
+        request.limited = any(body.get(name) is not None for name in _LIMITS) or (
+            whole and (config.max_new_tokens or config.max_length) is not None
+        )
         return config
 
     def _build_chunk_sse(self, *args: Any, usage: Any = None, **options: Any) -> Any:

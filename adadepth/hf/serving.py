@@ -11,7 +11,7 @@ from transformers.utils.logging import tqdm
 from ..cache.kv_reuse import LayoutName
 from .manager import AdaptiveBatchingManager, AdaptiveGenerationOutput, Sizes
 from .memory import Wanted, fitting
-from .requests import configured
+from .requests import OWN, configured, most_new_tokens
 
 _ROWS, _CAPACITY = 32, 1024
 
@@ -54,12 +54,12 @@ class AdaptiveServingMixin:
         kept: AdaptiveBatchingManager | None = getattr(self, "_cached_continuous_batching_manager", None)
         if kept is not None and generation_config is None:
             return kept
-        config, _ = model._prepare_generation_config(generation_config)
+        config, defaults = _prepared(model, generation_config, {})
         configured(config, {})
         if config.eos_token_id is None:
             config.eos_token_id = -1  # none: the manager would ask the model's configuration, which generate does not
         if kept is not None:
-            kept.configure(config)
+            kept.configure(config, defaults)
             return kept
         batching = continuous_batching_config or ContinuousBatchingConfig()
         hints = workload_hints or WorkloadHints()
@@ -69,7 +69,8 @@ class AdaptiveServingMixin:
             rows, capacity = fitting(model, memory, Wanted(rows, capacity, hints.num_requests), _CAPACITY, layout)
         rows, capacity = rows or min(_ROWS, hints.num_requests or _ROWS), capacity or _CAPACITY
         width = width or batching.max_batch_tokens or max(1, rows // 2)
-        return AdaptiveBatchingManager(model, config, batching, Sizes(rows, width, capacity, layout, draft_depth))
+        sizes = Sizes(rows, width, capacity, layout, draft_depth)
+        return AdaptiveBatchingManager(model, config, batching, sizes, defaults)
 
     @contextmanager
     def continuous_batching_context_manager(
@@ -130,15 +131,16 @@ class AdaptiveServingMixin:
         if not inputs:
             return {}
         model: Any = self
-        config, own = model._prepare_generation_config(generation_config, **options)
+        config, own = _prepared(model, generation_config, options)
         configured(GenerationConfig(), own)
-        if config.max_new_tokens is None and capacity is None:
+        total, longest = len(inputs) * (config.num_return_sequences or 1), max(map(len, inputs))
+        new = most_new_tokens(config, longest)
+        if new is None and capacity is None:
             raise ValueError(
                 "generate_batch expected max_new_tokens, or a capacity, got neither, so a row could grow without end. "
                 "Pass max_new_tokens=256, say."
             )
-        total = len(inputs) * (config.num_return_sequences or 1)
-        hints = WorkloadHints(max(map(len, inputs)), config.max_new_tokens or 0, total)
+        hints = WorkloadHints(longest, max(new or 0, 0), total)
         with self.continuous_batching_context_manager(
             config,
             continuous_batching_config=continuous_batching_config,
@@ -154,6 +156,20 @@ class AdaptiveServingMixin:
             ids = manager.add_requests(inputs, record_timestamps=record_timestamps, **own)
             results = _collected(manager, total, progress_bar)
         return {name: results[name] for one in ids for name in _answers(one, config) if name in results}
+
+
+def _prepared(
+    model: Any, config: GenerationConfig | None, options: dict[str, Any]
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """A complete configuration of requests, and the options and attributes that are not those of a configuration.
+
+    `max_length` is None unless it was chosen: transformers sets it to 20, which `generate` takes as new tokens.
+    """
+    lengths = [options.get("max_length"), model.generation_config.max_length, config and config.max_length]
+    config, others = model._prepare_generation_config(config, **options)
+    if all(length is None for length in lengths):
+        config.max_length = None
+    return config, {name: vars(config).pop(name) for name in OWN if name in vars(config)} | others
 
 
 def _collected(manager: AdaptiveBatchingManager, total: int, progress_bar: bool) -> dict[str, AdaptiveGenerationOutput]:
