@@ -42,6 +42,21 @@ def test_a_language_model(layers: slice | None, once: int, wanted: float) -> Non
     assert calibrate(model, ids, (once + (3 - once) * STEPS) / 3).depth == STEPS
 
 
+def test_several_texts_in_a_row() -> None:
+    config = GPTNeoXConfig(
+        vocab_size=40, hidden_size=DIM, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.4
+    )
+    model = adapt(GPTNeoXForCausalLM(config), STEPS, learned(), ad.Threshold(0.5))
+    nn.init.constant_(the(ad.ReZero, model.loop.update).alpha, 0.5)
+    places = torch.arange(4).repeat(8)[None].expand(6, -1)
+    data = [{"input_ids": torch.randint(40, (6, 32)), "position_ids": places} for _ in range(4)]
+    found = calibrate(model, data, 2.3)
+    for batches, depth in [(data[::2], found.depth), (data[1::2], found.unseen_depth)]:
+        depths = [model.eval()(**batch, rule=found.rule).trace.depth for batch in batches]
+        assert depth == pytest.approx(float(torch.cat(depths).double().mean()))
+    assert calibrate(model, [{"input_ids": batch["input_ids"]} for batch in data], 2.3).tau != found.tau
+
+
 def test_a_plain_loop_costs_its_depth() -> None:
     loop, data = make_loop(learned()), text()
     found, core = calibrate(loop, data, 2.5), ad.calibrate(loop, data, 2.5)

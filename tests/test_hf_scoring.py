@@ -38,6 +38,26 @@ def test_each_next_real_token_is_scored_once() -> None:
     assert set(depths) != {3}
 
 
+def test_texts_that_share_a_row_are_scored_apart() -> None:
+    """As a collator packs them, with padding or without; the first token of a text is predicted by none."""
+    adapted, texts = model(), [hf_zoo.IDS[:1, :4], hf_zoo.IDS[:1, 4:9], hf_zoo.IDS[1:2, 3:9]]
+    want = [scorer(adapted)(text) for text in texts]
+    ids, positions = torch.cat(texts, 1), torch.cat([torch.arange(text.shape[1]) for text in texts])
+    bounds = torch.tensor([0, 4, 9, 15])
+    whole: dict[str, torch.Tensor] = {"input_ids": ids, "position_ids": positions[None], "cu_seq_lens_q": bounds}
+    padded = {
+        "input_ids": torch.cat([torch.zeros(1, 2).long(), ids], 1),
+        "position_ids": torch.cat([torch.zeros(2).long(), positions])[None],
+        "attention_mask": torch.cat([torch.zeros(1, 2), torch.ones(1, 15)], 1),
+    }
+    for batch in (whole, padded):
+        loss, depth = scorer(adapted)(batch)
+        torch.testing.assert_close(loss, torch.cat([loss[0] for loss, _ in want]))
+        assert torch.equal(depth, torch.cat([depth[0] for _, depth in want]))
+    with pytest.raises(ValueError, match=r"^An adapted model does not take cu_seq_lens_q[.] Pass position_ids"):
+        scorer(adapted)({"input_ids": ids, "cu_seq_lens_q": bounds})
+
+
 def test_rows_without_padding_stay_rows_and_arguments_reach_the_model() -> None:
     adapted, ids = model(), hf_zoo.IDS[:1].expand(2, -1)
     by_rule = measure(scorer(adapted), [ids], rule=ad.Threshold(1.1))

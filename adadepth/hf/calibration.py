@@ -10,6 +10,7 @@ from ..calibration import OutOfReach as OutOfReach
 from ..loop.wrapper import RecurrentWrapper
 from ..rules import Rule, Threshold
 from . import flops
+from .inputs import inputs_of
 from .model import AdaptiveForCausalLM
 
 
@@ -45,8 +46,8 @@ def calibrate(
         model: an adapted causal language model, or a `RecurrentWrapper`.
         data: two batches or more. The threshold is fitted to the first, third, fifth and so on. The others only
             measure the `unseen` values. For a language model, a batch is ids `(batch, seq)`, or a mapping with
-            `input_ids` and perhaps `attention_mask`. For a `RecurrentWrapper`, it is rows `(batch, seq, dim)`, or a
-            mapping of its arguments.
+            `input_ids` and perhaps `attention_mask` and the `position_ids` of several texts in a row. For a
+            `RecurrentWrapper`, it is rows `(batch, seq, dim)`, or a mapping of its arguments.
         relative_flops: (F0 + mean depth · F) / (F0 + F). F is the number of parameters of the looped layers, F0 that of
             the layers that run once. If the whole backbone is looped, this is the mean depth.
         rule: makes a rule from a threshold: `Threshold`, `SurvivalThreshold` or a function. The search takes
@@ -70,5 +71,4 @@ def _of_language(batch: Any) -> Any:
     """What the passes need of ids or a mapping: no labels, and as few logits as possible."""
     if not isinstance(batch, Tensor | Mapping):
         return batch  # refused as for any model
-    given = {"input_ids": batch} if isinstance(batch, Tensor) else batch
-    return {**{name: given[name] for name in ("input_ids", "attention_mask") if name in given}, "logits_to_keep": 1}
+    return inputs_of(batch) | {"logits_to_keep": 1}

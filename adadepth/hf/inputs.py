@@ -1,5 +1,6 @@
 """What an adapted model is given, checked and brought into the loop's terms."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from .cache import CACHE, AdaptiveCache
 _NEEDLESS = ("return_dict", "cache_position")
 # What trainers that pack several texts into a row say beside its position_ids, for kernels that need it.
 _BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_OF_TOKENS = ("input_ids", "attention_mask", "position_ids", *_BOUNDS)
 LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+
+
+def inputs_of(batch: Tensor | Mapping[str, Any]) -> dict[str, Any]:
+    """What a batch, ids or a mapping as from a tokenizer or a collator, says of its tokens; nothing else, as labels."""
+    if isinstance(batch, Tensor):
+        return {"input_ids": batch}
+    return {name: batch[name] for name in _OF_TOKENS if batch.get(name) is not None}
 
 
 def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
