@@ -180,13 +180,14 @@ def test_depths_of_a_call_are_not_those_of_its_assistant(assistant: str, model: 
     model.generation_config.eos_token_id = None
     helper = original("llama") if assistant == "stock" else spread("llama", None, steps=2)
     ids = IDS[:1].repeat(1, 3)
-    for options in (
+    of_calls: list[dict[str, Any]] = [
         {"max_depth": STEPS, "min_depth": STEPS},
         {"max_depth": torch.tensor([[2]])},
         {"max_depth": lambda ids: 1 + ids % STEPS},
         {"rule": ad.Threshold(0.6)},
-    ):
-        options = {"max_new_tokens": 8, "do_sample": False, **options}
+    ]
+    for of_call in of_calls:
+        options = {"max_new_tokens": 8, "do_sample": False, **of_call}
         assert torch.equal(model.generate(ids, assistant_model=helper, **options), model.generate(ids, **options))
     message = "^generate[(]draft_depth=[)] cannot be used with beams or an assistant[.] Remove one or the other[.]$"
     with pytest.raises(ValueError, match=message):

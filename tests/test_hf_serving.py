@@ -257,7 +257,8 @@ def test_a_request_without_a_limit_ends_where_its_row_does(model: AdaptiveForCau
 def test_max_length_counts_prompt_and_answer(model: AdaptiveForCausalLM) -> None:
     model.generation_config.eos_token_id = None
     texts, options = [[3, 4, 5], [6, 7], [8] * 7], {**VARIED, "max_new_tokens": None, "no_repeat_ngram_size": None}
-    for sizes in ({}, {"capacity": 40}):
+    each_size: list[dict[str, Any]] = [{}, {"capacity": 40}]
+    for sizes in each_size:
         outs = [*model.generate_batch([*texts, [9] * 10], max_length=10, **options, **sizes).values()]
         assert [*map(made, outs[:3])] == [alone(model, text, max_length=10, **options) for text in texts]
         assert outs[3].error == (
@@ -265,7 +266,7 @@ def test_max_length_counts_prompt_and_answer(model: AdaptiveForCausalLM) -> None
             "max_new_tokens or max_length."
         )
     with model.continuous_batching_context_manager(GenerationConfig(**VARIED), capacity=40) as manager:
-        asked = {
+        asked: dict[str, dict[str, Any]] = {
             "own": {"max_length": 9},
             "both": {"max_length": 9, "max_new_tokens": 3},
             "none": {"max_new_tokens": 0},
@@ -284,7 +285,7 @@ def test_max_length_counts_prompt_and_answer(model: AdaptiveForCausalLM) -> None
 @pytest.mark.parametrize("options", [{"max_depth": 1}, {"min_depth": STEPS}, {"rule": ad.Threshold(2.0)}], ids=str)
 def test_depths_and_a_rule_of_a_configuration(options: dict[str, Any], model: AdaptiveForCausalLM) -> None:
     """In that of a call, of a manager or of the model; a call that names its own wins."""
-    text, other = [3, 4, 5, 6], {"min_depth": 2, "max_depth": 2, "rule": None}
+    text, other = [3, 4, 5, 6], dict[str, Any](min_depth=2, max_depth=2, rule=None)
     plain, want, overridden = (alone(model, text, **VARIED, **each) for each in ({}, options, other))
     assert want[1] != plain[1] != overridden[1] != want[1]
     config = GenerationConfig(**VARIED, **options)
