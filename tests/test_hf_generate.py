@@ -214,6 +214,43 @@ def test_guidance(model: AdaptiveForCausalLM) -> None:
     assert guided != texts(model, **options | {"guidance_scale": 1.0})
 
 
+def deep_at_even(ids: Tensor) -> Tensor:
+    return torch.where(ids % 2 == 0, STEPS, 1)
+
+
+GUIDED: dict[str, dict[str, Any]] = {
+    "depth": {"max_depth": 1},
+    "depth of a row": {"min_depth": torch.tensor([[2]]), "max_depth": torch.tensor([[2]])},
+    "function": {"min_depth": deep_at_even, "max_depth": deep_at_even},
+    "rule": {"rule": ad.Threshold(0.6)},
+}
+
+
+@pytest.mark.parametrize("negative", [None, torch.tensor([[7, 8, 9]])], ids=["last token", "a prompt"])
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance_runs_both_passes_at_the_depths_of_the_call(
+    name: str, negative: Tensor | None, model: AdaptiveForCausalLM
+) -> None:
+    """Against a loop that runs both passes whole."""
+    model.generation_config.eos_token_id = None
+    options = GUIDED[name]
+    ids, other = IDS[:1], IDS[:1, -1:] if negative is None else negative
+    for _ in range(NEW):
+        scores = []
+        for seen in (ids, other):
+            call: dict[str, Any] = {
+                name: given(seen) if given is deep_at_even else given for name, given in options.items()
+            }
+            with torch.no_grad():
+                scores.append(model(seen, **call).logits[:, -1].log_softmax(-1))
+        newest = (1.5 * (scores[0] - scores[1]) + scores[1]).argmax(-1, keepdim=True)
+        ids, other = torch.cat([ids, newest], 1), torch.cat([other, newest], 1)
+    guide: dict[str, Any] = {"guidance_scale": 1.5, "negative_prompt_ids": negative, "max_new_tokens": NEW}
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(IDS[:1], do_sample=False, use_cache=use_cache, **guide, **options), ids)
+    assert not torch.equal(model.generate(IDS[:1], do_sample=False, **guide), ids)
+
+
 def test_text_in_and_text_out(model: AdaptiveForCausalLM) -> None:
     model = model.float()
     model.generation_config.eos_token_id = None
@@ -314,6 +351,11 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         {"min_depth": lambda ids: ids, "prefill_chunk_size": 4},
         "min_depth is a function of all ids so far, but got only 4 of 8. Pass all ids, not embeddings, and "
         "no prefill_chunk_size.",
+    ),
+    "guidance of columns": (
+        {"max_depth": torch.full((3, 20), 2), "guidance_scale": 1.5},
+        "max_depth gives the depths of 20 columns, but guidance also runs a prompt with columns of its own. Pass an "
+        "int, one depth per row, (batch, 1), or a function of the ids.",
     ),
     "implementation": (
         {"cache_implementation": "static"},

@@ -11,6 +11,7 @@ from .cache import CACHE
 from .depths import DEPTHS, GivenDepth, in_rows, of_columns
 from .drafted import drafted
 from .drafts import Drafts
+from .guidance import guided
 from .inputs import cache_of, check_past
 
 # Arguments of `generate` itself, which it also passes to each step.
@@ -98,6 +99,10 @@ class AdaptiveGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs | {
             name: in_rows(value, lambda rows: rows.repeat_interleave(expand_size, 0)) for name, value in own.items()
         }
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: Any = None, **kwargs: Any) -> Any:
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        return guided(self, processors, model_kwargs or {})
 
     def _prepare_position_ids_for_generation(self, *args: Any) -> None:
         """Prepare none: the model counts positions itself."""
