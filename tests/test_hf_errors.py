@@ -259,32 +259,6 @@ def test_generate_refuses_a_cache_of_other_ids_or_of_another_kind() -> None:
     )
 
 
-@pytest.mark.parametrize("layers", [None, slice(1, 3)], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("rows", "new"), [(1, 3), (3, 1), (2, 3)])
-def test_a_cache_of_other_rows_is_refused(rows: int, new: int, masked: bool, layers: slice | None) -> None:
-    model, cache = spread("llama", layers), AdaptiveCache()
-    mask = torch.ones(new, 11) if masked else None
-    with torch.no_grad():
-        model(IDS[:rows], past_key_values=cache)
-        assert refused(lambda: model(IDS[:new, :2], attention_mask=mask, past_key_values=cache)) == (
-            f"The cache holds {rows} rows, got a batch of {new}. Begin with a new cache or cache.reset(), or choose "
-            "rows with cache.reorder_cache(rows). For n beams or n sequences of each row, repeat its rows with "
-            "cache.batch_repeat_interleave(n)."
-        )
-
-
-def test_beams_continue_from_repeated_rows() -> None:
-    model, cache = spread("llama", slice(1, 3)), AdaptiveCache()
-    model.generation_config.eos_token_id = None
-    first = texts(model, IDS[:1], max_new_tokens=3, **{CACHE: cache})
-    with pytest.raises(ValueError, match=r"^The cache holds 1 rows, got a batch of 2[.].*batch_repeat_interleave"):
-        texts(model, first, max_new_tokens=4, num_beams=2, **{CACHE: cache})
-    cache.batch_repeat_interleave(2)
-    beams = {"max_new_tokens": 4, "num_beams": 2}
-    assert torch.equal(texts(model, first, **beams, **{CACHE: cache}), texts(model, first, **beams))
-
-
 def test_attention_refuses_what_it_cannot_honour() -> None:
     model = adapt(original("llama"), 2)
     with pytest.raises(RuntimeError) as error:

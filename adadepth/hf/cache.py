@@ -39,6 +39,7 @@ class AdaptiveCache(Cache):
         self.goes_on = True  # to another turn, as far as is known: `generate` says of its own that they do not
         self._masks: list[Tensor] = []
         self._columns = 0
+        self._prompt: int | None = None  # the columns before a beam search, after which rows need not be its texts
 
     @property
     def mask(self) -> Tensor:
@@ -51,7 +52,8 @@ class AdaptiveCache(Cache):
     def depth(self) -> Int[Tensor, "batch columns"]:
         """Iterations that each token ran, `(batch, columns)` int64; 0 at padding.
 
-        Pass it as both `min_depth` and `max_depth` to repeat these depths.
+        Pass it as both `min_depth` and `max_depth` to repeat these depths. After a beam search, they are those of the
+        beams that ran last, not of the texts that were returned.
         """
         mask = self.mask
         if not mask.any():
@@ -84,6 +86,23 @@ class AdaptiveCache(Cache):
         self._masks.append(x.new_ones(x.shape[:2], dtype=torch.bool) if mask is None else mask)
         self._columns += x.shape[1]
 
+    def end_beams(self, prompt: int) -> None:
+        """Note that a beam search has run after `prompt` columns: rows of texts that it returned may be gone."""
+        if self._columns > prompt:
+            self._prompt = prompt
+
+    def check_rows(self) -> None:
+        """Check that the rows are those of texts.
+
+        Raises: `ValueError` after a beam search.
+        """
+        if self._prompt is not None:
+            raise ValueError(
+                "The rows of this cache are those of a beam search, which need not be the texts that it returned. "
+                f"Begin with a new cache or cache.reset(). cache.crop({self._prompt}) keeps the prompt alone, in "
+                "a row for each beam."
+            )
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of columns, padding included."""
         return self._columns
@@ -104,6 +123,8 @@ class AdaptiveCache(Cache):
             self._masks = [self.mask[:, :tokens_to_remove]]
             self._columns = self._masks[0].shape[1]
             self._shorten()
+            if self._prompt is not None and self._columns <= self._prompt:
+                self._prompt = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes the former row `beam_idx[i]`."""
@@ -125,7 +146,7 @@ class AdaptiveCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._masks, self._columns = [], 0
+        self._masks, self._columns, self._prompt = [], 0, None
         self._shorten()
 
     def take(self, other: "AdaptiveCache", mask: Tensor) -> None:

@@ -116,6 +116,14 @@ class AdaptiveGenerationMixin(GenerationMixin):
         finished = _Finished(stopping_criteria, kwargs.get(CACHE) is not None and kwargs[CACHE].goes_on)
         return super()._sample(input_ids, logits_processor, finished, *args, finished=finished, **kwargs)
 
+    def _beam_search(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(CACHE)
+        try:
+            return super()._beam_search(input_ids, *args, **kwargs)
+        finally:
+            if cache is not None:
+                cache.end_beams((input_ids if embeds is None else embeds).shape[1])
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,

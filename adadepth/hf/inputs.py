@@ -38,7 +38,7 @@ def check_inputs(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None
 def cache_of(use_cache: bool | None, *given: Cache | None) -> AdaptiveCache | None:
     """The cache of a pass: the one given, under whichever name, or a new one if it is asked for.
 
-    Raises: `ValueError` for a cache of another kind, or two.
+    Raises: `ValueError` for a cache of another kind, or two, or one of a beam search.
     """
     caches = [cache for cache in given if cache is not None]
     if not caches:
@@ -50,6 +50,7 @@ def cache_of(use_cache: bool | None, *given: Cache | None) -> AdaptiveCache | No
             f"{CACHE} expected an AdaptiveCache, which holds keys and values of every iteration, got "
             f"{type(caches[0]).__name__}. Pass adadepth.hf.AdaptiveCache(), or use_cache=True for a new one."
         )
+    caches[0].check_rows()
     return caches[0]
 
 
