@@ -1,5 +1,6 @@
 """The cache of an adapted model in more than one call: whose rows it holds, and what may follow them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_zoo import IDS, spread
+from hf_zoo import IDS, original, spread
 from test_hf_errors import refused, texts
 
 from adadepth.hf import AdaptiveCache
@@ -62,3 +63,30 @@ def test_a_cache_of_beams_is_not_continued(as_embeds: bool) -> None:
     texts(model, ids, max_new_tokens=4, num_beams=3, **{CACHE: (again := AdaptiveCache())})
     again.reset()
     assert torch.equal(texts(model, ids, max_new_tokens=4, **{CACHE: again}), texts(model, ids, max_new_tokens=4))
+
+
+ASSISTED: dict[str, Callable[[], dict[str, Any]]] = {
+    "early exit": lambda: {"assistant_early_exit": 1},
+    "early exit in pieces": lambda: {"assistant_early_exit": 1, "prefill_chunk_size": 4},
+    "prompt lookup": lambda: {"prompt_lookup_num_tokens": 3},
+    "stock assistant": lambda: {"assistant_model": original("llama")},
+    "adapted assistant": lambda: {"assistant_model": spread("llama", None)},
+}
+
+
+@pytest.mark.parametrize("layers", [None, slice(1, 3)], ids=str)
+@pytest.mark.parametrize("name", ASSISTED)
+def test_a_kept_cache_is_continued_with_an_assistant(name: str, layers: slice | None) -> None:
+    """Only the new columns run."""
+    model, cache, ids = spread("llama", layers), AdaptiveCache(), IDS[:1].repeat(1, 2)
+    model.generation_config.eos_token_id = None
+    options = ASSISTED[name]()
+    first = texts(model, ids, max_new_tokens=6, **{CACHE: cache}, **options)
+    assert torch.equal(first, texts(model, ids, max_new_tokens=6)) and cache.get_seq_length() == 18 + 5
+    more, ran = torch.cat([first, ids[:, :2]], 1), list[int]()
+    model.loop.register_forward_hook(lambda _part, _args, out: ran.append(out.hidden.shape[1]))
+    again = texts(model, more, max_new_tokens=6, **{CACHE: cache}, **options)
+    helper = options.get("assistant_early_exit") is not None  # runs the same loop, with a cache of its own
+    assert helper or max(ran) < more.shape[1]
+    assert torch.equal(again, texts(model, more, max_new_tokens=6)) and cache.get_seq_length() == 18 + 6 + 2 + 5
+    assert torch.equal(cache.depth, model(again[:, :-1]).trace.depth)

@@ -16,9 +16,9 @@ from .inputs import cache_of, check_past
 
 # Arguments of `generate` itself, which it also passes to each step.
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
-# Arguments of `generate` about the passes of the adapted model, which an assistant does not take.
+# Arguments of `generate` about the passes of the adapted model; with the others, none of which an assistant takes.
 _OF_PASSES = (*DEPTHS, "rule")
-_OF_DRAFTS = ("draft_depth", "revise_drafts")
+_OF_MODEL = (*_OF_PASSES, "draft_depth", "revise_drafts")
 
 
 @final
@@ -116,6 +116,9 @@ class AdaptiveGenerationMixin(GenerationMixin):
         finished = _Finished(stopping_criteria, kwargs.get(CACHE) is not None and kwargs[CACHE].goes_on)
         return super()._sample(input_ids, logits_processor, finished, *args, finished=finished, **kwargs)
 
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, inputs_tensor: Any = None, **kwargs: Any) -> Any:
+        return super()._assisted_decoding(input_ids, *args, inputs_tensor=inputs_tensor, all_ids=True, **kwargs)
+
     def _beam_search(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         embeds, cache = kwargs.get("inputs_embeds"), kwargs.get(CACHE)
         try:
@@ -133,9 +136,13 @@ class AdaptiveGenerationMixin(GenerationMixin):
         finished: _Finished | None = None,
         draft_depth: int | None = None,
         revise_drafts: bool = False,
+        all_ids: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of the next pass: ids, mask and depths of the new columns."""
+        """The arguments of the next pass: ids, mask and depths of the new columns.
+
+        If they are not numbered, `all_ids` says that `input_ids` are all so far, those in the cache too.
+        """
         if draft_depth is not None:
             raise ValueError(
                 "generate(draft_depth=) cannot be used with beams or an assistant. Remove one or the other."
@@ -144,9 +151,11 @@ class AdaptiveGenerationMixin(GenerationMixin):
             raise ValueError("revise_drafts=True expected draft_depth, got None. Pass draft_depth=n as well.")
         for name in _OF_GENERATE:
             kwargs.pop(name, None)
+        past = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
+        if all_ids and inputs_embeds is None and kwargs.get("next_sequence_length") is None:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - past
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         now = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        past = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
         for name, depth in zip(DEPTHS, (min_depth, max_depth), strict=True):
             inputs[name] = of_columns(name, depth, input_ids, past, past + now.shape[1])
         mask = inputs.get("attention_mask")
@@ -161,9 +170,10 @@ class AdaptiveGenerationMixin(GenerationMixin):
 
         An assistant runs at its own depths: those of the call are for this model's iterations.
         """
-        depth, given = generation_config.assistant_early_exit, kwargs.pop("model_kwargs")
+        depth = generation_config.assistant_early_exit
+        given = {name: value for name, value in kwargs.pop("model_kwargs").items() if name != "all_ids"}
         if depth is None:
-            others = {name: value for name, value in given.items() if name not in (*_OF_PASSES, *_OF_DRAFTS)}
+            others = {name: value for name, value in given.items() if name not in _OF_MODEL}
             return super()._get_candidate_generator(generation_config=generation_config, model_kwargs=others, **kwargs)
         config = copy.deepcopy(generation_config)
         config.assistant_early_exit = None
