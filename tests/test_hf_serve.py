@@ -284,6 +284,29 @@ def test_a_greedy_request_sets_no_sampling_options() -> None:
     assert options == {"do_sample": False, "temperature": None, "top_k": None}
 
 
+@pytest.mark.parametrize(
+    ("body", "want"),
+    [
+        ({}, (True, 0.7, 20, 1.2)),
+        ({"temperature": 1.5}, (True, 1.5, 20, 1.2)),
+        ({"top_p": 0.9}, (True, 0.7, 20, 1.2)),
+        ({"temperature": 0}, (False, None, None, 1.2)),
+        ({"generation_config": '{"do_sample": true, "top_k": 5}'}, (True, None, 5, None)),
+    ],
+    ids=str,
+)
+def test_sampling_options_that_a_request_does_not_name_are_the_models(body: dict[str, Any], want: Any) -> None:
+    handler: Any = object.__new__(Completions)
+    handler.generation_state = SimpleNamespace(_compile=False)
+    OPTIONS.set(HttpRequest())
+    usual = GenerationConfig(do_sample=True, temperature=0.7, top_k=20, repetition_penalty=1.2)
+    config = handler._build_generation_config(body, usual)
+    names = ("do_sample", "temperature", "top_k", "repetition_penalty")
+    assert tuple(getattr(config, name) for name in names) == want
+    for name, value in zip(names, want, strict=True):  # the manager begins with `usual`
+        assert OPTIONS.get().options.get(name, getattr(usual, name)) == value
+
+
 def test_a_whole_configuration_in_a_body_keeps_its_limit(model: Any) -> None:
     """`max_length` counts the prompt; without a limit, the answer takes the room of its row."""
     handler: Any = object.__new__(Completions)
