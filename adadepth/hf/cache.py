@@ -39,7 +39,7 @@ class AdaptiveCache(Cache):
         self.goes_on = True  # to another turn, as far as is known: `generate` says of its own that they do not
         self._masks: list[Tensor] = []
         self._columns = 0
-        self._prompt: int | None = None  # the columns before a beam search, after which rows need not be its texts
+        self._prompt: int | None = None  # the columns before a beam search, if one has run
 
     @property
     def mask(self) -> Tensor:

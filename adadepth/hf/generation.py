@@ -16,9 +16,9 @@ from .inputs import cache_of, check_past
 
 # Arguments of `generate` itself, which it also passes to each step.
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
-# Arguments of `generate` about the passes of the adapted model; with the others, none of which an assistant takes.
+# Arguments of `generate` that only adapted models take: those of each pass, and all of them.
 _OF_PASSES = (*DEPTHS, "rule")
-_OF_MODEL = (*_OF_PASSES, "draft_depth", "revise_drafts")
+_OWN = (*_OF_PASSES, "draft_depth", "revise_drafts")
 
 
 @final
@@ -173,7 +173,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
         depth = generation_config.assistant_early_exit
         given = {name: value for name, value in kwargs.pop("model_kwargs").items() if name != "all_ids"}
         if depth is None:
-            others = {name: value for name, value in given.items() if name not in _OF_MODEL}
+            others = {name: value for name, value in given.items() if name not in _OWN}
             return super()._get_candidate_generator(generation_config=generation_config, model_kwargs=others, **kwargs)
         config = copy.deepcopy(generation_config)
         config.assistant_early_exit = None
