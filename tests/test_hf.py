@@ -16,7 +16,7 @@ import adadepth as ad
 
 transformers = pytest.importorskip("transformers")
 
-from hf_small import small
+from hf_small import SMALL, small
 from hf_zoo import (
     DIM,
     IDS,
@@ -28,13 +28,14 @@ from hf_zoo import (
     SOME_WAYS,
     SPANS,
     STEPS,
+    VOCAB,
     logits,
     near,
     original,
     spread,
 )
 
-from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, adapt
+from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM, Head, adapt
 from adadepth.hf.cache import CACHE
 
 # Each in one dtype, and `make test-every` in the others.
@@ -73,6 +74,35 @@ def test_an_adapted_model_begins_as_the_original(name: str, dtype: torch.dtype) 
         assert out.trace.depth.eq(STEPS).all()
         out.loss.backward()
         assert the(Tensor, the(ad.ReZero, model.loop.update).alpha.grad).abs() > 0
+
+
+@pytest.mark.shapes
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "biogpt", "minicpm3", "granite"])  # granite scales later
+def test_the_default_update_adds_the_embedding_of_the_prediction(kind: str) -> None:
+    model: Any = adapt(small(kind), STEPS, check=False)
+    ponder = the(ad.Ponder, the(ad.ReZero, model.loop.update).update)
+    h = torch.randn(5, DIM, dtype=torch.float64)
+    with torch.no_grad():
+        added = ponder(torch.zeros_like(h), h, h, torch.ones(5, 1, dtype=h.dtype), 0)
+        embeddings = model.get_input_embeddings()(torch.arange(len(ponder.embedding.weight)))
+        assert near(added, Head(model.base)(h).softmax(-1) @ embeddings)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(SMALL[kind]())
+    unloaded: Any = adapt(empty, STEPS, check=False)
+    assert unloaded.loop.update.update.scale == pytest.approx(ponder.scale)
+
+
+class _Normed(nn.Embedding):
+    """Its result is no multiple of its row."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.normalize(super().forward(input), dim=-1)
+
+
+def test_the_default_update_reads_no_rows_of_an_embedding_that_does_more_than_scale() -> None:
+    base = small("llama")
+    base.set_input_embeddings(_Normed(VOCAB, DIM, dtype=torch.float64))
+    assert isinstance(the(ad.ReZero, adapt(base, STEPS).loop.update).update, ad.Interpolate)
 
 
 def test_others_of_the_same_configuration_go_on_as_they_were() -> None:

@@ -94,6 +94,41 @@ class Head(nn.Module):
         return logits.squeeze(0)
 
 
+def scale_of_embedding(base: Any) -> float | None:
+    """The factor by which the model's embedding multiplies its rows; None if it does something else with them.
+
+    It is measured with known rows: the model's own may be zero, quantised, or not in memory.
+    """
+    own, large = base.get_input_embeddings(), 2.0**20
+    with torch.device("cpu"):
+        row, ids = torch.linspace(1, 2, own.weight.shape[1], dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    try:
+        embedding = _with_buffers(own, base)
+        small, big = (_embedded(embedding, known, ids) for known in (row, large * row))
+    except Exception:  # its rows are no plain tensor
+        return None
+    scale = float(small[0] / row[0])
+    linear = all(map(torch.allclose, (small, big), (scale * row, scale * large * row)))
+    return scale if linear else None
+
+
+def _embedded(embedding: Any, row: Tensor, ids: Tensor) -> Tensor:
+    """What an embedding returns for one token `ids (1,)` if all its rows are `row (dim,)`."""
+    known = with_part(embedding, "weight", row.expand(embedding.weight.shape))
+    embedded: Tensor = inspect.unwrap(type(embedding).forward)(known, ids)[0]
+    return embedded
+
+
+def _with_buffers(embedding: Any, base: Any) -> Any:
+    """The embedding; if it is on meta, a copy whose buffers have the values that the model gives them at the start."""
+    if not embedding.weight.is_meta:
+        return embedding
+    for name, buffer in embedding.named_buffers():
+        embedding = with_part(embedding, name, torch.empty_like(buffer, device="cpu"))
+    base._init_weights(embedding)
+    return embedding
+
+
 def shape_of_logits(base: Any, anatomy: Anatomy) -> tuple[float, float | None] | None:
     """The factor by which the model's forward scales its head's logits, and the bound (or None) that it puts on them.
 

@@ -18,7 +18,7 @@ from ..gates import Gate
 from ..updates import Interpolate, Ponder, ReZero, Ungated, Update
 from .anatomy import Anatomy
 from .config import AdaptiveConfig
-from .ends import Head, shape_of_logits
+from .ends import Head, scale_of_embedding, shape_of_logits
 
 KINDS = ("gate", "rule", "update")
 _MARK = "_adadepth_path"
@@ -41,13 +41,14 @@ def _default_update(base: Any, anatomy: Anatomy, gate: Any, whole: bool) -> Upda
     """The update if `adapt` is given none. Before training, the model then computes what its base does.
 
     A whole backbone ends in the final norm, so its state predicts tokens: if the embedding and the head have one
-    vocabulary, the update is `Ponder`. A slice feeds its state back. With an exit criterion, the
-    update does not multiply by the score.
+    vocabulary and only scale and bound what they return, the update is `Ponder`. A slice feeds its state back. With an
+    exit criterion, the update does not multiply by the score.
     """
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     one_vocabulary = isinstance(head, nn.Linear) and head.weight.shape == embedding.weight.shape
-    shape = shape_of_logits(base, anatomy) if whole and one_vocabulary else None
-    update = Interpolate() if shape is None else Ponder(embedding, head, 1.0, *shape)
+    scale = scale_of_embedding(base) if whole and one_vocabulary else None
+    shape = None if scale is None else shape_of_logits(base, anatomy)
+    update = Interpolate() if scale is None or shape is None else Ponder(embedding, head, scale, *shape)
     return ReZero(Ungated(update) if getattr(gate, "measures", False) else update)
 
 

@@ -32,8 +32,9 @@ def adapt(
         base: the model, as from `AutoModelForCausalLM`.
         steps: the most iterations.
         gate, rule: as in `RecurrentWrapper`; a gate's width is `base.config.hidden_size`.
-        update: as in `RecurrentWrapper`. None: `ReZero(Ponder(embedding, head))`, or in a slice
-            `ReZero(Interpolate())`. Their learned scale starts at 0, so that outputs are at first those of `base`.
+        update: as in `RecurrentWrapper`. None: `ReZero(Ponder(embedding, head))`, which scales both as the model does,
+            or in a slice `ReZero(Interpolate())`. Their learned scale starts at 0, so that outputs are at first those
+            of `base`.
         layers: the slice of layers to loop, without the final norm. None: the whole backbone, with its final norm.
         check: whether to compare outputs on a few tokens with those that are expected (`model.check()`). Pass False if
             weights are on the meta device or on other ranks, and call `model.check()` later.
