@@ -19,13 +19,14 @@ from ..rules import Rule
 from .anatomy import anatomy_of
 from .attention import NAME
 from .backbone import AdaptiveBackbone, Wanted
+from .binding import bind, mark
 from .cache import CACHE
 from .check import check
 from .config import AdaptiveConfig
 from .ends import head
 from .generation import AdaptiveGenerationMixin
 from .inputs import LOSS_OPTIONS
-from .pieces import KINDS, bind, complete, describe, rebind, reset
+from .pieces import KINDS, complete, describe, reset
 from .routers import wants_routers
 from .saving import check_loaded, write_card, write_gates
 from .serving import AdaptiveServingMixin
@@ -95,7 +96,8 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
         self.prelude = self._once(0, start)
         self.loop = RecurrentWrapper(Stack(self.base, self.anatomy, config.span), config.steps, **pieces)
         self.coda = self._once(stop, layers)
-        self._bound: dict[str, Any] = {}
+        self._marked: dict[str, Any] = {}  # the pieces whose references have marks
+        self.bind()
         self._made = False
         self.post_init()
         self._made = True
@@ -233,9 +235,8 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the input embeddings of the base, also where pieces refer to them."""
-        old = self.base.get_input_embeddings()
         self.base.set_input_embeddings(value)
-        self._rebind(old, value)
+        self.bind()
 
     def get_output_embeddings(self) -> nn.Module:
         """The base's head."""
@@ -243,22 +244,17 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the base's head, also where pieces refer to it."""
-        old = self.base.get_output_embeddings()
         self.base.set_output_embeddings(new_embeddings)
-        self._rebind(old, new_embeddings)
-
-    def _rebind(self, old: nn.Module, new: nn.Module) -> None:
-        for name in KINDS:
-            rebind(getattr(self.loop, name), old, new)
-        self._bound = {}
+        self.bind()
 
     def bind(self) -> None:
-        """Make pieces refer to the base's modules, once for each piece that was assigned or wrapped."""
+        """Make pieces refer to the modules that the base has now. Every pass does this first."""
         pieces = {name: getattr(self.loop, name) for name in KINDS}
-        if any(piece is not self._bound.get(name) for name, piece in pieces.items()):
-            self._bound = pieces
-            for piece in pieces.values():
-                bind(piece, self.base)
+        for name, piece in pieces.items():
+            if piece is not self._marked.get(name):
+                mark(piece, self.base)
+            bind(piece, self.base)
+        self._marked = pieces
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Checkpoint whole iterations, never single layers: a recomputed layer would not know which tokens ran."""

@@ -1,4 +1,4 @@
-"""The pieces of an adapted model: completed by defaults, saved as JSON, loaded, and bound to the base's modules.
+"""The pieces of an adapted model: completed by defaults, saved as JSON, and loaded.
 
 In JSON, a piece (gate, rule or update) is `{"class": "module.Class", "arguments": {...}}`. Each argument of its
 constructor is read from the attribute of the same name. A module of the base is `{"base": "path"}`, a sequence of
@@ -8,7 +8,7 @@ classes that the program has imported.
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from .config import AdaptiveConfig
 from .ends import Head, scale_of_embedding, shape_of_logits
 
 KINDS = ("gate", "rule", "update")
-_MARK = "_adadepth_path"
 
 
 def complete(given: Mapping[str, Any], config: AdaptiveConfig, base: Any, anatomy: Anatomy) -> dict[str, Any]:
@@ -50,49 +49,6 @@ def _default_update(base: Any, anatomy: Anatomy, gate: Any, whole: bool) -> Upda
     shape = None if scale is None else shape_of_logits(base, anatomy)
     update = Interpolate() if scale is None or shape is None else Ponder(embedding, head, scale, *shape)
     return ReZero(Ungated(update) if getattr(gate, "measures", False) else update)
-
-
-def bind(piece: Any, base: nn.Module) -> None:
-    """Make a piece refer to the base's own modules, even if a copy of the piece refers to copies of them.
-
-    peft copies the modules that it is told to save. A mark on a module says where in the base it belongs.
-    Raises: `ValueError` if a piece reads weights that are not in memory.
-    """
-    paths = {module: path for path, module in base.named_modules()}
-
-    def own(module: nn.Module) -> nn.Module:
-        if isinstance(module, Head):
-            return module if module.base is base else Head(base)
-        if module in paths:
-            module.__dict__[_MARK] = paths[module]
-        path = module.__dict__.get(_MARK)
-        return module if path is None else base.get_submodule(path)
-
-    _map_references(piece, own)
-    for holder in piece.modules() if isinstance(piece, nn.Module) else ():
-        if isinstance(holder, Ponder) and any(
-            hasattr(table, "_hf_hook") and table.weight.is_meta for table in (holder.embedding, holder.head)
-        ):
-            raise ValueError(
-                "Ponder reads the weights of embedding and head, but accelerate has moved them out of memory. Keep "
-                "both on a device in device_map, or give adapt another update."
-            )
-
-
-def rebind(piece: Any, old: nn.Module, new: nn.Module) -> None:
-    """Make a piece that refers to `old` refer to `new`."""
-    _map_references(piece, lambda module: new if module is old else module)
-
-
-def _map_references(piece: Any, to: Callable[[nn.Module], nn.Module]) -> None:
-    """Replace each module that a piece refers to, alone or in a sequence, by `to` of it."""
-    for holder in piece.modules() if isinstance(piece, nn.Module) else ():
-        for name, value in list(vars(holder).items()):
-            if isinstance(value, nn.Sequential):
-                for i, part in enumerate(value):
-                    value[i] = to(part)
-            elif isinstance(value, nn.Module):
-                setattr(holder, name, to(value))
 
 
 def reset(loop: Any, base: nn.Module) -> None:
