@@ -152,6 +152,39 @@ def test_adapt_refuses(name: str) -> None:
     assert refused(call) == message
 
 
+def load_other_gates(base: Any, path: Path) -> None:
+    adapt(original("gpt2"), 2).save_gates(path)
+    load_gates(base, path)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda base, _: adapt(base, 0),
+        lambda base, _: adapt(base, 2, rule=5),  # type: ignore[arg-type]
+        lambda base, _: adapt(base, 2, layers=slice(3, 9)),
+        load_other_gates,
+    ],
+)
+def test_a_base_that_was_refused_runs_as_before(refused: Callable[[Any, Path], Any], tmp_path: Path) -> None:
+    base = original("llama", torch.float32)
+    config = base.config
+    with pytest.raises(ValueError):  # noqa: PT011
+        refused(base, tmp_path)
+    assert base.config is base.model.config is base.model.layers[0].self_attn.config is config
+    with torch.no_grad():
+        assert torch.equal(base(IDS).logits, original("llama", torch.float32)(IDS).logits)
+
+
+def test_a_base_that_failed_the_check_runs_as_before() -> None:
+    base = small("phimoe")
+    with torch.no_grad():
+        before = base(input_ids=IDS, use_cache=False).logits
+        with pytest.raises(ValueError, match=r"^PhimoeForCausalLM cannot be looped as it is: at depth 1"):
+            adapt(base, 2)
+        assert torch.equal(base(input_ids=IDS, use_cache=False).logits, before)
+
+
 @pytest.mark.parametrize("layers", [slice(2, 2), slice(3, 1), slice(0, 9), slice(-1, None), slice(0, 4, 2)], ids=str)
 def test_adapt_refuses_layers_that_it_does_not_have(layers: slice) -> None:
     assert refused(lambda: adapt(original("llama"), 2, layers=layers)) == (

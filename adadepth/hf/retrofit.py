@@ -1,6 +1,8 @@
 """`adapt` makes a causal language model adaptive; `load_gates` does so with gates that were trained before."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -28,6 +30,8 @@ def adapt(
 ) -> AdaptiveForCausalLM:
     """Make a causal language model's depth adaptive. It changes `base` in place: use only the result from then on.
 
+    If `adapt` raises an error, `base` runs as before.
+
     Arguments:
         base: the model, as from `AutoModelForCausalLM`.
         steps: the most iterations.
@@ -43,9 +47,9 @@ def adapt(
         have.
     """
     anatomy = anatomy_of(base)
-    _own_config(base)
-    config = AdaptiveConfig(text_config=base.config, steps=steps, span=_span(layers, anatomy.number))
-    return _as_base(AdaptiveForCausalLM(config, base, {"gate": gate, "rule": rule, "update": update}), check)
+    with _own_config(base):
+        config = AdaptiveConfig(text_config=base.config, steps=steps, span=_span(layers, anatomy.number))
+        return _as_base(AdaptiveForCausalLM(config, base, {"gate": gate, "rule": rule, "update": update}), check)
 
 
 def load_gates(
@@ -62,10 +66,10 @@ def load_gates(
     if unknown := sorted(pieces.keys() - set(KINDS)):
         raise ValueError(f"load_gates expected {', '.join(KINDS)} beside base and path, got {', '.join(unknown)}.")
     anatomy_of(base)
-    _own_config(base)
-    model = AdaptiveForCausalLM(read_config(path, base), base, pieces)
-    read_gates(model.loop, path, pieces)
-    return _as_base(model, check)
+    with _own_config(base):
+        model = AdaptiveForCausalLM(read_config(path, base), base, pieces)
+        read_gates(model.loop, path, pieces)
+        return _as_base(model, check)
 
 
 def _as_base(model: AdaptiveForCausalLM, check: bool) -> AdaptiveForCausalLM:
@@ -89,14 +93,26 @@ def _note_loading(model: AdaptiveForCausalLM) -> None:
             setattr(model, name, value)
 
 
-def _own_config(base: PreTrainedModel) -> None:
-    """A copy of the configuration for this model alone: others may be made of the same, and go on as they were."""
+@contextmanager
+def _own_config(base: PreTrainedModel) -> Iterator[None]:
+    """Give this model alone a copy of its configuration; if an error is raised, it gets its configuration back.
+
+    Others may be made of the same configuration, and go on as they were. How layers attend is written in it, so a
+    model that was refused runs as before.
+    """
     copies: dict[int, Any] = {}
     copy.deepcopy(base.config, copies)  # of the parts that it is made of too
-    for module in base.modules():
-        if (shared := getattr(module, "config", None)) is not None and id(shared) in copies:
-            module.config = copies[id(shared)]
-            module.config._attn_implementation = shared._attn_implementation  # which is not copied
+    known = {module: getattr(module, "config", None) for module in base.modules()}
+    shared: dict[Any, Any] = {module: config for module, config in known.items() if id(config) in copies}
+    for module, config in shared.items():
+        module.config = copies[id(config)]
+        module.config._attn_implementation = config._attn_implementation  # which is not copied
+    try:
+        yield
+    except BaseException:
+        for module, config in shared.items():
+            module.config = config
+        raise
 
 
 def _span(layers: slice | None, number: int) -> list[int] | None:
