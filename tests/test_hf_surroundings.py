@@ -2,6 +2,8 @@
 """What tools ask of an adapted model: backbone, hidden states, configuration, packed texts, turns, a saved folder."""
 
 import copy
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -122,6 +124,48 @@ def test_hidden_states_come_with_a_cache_and_in_generation(model: AdaptiveForCau
 
 
 # The configuration.
+
+
+def test_a_setting_of_the_base_is_written_where_the_base_reads_it() -> None:
+    model: Any = adapt(small("mixtral"), STEPS)
+    config, own = model.config, dict(vars(model.config))
+    assert model(IDS, labels=IDS).aux_loss is None
+    config.output_router_logits = True
+    assert model(IDS, labels=IDS).aux_loss is not None
+    every = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
+    other = transformers.MixtralConfig()
+    for name in {field.name for field in dataclasses.fields(other)} - every:
+        setattr(config, name, getattr(other, name))
+        assert getattr(config.text_config, name) == getattr(other, name) and vars(config) == own
+    assert config.hidden_size == config.text_config.hidden_size == other.hidden_size != DIM
+    for name, value in {"output_hidden_states": True, "steps": 2, "quantization_config": {}, "nonsense": 1}.items():
+        setattr(config, name, value)
+        assert vars(config)[name] == value != getattr(config.text_config, name, None)
+
+
+def test_settings_given_to_from_pretrained_reach_the_base_and_are_saved(tmp_path: Path) -> None:
+    adapt(small("mixtral"), STEPS).save_pretrained(tmp_path / "saved")
+    given = {"output_router_logits": True, "attention_dropout": 0.5, "attn_implementation": "eager"}
+    for loader in (AdaptiveForCausalLM, AutoModelForCausalLM):
+        model = loader.from_pretrained(tmp_path / "saved", **given, experts_implementation="eager")
+        assert model.attention == model.base.config._experts_implementation == "eager"
+        assert model.base.model.layers[0].self_attn.attention_dropout == 0.5
+        assert model(IDS, labels=IDS).aux_loss is not None
+    model.save_pretrained(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert not given.keys() & written.keys() and written["text_config"]["output_router_logits"] is True
+    (tmp_path / "again" / "config.json").write_text(json.dumps(written | {"router_aux_loss_coef": 0.25}))
+    loaded = AdaptiveForCausalLM.from_pretrained(tmp_path / "again")
+    assert loaded.base.config.attention_dropout == 0.5 and loaded.base.config.router_aux_loss_coef == 0.25
+
+
+def test_adapt_keeps_how_the_base_was_told_to_compute() -> None:
+    told = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    base = AutoModelForCausalLM.from_config(SMALL["mixtral"](), **told)
+    rotary = base.config.rope_parameters = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}
+    model = adapt(base, STEPS, check=False)
+    assert model.attention == model.base.config._experts_implementation == "eager"
+    assert model.base.config.rope_parameters == rotary
 
 
 def test_the_configuration_answers_for_the_base(tmp_path: Path) -> None:
