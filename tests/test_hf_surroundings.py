@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import adadepth as ad
 
 transformers = pytest.importorskip("transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
 
 from hf_small import SMALL, small
 from hf_zoo import DIM, IDS, LABELS, LAYERS, MASK, PAD, POSITIONS, SPANS, STEPS, VOCAB, logits, near, original, spread
@@ -491,6 +493,50 @@ def test_a_saved_folder_says_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "saved" / "README.md").write_text("Mine.")
     model.save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "README.md").read_text() == "Mine."
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The text files of a repository to which models are uploaded; it is empty at first."""
+    files: dict[str, str] = {}
+
+    def commit(_hub: Any, operations: Any, **_: Any) -> None:
+        for each in operations:
+            if not each.path_in_repo.endswith(".safetensors"):
+                files[each.path_in_repo] = Path(each.path_or_fileobj).read_text()
+
+    def load(_name: str, **_: Any) -> Any:
+        if "README.md" not in files:
+            raise huggingface_hub.errors.EntryNotFoundError("none", Mock())
+        return huggingface_hub.ModelCard(files["README.md"])
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: Mock(repo_id="me/deep"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
+    monkeypatch.setattr(huggingface_hub.ModelCard, "load", load)
+    return files
+
+
+@pytest.mark.parametrize("way", ["save_pretrained", "push_to_hub"])
+def test_what_is_uploaded_says_what_it_needs(hub: dict[str, str], way: str, tmp_path: Path) -> None:
+    model = spread("llama", slice(1, 3), torch.float32)
+    model.loop.rule = ad.Threshold(0.5)
+    model.add_model_tags("mine")
+
+    def push() -> None:
+        if way == "push_to_hub":
+            model.push_to_hub("deep")
+        else:
+            model.save_pretrained(tmp_path, push_to_hub=True, repo_id="deep")
+
+    push()
+    assert hub.keys() == {"config.json", "generation_config.json", "modeling_adadepth.py", "README.md"}
+    code = {where.partition(".")[0] for where in json.loads(hub["config.json"])["auto_map"].values()}
+    assert {f"{name}.py" for name in code} <= hub.keys()
+    assert "from_pretrained('me/deep')" in hub["README.md"]
+    assert huggingface_hub.ModelCard(hub["README.md"]).data.tags == ["adadepth", "mine"]
+    hub["README.md"] = "---\ntags: [mine]\n---\nMine."
+    push()
+    assert hub["README.md"].endswith("Mine.")
 
 
 @pytest.mark.every  # `test_hf_saving.py` has a new process as well

@@ -307,6 +307,11 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
         super().save_pretrained(save_directory, *args, **kwargs)
         write_card(self.config, save_directory)
 
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload a folder; transformers calls this when it has written weights, configuration and an empty card."""
+        write_card(self.config, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
         """Does nothing: every saved folder already names its classes for `trust_remote_code=True`."""

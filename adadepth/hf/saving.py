@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ CARD = "README.md"
 _CODE = '"""The classes of this model, from the package adadepth."""\n\nfrom adadepth.hf import {0}\n\n__all__ = {1}\n'
 _CARD = """---
 library_name: transformers
-tags: [adadepth]
+tags: {tags}
 ---
 
 # {name}, with adaptive depth
@@ -35,6 +36,8 @@ out.trace.depth  # how often each token ran
 
 Gate, rule and update: {pieces}.{others}
 """
+# In a card with empty fields, which transformers writes before it uploads a model that has none.
+_EMPTY = "This model card has been automatically generated."
 _ALIKE = ("model_type", "hidden_size", "num_hidden_layers")
 
 
@@ -63,25 +66,31 @@ def write_gates(loop: nn.Module, config: AdaptiveConfig, path: str | PathLike[st
     save_file(weights, Path(path) / GATES, metadata={"format": "pt"})
 
 
-def write_card(config: AdaptiveConfig, path: str | PathLike[str]) -> None:
-    """What whoever finds the folder must know; a card that is there stays."""
-    folder = Path(path)
+def write_card(config: AdaptiveConfig, path: str | PathLike[str], repository: str | None = None) -> None:
+    """The code that `config.json` names, and a model card; a card that is there stays, unless its fields are empty.
+
+    Arguments: `repository`, the name under which users load the model; None: that of the folder.
+    """
+    folder, tags = Path(path), ["adadepth"]
     names = ("AdaptiveConfig", "AdaptiveForCausalLM")
     (folder / f"{CODE}.py").write_text(_CODE.format(", ".join(names), json.dumps(names)))
     if (folder / CARD).exists():
-        return
-    name = config.name_or_path or folder.name
+        if _EMPTY not in (card := (folder / CARD).read_text()):
+            return
+        tags += ModelCard(card).data.get("tags") or []
+    name = config.name_or_path or repository or folder.name
     span = config.span
     layers = "layers all run" if span is None else f"layers {span[0]} to {span[1] - 1} run"
     kinds = [piece["class"] for piece in (config.pieces or {}).values() if piece]
     others = sorted({kind.rpartition(".")[0] for kind in kinds if not kind.startswith("adadepth.")})
     (folder / CARD).write_text(
         _CARD.format(
+            tags=json.dumps(tags),
             name=Path(name).name,
             base=f"A {config.text_config.model_type} model",
             layers=layers,
             steps=config.steps,
-            path=folder.name,
+            path=repository or folder.name,
             pieces=", ".join(kind.rpartition(".")[2] for kind in kinds),
             others=f" Import {', '.join(others)} before loading." if others else "",
         )
