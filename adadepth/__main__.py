@@ -10,8 +10,8 @@ import torch
 
 from . import __version__
 
-# Matches in a requirement such as `lm_eval[hf]>=0.4.13; extra == 'lm-eval'`: the package and the extra.
-REQUIREMENT = re.compile(r"""([\w.-]+).*;.*\bextra\s*==\s*["']([\w-]+)["']""")
+# Matches in a requirement such as `lm_eval[hf]>=0.4.13; extra == 'lm-eval'`: the package, its own extras, the extra.
+REQUIREMENT = re.compile(r"""([\w.-]+)\s*(?:\[([^]]*)\])?.*;.*\bextra\s*==\s*["']([\w-]+)["']""")
 FOR_DEVELOPERS = {"dev", "docs"}
 
 
@@ -45,15 +45,29 @@ def gpu() -> str:
 
 def extras() -> dict[str, list[str]]:
     """The packages of each extra; none if adadepth runs from a folder and is not installed."""
+    names = {extra for _, _, extra in requirements("adadepth")} - FOR_DEVELOPERS
+    return {extra: list(packages("adadepth", extra)) for extra in sorted(names)}
+
+
+def packages(package: str, extra: str) -> Iterator[str]:
+    """The packages that an extra of a package needs, also by their own extras."""
+    for name, inner, of in requirements(package):
+        if of != extra:
+            continue
+        if name != package:
+            yield name
+        for each in inner:
+            yield from packages(name, each)
+
+
+def requirements(package: str) -> Iterator[tuple[str, list[str], str]]:
+    """What the extras of a package require: a package, with which of its extras, and by which extra."""
     try:
-        lines = requires("adadepth") or []
+        lines = requires(package) or []
     except PackageNotFoundError:
-        return {}
-    packages: dict[str, list[str]] = {}
+        return
     for match in filter(None, map(REQUIREMENT.match, lines)):
-        if match[2] not in FOR_DEVELOPERS and match[1] != "adadepth":
-            packages.setdefault(match[2], []).append(match[1])
-    return packages
+        yield match[1], [each.strip() for each in (match[2] or "").split(",") if each.strip()], match[3]
 
 
 def describe(packages: list[str]) -> str:

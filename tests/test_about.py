@@ -75,6 +75,26 @@ def test_a_folder_that_is_not_installed_has_no_extras(monkeypatch: pytest.Monkey
     assert about.extras() == {}
 
 
+def test_an_extra_lacks_what_the_extras_of_its_packages_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    required = {
+        "adadepth": ["transformers[serving, audio]>=5.23; extra == 'hf'", "adadepth[hf]; extra == 'all'"],
+        "transformers": [
+            "safetensors",
+            "fastapi; extra == 'serving'",
+            "beartype[door]; extra == 'audio'",
+            "absent; extra == 'dev'",
+        ],
+        "beartype": ["uvicorn>=1; extra == 'door'", "beartype[door]; extra == 'all'"],
+    }
+    monkeypatch.setattr(about, "version", number)
+    monkeypatch.setattr(about, "requires", required.get)
+    every = ["transformers", "fastapi", "beartype", "uvicorn"]
+    assert about.extras() == {"all": every, "hf": every}
+    assert about.describe(about.extras()["hf"]) == "missing: fastapi, uvicorn"
+    monkeypatch.setattr(about, "version", lambda package: "1")
+    assert about.describe(about.extras()["hf"]) == "transformers 1, fastapi 1, beartype 1, uvicorn 1"
+
+
 def test_the_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
