@@ -3,7 +3,6 @@
 `pip install '.[trl]'`. Each function is what `docs/hugging-face-tools.md` shows; `tests/test_trl.py` runs them.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,22 +61,19 @@ class HoldDepth:
 
 
 class SaveBudget(TrainerCallback):  # type: ignore[misc]
-    """Saves the budget in each checkpoint, and loads it on resuming."""
+    """Saves the budget in the state of each checkpoint, and loads it on resuming."""
 
     def __init__(self, budget: ad.DepthBudget) -> None:
         self.budget = budget
 
-    def path(self, args: Any, state: Any) -> Path:
-        folder = f"checkpoint-{state.global_step}"
-        return Path(args.output_dir) / folder / "budget.pt"
+    def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        multiplier = self.budget.multiplier.item()
+        state.stateful_callbacks["DepthBudget"] = {"multiplier": multiplier}
 
-    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if state.is_world_process_zero:
-            torch.save(self.budget.state_dict(), self.path(args, state))
-
-    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if state.global_step:
-            self.budget.load_state_dict(torch.load(self.path(args, state)))
+    def on_train_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        # On resuming, this is the state of the checkpoint.
+        if held := state.stateful_callbacks.get("DepthBudget"):
+            self.budget.multiplier.fill_(held["multiplier"])
 
 
 def fine_tune_to_a_depth(

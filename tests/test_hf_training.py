@@ -4,6 +4,7 @@
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from transformers import AutoModelForCausalLM
 
 from adadepth.hf import AdaptiveForCausalLM, adapt, traces
 from adadepth.hf.cache import CACHE
+from examples import tune_hf
 
 NEW = hasattr(transformers.PreTrainedModel, "activation_checkpointing_enable")
 CHECKPOINTING = "activation_checkpointing" if NEW else "gradient_checkpointing"
@@ -116,6 +118,31 @@ def test_the_trainer_trains_evaluates_and_saves(tmp_path: Path) -> None:
     assert (also[0] == predicted.predictions).all() and isinstance(also[1], ad.Trace)
     loaded = AdaptiveForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-3")
     assert same(loaded, model.eval())
+
+
+def test_a_budget_resumes_from_the_checkpoint_that_is_given(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+
+    class Trainer(tune_hf.HoldDepth, transformers.Trainer):  # type: ignore[misc, name-defined]
+        pass
+
+    def train(run: str, steps: int, gain: float, **options: Any) -> ad.DepthBudget:
+        Trainer.budget = ad.DepthBudget(1.5, gain=gain)
+        arguments = transformers.TrainingArguments(
+            tmp_path / run, max_steps=steps, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        callbacks = [tune_hf.SaveBudget(Trainer.budget)]
+        data = [{"input_ids": row, "labels": row} for row in IDS.repeat(8, 1)]
+        model = spread("llama", slice(1, 3), torch.float32)
+        Trainer(model, arguments, train_dataset=data, callbacks=callbacks).train(**options)
+        return Trainer.budget
+
+    first, second = train("first", 1, 1.0), train("second", 2, 0.1)
+    assert first.multiplier != 0 and second.multiplier not in (0, first.multiplier)
+    (tmp_path / "first" / "checkpoint-1").rename(tmp_path / "elsewhere")
+    resumed = train("second", 2, 1e-12, resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    assert resumed.multiplier == pytest.approx(first.multiplier)
+    assert train("second", 3, 1e-12, resume_from_checkpoint=True).multiplier == pytest.approx(resumed.multiplier)
 
 
 def test_the_trainer_keeps_the_positions_of_packed_texts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 """Adapted models under TRL's trainers: they learn, their loss is the model's own, and losses on the trace reach it."""
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,8 @@ def test_a_resumed_training_keeps_its_multiplier(tmp_path: Path) -> None:
     texts = Dataset.from_dict({"text": TEXTS})
     options = common(tmp_path, save_strategy="steps", save_steps=1)
     trainer = tune_hf.fine_tune_to_a_depth(adapted(), texts, tokenizer(), 1.5, **options)
-    saved = torch.load(tmp_path / "checkpoint-2" / "budget.pt")
+    state = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["DepthBudget"]
     assert saved["multiplier"] == trainer.budget.multiplier != 0
     trainer.budget.multiplier.zero_()
     trainer.budget.gain, trainer.args.max_steps = 1e-12, 3
