@@ -5,7 +5,7 @@ from typing import Any, final
 from torch import nn
 
 from .._types import Hidden
-from .prepare import prepare
+from .context import active
 from .view import TokenView
 
 
@@ -33,8 +33,8 @@ class Pointwise(nn.Module):
 class CausalEncoder(nn.Module):
     """Makes an `nn.TransformerEncoderLayer` or a stack of them, `nn.TransformerEncoder`, causal.
 
-    These layers are causal only if they get a mask together with the hint `is_causal`. With the hint, the values of
-    the mask are not read, so a mask of one zero replaces the usual `(seq, seq)`.
+    These layers are causal only if they get a mask together with the hint `is_causal`. With the hint, a loop does not
+    read the values of the mask, so there a mask of one zero replaces the usual `(seq, seq)`.
 
     Shapes: `x (rows, length, dim)` to the same.
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.3 (the decoder's mask).
@@ -42,9 +42,12 @@ class CausalEncoder(nn.Module):
 
     def __init__(self, encoder: nn.TransformerEncoderLayer | nn.TransformerEncoder) -> None:
         super().__init__()
-        prepare(encoder)  # the fast path would read the mask's values
         self.encoder = encoder
 
     def forward(self, x: Hidden) -> Hidden:
         """`encoder(x)`, where each token attends to itself and to earlier tokens."""
-        return self.encoder(x, x.new_zeros(1, 1), is_causal=True)
+        if active.view is None:  # outside a loop, PyTorch's fast path reads the values
+            mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+        else:
+            mask = x.new_zeros(1, 1)
+        return self.encoder(x, mask, is_causal=True)
