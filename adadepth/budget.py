@@ -29,8 +29,11 @@ class DepthBudget(nn.Module):
     score, and cannot reach a depth that `min_depth`, `max_depth` or such a rule excludes. If hard exits depend on
     scores near 0 (`Threshold(1e-4)`), its gradient is nearly 0: use a threshold from 0.05 up. With gradient
     accumulation, every call counts as a step: divide `gain`, and the loss, by the number of
-    micro-batches. On many ranks, each has its own price, unless you gather the trace:
-    `budget(Trace(*map(ranks.gather, trace)))`.
+    micro-batches. A depth that is not a number, as after an overflow, does not change the multiplier.
+
+    On many ranks, each has its own price, unless you gather the trace: `budget(Trace(*map(ranks.gather, trace)))`.
+    Inside a module that `DistributedDataParallel` wraps, gather it: DDP copies the buffers of rank 0 to the others
+    before each pass, so the price would follow the rows of rank 0 alone.
 
     Shapes: the loss is `()`; 0 where no token is real.
     Unit: depth in iterations; price, `multiplier` and `limit` in nats per iteration, or the unit of your loss.
@@ -68,7 +71,7 @@ class DepthBudget(nn.Module):
         self._check(trace, learns and not acted_on.requires_grad)
         over = torch.where(trace.live.any(), depth.detach() - self.mean_depth, 0)
         if learns:  # a buffer that was cast with the model, to bfloat16 say, is float32 again from here on
-            grown = self.multiplier.to(over) + self.gain * over.clamp(-_FAR, _FAR)
+            grown = self.multiplier.to(over) + self.gain * over.nan_to_num(0.0).clamp(-_FAR, _FAR)
             self.multiplier = grown.clamp(-self.limit, self.limit)
         price = (self.multiplier.to(over) + self.damping * over).clamp(-self.limit, self.limit)
         return price * (acted_on - acted_on.detach() + over)

@@ -10,6 +10,7 @@ the padding.
         return nll(out.logits, ids[:, 1:]), out.trace.depth
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, final
 
@@ -138,13 +139,20 @@ def mixture(fixed: list[Measured], mean: float) -> Measured:
     if not 1 <= mean <= len(fixed):
         raise ValueError(f"mixture expected a mean depth from 1 to {len(fixed)}, got {mean}.")
     mixed = [
-        Measured(torch.lerp(low.loss, high.loss, part), torch.lerp(low.depth.double(), high.depth.double(), part))
+        _between(low, high, (mean - i) / max(1, j - i))
         for i, low in enumerate(fixed, 1)
         for j, high in enumerate(fixed[i - 1 :], i)
         if i <= mean <= j
-        for part in [(mean - i) / max(1, j - i)]
     ]
-    return min(mixed, key=lambda each: each.nats)
+    return min(mixed, key=lambda each: each.nats if math.isfinite(each.nats) else math.inf)
+
+
+def _between(low: Measured, high: Measured, part: float) -> Measured:
+    """The expected loss and depth if a token is of `high` with probability `part`, and otherwise of `low`."""
+    if part in (0, 1):  # the other one may not be finite
+        one = high if part else low
+        return Measured(one.loss, one.depth.double())
+    return Measured(torch.lerp(low.loss, high.loss, part), torch.lerp(low.depth.double(), high.depth.double(), part))
 
 
 def oracle(fixed: list[Measured]) -> Oracle:

@@ -1,6 +1,7 @@
 """`DepthBudget` holds a mean depth in training; its numbers by hand, its state and its errors."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -115,6 +116,20 @@ def test_its_state_is_saved_and_adapts_in_training_alone() -> None:
     assert again.multiplier.item() == pytest.approx(0.005)
     again.bfloat16()(trace)
     assert again.multiplier.item() == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("rule", ["soft", "hard"])
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_leaves_a_multiplier_that_goes_on(rule: str, lost: float) -> None:
+    loop, budget = make_loop(RULES[rule], 0.0), ad.DepthBudget(2.0, gain=0.1)
+    x = torch.randn(4, 8, DIM)
+    budget(loop(x).trace)
+    before = budget.multiplier.item()
+    budget(loop(torch.full_like(x, lost)).trace)
+    assert abs(budget.multiplier.item() - before) <= 0.05 + 1e-6
+    loss = budget(loop(x).trace)
+    loss.backward()
+    assert math.isfinite(loss.item()) and math.isfinite(budget.multiplier.item())
 
 
 def test_repr() -> None:

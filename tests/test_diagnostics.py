@@ -1,5 +1,6 @@
 """Diagnostics against sums over tokens, written out."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +78,25 @@ def test_a_mixture_is_the_best_of_two_depths_with_that_mean(seed: int, mean: flo
                 share = (mean - low) / (high - low) if high > low else 0.0
                 pairs.append((1 - share) * curve[low - 1].nats + share * curve[high - 1].nats)
     assert got.nats == pytest.approx(min(pairs))
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", range(STEPS))
+def test_a_depth_whose_loss_is_lost_is_left_out(lost: float, place: int) -> None:
+    curve = random_curve(0)
+    curve[place] = Measured(torch.full_like(curve[place].loss, lost), curve[place].depth)
+    others = [i for i in range(STEPS) if i != place]
+    for mean in (1.0, 1.5, 2.0, STEPS - 0.5, float(STEPS)):
+        pairs = [
+            ((j + 1 - mean) * curve[i].nats + (mean - i - 1) * curve[j].nats) / (j - i) if i < j else curve[i].nats
+            for i in others
+            for j in others
+            if i <= mean - 1 <= j
+        ]
+        if pairs:
+            assert mixture(curve, mean).nats == pytest.approx(min(pairs))
+        else:
+            assert not math.isfinite(mixture(curve, mean).nats)
 
 
 def test_a_mixture_of_one_depth_is_that_depth() -> None:
