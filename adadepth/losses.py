@@ -155,7 +155,7 @@ def _nats(states: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     """`(n, steps)` of `states (n, steps, dim)` and `labels (n,)`."""
     logits = head(states.flatten(0, 1))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    each = labels.repeat_interleave(states.shape[1])
+    each = labels.long().repeat_interleave(states.shape[1])
     return F.cross_entropy(logits, each, reduction="none").view(states.shape[:2])
 
 

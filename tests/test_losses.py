@@ -133,6 +133,7 @@ def test_every_iteration_has_the_loss_of_its_logits(chunk: int | None) -> None:
     for row, token in (labels >= 0).nonzero().tolist():
         want[row, token] = -p[row, token, :, labels[row, token]].log()
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    assert torch.equal(ad.per_iteration_loss(states, head, labels.int(), chunk), got)
     weights = torch.randn(3, 5, 4, dtype=torch.float64)
     inputs = [states, *head.parameters()]
     each = [torch.autograd.grad((loss * weights).sum(), inputs) for loss in (got, want)]

@@ -387,6 +387,18 @@ def test_a_window_of_left_padded_rows_holds_real_tokens() -> None:
     assert Sees.rows == {0, 1, 2, 3, 4}
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e38])
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_input_that_is_not_finite_is_no_fault(value: float, skip: bool) -> None:
+    x = torch.randn(2, 5, DIM)
+    x[0, 0, 0] = value
+    gate = ad.LinearGate(DIM, 0.0)
+    for block in (ad.Pointwise(nn.Linear(DIM, DIM)), PreNorm(DIM, True)):
+        ad.RecurrentWrapper(block, 4, gate, ad.Survival(), ad.SurvivalScaled(ad.Interpolate()), skip=skip).train()(
+            x, max_depth=torch.tensor([[2], [4]])
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_of_half_precision_is_no_fault(dtype: torch.dtype) -> None:
     x = torch.randn(3, 9, DIM).to(dtype)
