@@ -245,6 +245,22 @@ def test_needed_against_used_counts_every_pair() -> None:
         assert (cell.get_linewidth() > 1) == (uses == needs)
 
 
+@pytest.mark.plain  # the annotations name no unsigned dtype
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_depths_of_a_small_dtype_are_counted_as_any(dtype: torch.dtype) -> None:
+    needed, used = torch.tensor([16, 3, 12]), torch.tensor([16, 9, 15])
+    nll = torch.ones(3)
+    for draw in (
+        lambda kind: viz.plot_needed(needed.to(kind), used.to(kind), 16),
+        lambda kind: viz.plot_exits(used.to(kind), 16, nll=nll),
+    ):
+        cells = [
+            [(patch.get_xy(), patch.get_facecolor()) for axis in draw(kind).axes for patch in axis.patches]
+            for kind in (dtype, torch.int64)
+        ]
+        assert str(cells[0]) == str(cells[1])
+
+
 PANELS = {"loss": {"training": ([0, 1, 2], [3.0, 2.5, 2.25]), "held out": ([0, 2], [3.5, 2.5])}}
 PANELS["mean depth"] = {"held out": ([0, 2], [4.0, 3.0])}
 

@@ -157,7 +157,7 @@ def plot_needed(needed: Int[Tensor, "*rows"], used: Int[Tensor, "*rows"], steps:
     check_like_depth("plot_needed", "used", used, needed)
     real = (needed > 0) & (used > 0)
     check_real("plot_needed", real.long())
-    pairs = needed[real] * (steps + 1) + used[real]
+    pairs = needed[real].long() * (steps + 1) + used[real].long()  # a small dtype cannot hold the products
     counts = torch.bincount(pairs, minlength=(steps + 1) ** 2).view(steps + 1, steps + 1)
     with _panels([min(1.2 + 0.5 * steps, 5)], "iterations used") as (figure, (axis,)):
         ends, ticks = (0.5, steps + 0.5), _ticks(steps)
