@@ -1,10 +1,21 @@
 """The small examples run and print what they are to show. The demo has a file of its own."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 
 import adadepth as ad
 from examples import adapt_hf, decode_by_hand
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SWEEP = "examples.adaponderlm.sweep"
+SIDE_BY_SIDE = [
+    ".".join(path.relative_to(EXAMPLES.parent).with_suffix("").parts)
+    for path in sorted(EXAMPLES.rglob("*.py"))
+    if '"--processes", type=int' in path.read_text("utf-8")
+]
 
 BY_HAND = """\
 the:1 cat:1 saw:2 a:1 that:4 bird:4 cat:1 saw:3 cat:1 the:1
@@ -51,3 +62,14 @@ def test_any_model_or_an_adapted_one_is_loaded(tmp_path: object, capsys: pytest.
         assert all(torch.equal(a, b) for a, b in zip(loaded.base.parameters(), model.base.parameters(), strict=True))
     adapt_hf.main(["--model", adapted, "--new", "2"])
     assert capsys.readouterr().out.startswith("depth  1  2  3  4 \n" + adapt_hf.PROMPTS[0])
+
+
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+def test_a_run_in_no_processes_is_refused(name: str, number: int) -> None:
+    if name.startswith("examples.retrofit"):
+        pytest.importorskip("peft")
+    command = importlib.import_module(name)
+    with pytest.raises(SystemExit) as error:
+        command.main([*(["small.yaml"] if name == SWEEP else []), "--processes", str(number)])
+    assert str(error.value) == f"error: --processes expected at least 1, got {number}"

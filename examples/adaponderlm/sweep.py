@@ -23,6 +23,7 @@ from rich.console import Console
 from examples.adaponderlm import evaluate
 from examples.adaponderlm.config import CONFIGS, BadInput, Config, read
 from examples.adaponderlm.processes import Job, Now, python, run_all
+from examples.options import at_least_one
 
 SWEEPS = CONFIGS / "sweeps"
 
@@ -221,7 +222,9 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", metavar="FILE", help="in place of the standard library")
     parser.add_argument("--report", action="store_true", help="train and evaluate nothing: report what there is")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all runs")
-    return parser.parse_intermixed_args(args)
+    parsed = parser.parse_intermixed_args(args)
+    at_least_one({"--processes": parsed.processes})
+    return parsed
 
 
 def run(parsed: argparse.Namespace, console: Console) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..options import at_least_one
 from .page import page
 from .plan import QUICK, Plan, judged
 from .report import Seed, numbers, progress_bar, show
@@ -47,9 +48,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     plan = QUICK if args.quick else Plan(*TASKS[args.task].training)
     given = {"steps_1": args.steps1, "steps_2": args.steps2}
     plan = plan._replace(**{name: steps for name, steps in given.items() if steps is not None})
-    for option, number in (("--steps1", plan.steps_1), ("--steps2", plan.steps_2), ("--processes", args.processes)):
-        if number is not None and number < 1:
-            raise BadInput(f"{option} expected at least 1, got {number}")
+    at_least_one({"--steps1": plan.steps_1, "--steps2": plan.steps_2, "--processes": args.processes})
     if len(set(args.seeds)) < len(args.seeds) or not all(0 <= seed < 2**32 for seed in args.seeds):
         raise BadInput(f"--seeds expected different numbers from 0 to 2**32 - 1, got {' '.join(map(str, args.seeds))}")
     return plan

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..jobs import run_all
+from ..options import at_least_one
 from .report import Size
 from .study import BLANKS, FIXED, FULL, QUICK, Job, Judged, Result, run
 
@@ -18,7 +19,9 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="models at a time, a thread each")
     parser.add_argument("--out", type=Path, default=Path("out/puzzles"), metavar="DIR", help="where results are kept")
     parser.add_argument("--quick", action="store_true", help="a few seconds of everything, to see that it works")
-    return parser.parse_args(args)
+    parsed = parser.parse_args(args)
+    at_least_one({"--processes": parsed.processes})
+    return parsed
 
 
 def main(args: Sequence[str] | None = None) -> None:

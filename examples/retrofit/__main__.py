@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..jobs import run_all
+from ..options import at_least_one
 from .model import ARMS, GATES
 from .prepare import prepare
 from .report import COLUMNS, LEGEND, Seeds, Times, lines, page
@@ -34,6 +35,7 @@ def arguments(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results are kept, and are gone on from")
     parser.add_argument("--quick", action="store_true", help="a little of everything, to see that it works")
     parsed = parser.parse_args(args)
+    at_least_one({"--steps": parsed.steps, "--processes": parsed.processes})
     parsed.seeds = parsed.seeds or (SEEDS[:1] if parsed.quick else SEEDS)
     parsed.out = parsed.out or Path("out/retrofit-quick" if parsed.quick else "out/retrofit")
     return parsed
