@@ -53,16 +53,16 @@ def machine() -> str:
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    model = re.search(r"^model name\s*:\s*(.+)$", info.read_text("utf-8"), re.MULTILINE) if info.exists() else None
     return model[1] if model else platform.processor() or platform.machine()
 
 
 def write_section(name: str, markdown: str) -> None:
     """Replace the section `## name` of RESULTS.md, or append it; the others stay as they are."""
-    text = RESULTS.read_text() if RESULTS.exists() else HEADER
+    text = RESULTS.read_text("utf-8") if RESULTS.exists() else HEADER
     section = f"## {name}\n\n{markdown.strip()}\n"
     old = re.compile(rf"^## {re.escape(name)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
     text, replaced = old.subn(lambda _: section + "\n", text, count=1)
     if not replaced:
         text = f"{text.rstrip()}\n\n{section}"
-    RESULTS.write_text(text.rstrip() + "\n")
+    RESULTS.write_text(text.rstrip() + "\n", "utf-8")

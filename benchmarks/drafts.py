@@ -49,7 +49,7 @@ def random_model(vocabulary: int) -> AdaptiveForCausalLM:
 def text() -> Tensor:
     """The letters of the documentation."""
     pages = sorted(Path(__file__).parent.parent.glob("docs/**/*.md"))
-    return torch.tensor(list("".join(page.read_text() for page in pages).encode()))
+    return torch.tensor(list("".join(page.read_text("utf-8") for page in pages).encode()))
 
 
 def readout(model: AdaptiveForCausalLM) -> nn.Module:

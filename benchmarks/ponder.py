@@ -53,7 +53,7 @@ def make(name: str, tokens: int, vocabulary: int, dim: int) -> Callable[[bool], 
 
 def resident(field: str) -> int:
     """Bytes of this process in memory: VmRSS now, VmHWM at most."""
-    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text("utf-8"), re.MULTILINE)
     assert match is not None
     return int(match[1]) * 1024
 

@@ -46,8 +46,8 @@ def main() -> None:
         "small are exact, whole and sliced, and the others are refused. By `config.model_type`, the exact ones are"
     )
     text = f"<!-- exact -->\n{textwrap.fill(said, 118)}\n{names}\n<!-- end -->"
-    page = re.sub(r"<!-- exact -->.*?<!-- end -->", lambda _: text, PAGE.read_text(), flags=re.DOTALL)
-    PAGE.write_text(page)
+    page = re.sub(r"<!-- exact -->.*?<!-- end -->", lambda _: text, PAGE.read_text("utf-8"), flags=re.DOTALL)
+    PAGE.write_text(page, "utf-8")
 
 
 if __name__ == "__main__":

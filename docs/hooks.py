@@ -50,7 +50,7 @@ BOOST = {
 @event_priority(100)  # before mkdocstrings reads them
 def on_config(config: Any) -> Any:
     """The package's version for the header; the names of other projects."""
-    source = (ROOT / "adadepth" / "__init__.py").read_text()
+    source = (ROOT / "adadepth" / "__init__.py").read_text("utf-8")
     config.extra["release"] = re.findall(r'__version__ = "(.*)"', source)[0]
     handler = config.plugins["mkdocstrings"].config.handlers["python"]
     handler["inventories"] = [{"url": inventory(names).as_uri(), "base_url": site} for site, names in SITES.items()]

@@ -21,14 +21,14 @@ def run_all(run: Callable[[Job], Any], jobs: Sequence[Job], kept: Path, processe
     yield from ((job, done[key(job)]) for job in jobs if key(job) in done)
     for job, result in _run(run, [job for job in jobs if key(job) not in done], processes):
         line = json.dumps([job, result])
-        with kept.open("a") as file:
+        with kept.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         yield job, json.loads(line)[1]
 
 
 def read(kept: Path) -> dict[str, Any]:
     """What a file holds, by job; nothing if there is none."""
-    lines = kept.read_text().splitlines() if kept.exists() else []
+    lines = kept.read_text("utf-8").splitlines() if kept.exists() else []
     return {key(job): result for job, result in map(json.loads, lines)}
 
 

@@ -1,5 +1,6 @@
 """The project around the package: workflows call targets that exist, forms parse, tools say what is missing."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -97,6 +98,54 @@ def test_the_hooks_are_those_of_lint() -> None:
     names = {hook["id"] for repo in hooks for hook in repo["hooks"]}
     assert {"ruff-check", "ruff-format", "codespell", "types"} <= names
     assert all("rev" in repo for repo in hooks if repo["repo"] != "local")
+
+
+def in_the_locales_encoding(source: str) -> list[str]:
+    """Calls that read or write text and leave the encoding to the machine."""
+    found = []
+    for call in ast.walk(ast.parse(source)):
+        if not isinstance(call, ast.Call) or any(keyword.arg == "encoding" for keyword in call.keywords):
+            continue
+        given = [arg.value if isinstance(arg, ast.Constant) else None for arg in call.args]
+        match call.func:
+            case ast.Name(id="open"):
+                text = "b" not in str(given[1:])
+            case ast.Attribute(attr="open"):  # other things are opened too, without a mode
+                text = bool(re.fullmatch("[rwax]t?", str(given[:1] and given[0])))
+            case ast.Attribute(attr="read_text"):
+                text = not given
+            case ast.Attribute(attr="write_text"):
+                text = len(given) < 2
+            case _:
+                text = False
+        if text:
+            found.append(ast.unparse(call))
+    return found
+
+
+@pytest.mark.parametrize("folder", ["adadepth", "benchmarks", "docs", "examples", "tools"])
+def test_text_is_read_and_written_as_utf_8_on_every_machine(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    sources = {path: path.read_text("utf-8") for path in files}
+    for page in (ROOT / folder).rglob("*.md"):
+        blocks = re.findall(r"^```python[^\n]*\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        sources[page] = "\n".join(block for block in blocks if "_text(" in block or "open(" in block)
+    assert {path: found for path, source in sources.items() if (found := in_the_locales_encoding(source))} == {}
+
+
+def test_what_leaves_the_encoding_to_the_machine_is_found() -> None:
+    calls = [
+        "p.read_text()",
+        "p.read_text(errors='replace')",
+        "p.write_text(a)",
+        "open(p)",
+        "open(p, 'w')",
+        "p.open('a')",
+    ]
+    assert in_the_locales_encoding("\n".join(calls)) == calls
+    named = 'p.read_text("utf-8"); p.write_text(a, "utf-8"); open(p, "rb"); p.open("ab"); source.open()'
+    assert in_the_locales_encoding(named) == []
 
 
 # The tools

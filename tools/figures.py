@@ -23,12 +23,12 @@ TEXT = {name: name for name in ("router-shallow", "router", "router-deep")} | {
 def main() -> None:
     """Write them into docs/images."""
     for name, drawn in figures().items():
-        (DOCS / "images" / name).write_text(drawn)
+        (DOCS / "images" / name).write_text(drawn, "utf-8")
 
 
 def figures() -> dict[str, str]:
     """SVG by the name of its file."""
-    page, text = PAGE.read_text(), (DOCS / "adaponderlm.md").read_text()
+    page, text = PAGE.read_text("utf-8"), (DOCS / "adaponderlm.md").read_text("utf-8")
     return {
         "programs.svg": _programs(table(page, "thousand FLOPs per token")),
         "expressions.svg": _programs(_chosen(table(page, "mean of brackets"))),

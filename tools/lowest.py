@@ -12,4 +12,4 @@ def lowest(project: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*lowest(PROJECT.read_text()))
+    print(*lowest(PROJECT.read_text("utf-8")))

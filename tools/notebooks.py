@@ -73,10 +73,10 @@ def main(files: list[str]) -> None:
     """Runs each and writes it."""
     torch.set_num_threads(1)
     for path in map(Path, files) if files else sorted(FOLDER.glob("*.ipynb")):
-        notebook = json.loads(path.read_text())
+        notebook = json.loads(path.read_text("utf-8"))
         for number, (cell, outputs) in enumerate(zip(code(notebook), run(notebook, path.name), strict=True), 1):
             cell["execution_count"], cell["outputs"] = number, outputs
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", "utf-8")
         print(f"{path.name}: {len(code(notebook))} cells ran")
 
 

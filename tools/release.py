@@ -11,7 +11,7 @@ def main() -> int:
     """Print the release's notes or what is wrong; 1 if something is."""
     tag, *notes = sys.argv[1:]
     package, changelog, citation = (
-        (ROOT / name).read_text() for name in ("adadepth/__init__.py", "CHANGELOG.md", "CITATION.cff")
+        (ROOT / name).read_text("utf-8") for name in ("adadepth/__init__.py", "CHANGELOG.md", "CITATION.cff")
     )
     wrong = problems(tag, package, changelog, citation)
     print("\n".join(wrong) if wrong else section(changelog, tag[1:]) if notes else f"{tag} is ready.")

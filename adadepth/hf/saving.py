@@ -73,9 +73,9 @@ def write_card(config: AdaptiveConfig, path: str | PathLike[str], repository: st
     """
     folder, tags = Path(path), ["adadepth"]
     names = ("AdaptiveConfig", "AdaptiveForCausalLM")
-    (folder / f"{CODE}.py").write_text(_CODE.format(", ".join(names), json.dumps(names)))
+    (folder / f"{CODE}.py").write_text(_CODE.format(", ".join(names), json.dumps(names)), "utf-8")
     if (folder / CARD).exists():
-        if _EMPTY not in (card := (folder / CARD).read_text()):
+        if _EMPTY not in (card := (folder / CARD).read_text("utf-8")):
             return
         tags += ModelCard(card).data.get("tags") or []
     name = config.name_or_path or repository or folder.name
@@ -93,7 +93,8 @@ def write_card(config: AdaptiveConfig, path: str | PathLike[str], repository: st
             path=repository or folder.name,
             pieces=", ".join(kind.rpartition(".")[2] for kind in kinds),
             others=f" Import {', '.join(others)} before loading." if others else "",
-        )
+        ),
+        "utf-8",
     )
 
 

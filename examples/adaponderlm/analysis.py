@@ -85,7 +85,7 @@ def _kind(tokenizer: PreTrainedTokenizerBase, i: int) -> str:
 
 def training(folder: Path) -> Row:
     """Columns of a run's metrics: what happened while it was trained."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
     names = ("step", "stage", "loss", "depth", "relative_flops", "penalty", "scores", "seconds")
     columns: Row = {name: [line.get(name) for line in lines] for name in names}
     return columns | {"tokens": lines[-1]["tokens"] if lines else 0}

@@ -51,7 +51,7 @@ class Checkpoints:
             dcp.save(_weights(model) | _moments(model, optimiser), checkpoint_id=part)
         torch.save(self._random(), part / self._random_name())
         if first:
-            (part / MORE).write_text(json.dumps(more))
+            (part / MORE).write_text(json.dumps(more), "utf-8")
         self.accelerator.wait_for_everyone()
         if first:
             replace(part, self.path(step))
@@ -73,7 +73,7 @@ class Checkpoints:
         _put_moments(model, optimiser, moments)
         if (random := path / self._random_name()).exists():  # not with more ranks than then
             self._put_random(torch.load(random))
-        more: dict[str, Any] = json.loads((path / MORE).read_text())
+        more: dict[str, Any] = json.loads((path / MORE).read_text("utf-8"))
         return more
 
     def _random_name(self) -> str:

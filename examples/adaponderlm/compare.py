@@ -140,7 +140,7 @@ class Table:
                 folder = out / f"{name}-{seed}"
                 if (folder / "evaluation.json").exists():
                     kept = torch.load(folder / "windows.pt")
-                    result = Result(folder, json.loads((folder / "evaluation.json").read_text()), kept)
+                    result = Result(folder, json.loads((folder / "evaluation.json").read_text("utf-8")), kept)
                     found.setdefault(name, {})[seed] = result
         return cls(found)
 

@@ -243,8 +243,8 @@ def main(args: Sequence[str] | None = None) -> None:
     if parsed.markdown is None:
         print(text)
     else:
-        before, _, rest = parsed.markdown.read_text().partition(BEGIN)
-        parsed.markdown.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+        before, _, rest = parsed.markdown.read_text("utf-8").partition(BEGIN)
+        parsed.markdown.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -246,7 +246,7 @@ def write(folder: Path, options: Options) -> Row:
     result, kept = evaluate(load(folder), options)
     torch.save(kept, folder / WINDOWS)
     part = folder / f"{RESULT}.part"
-    part.write_text(json.dumps(result, indent=1))
+    part.write_text(json.dumps(result, indent=1), "utf-8")
     part.replace(folder / RESULT)
     return result
 
@@ -276,7 +276,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if parsed.together is not None:
             runs = [load(folder) for folder in parsed.runs]
             test = held_out(runs[0].config.data, runs[0].tokenizer, options.batch, "test")
-            parsed.together.write_text(json.dumps(time_together(runs, test, options.repeats), indent=1))
+            parsed.together.write_text(json.dumps(time_together(runs, test, options.repeats), indent=1), "utf-8")
             return
         for folder in parsed.runs:
             own = write(folder, options)["own"]

@@ -93,7 +93,7 @@ def write(folder: Path, found: dict[str, Any]) -> None:
     if not path.exists():
         raise BadInput(f"there is no {path}: run evaluate.py first")
     part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(json.loads(path.read_text()) | {"harness": found}, indent=1))
+    part.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"harness": found}, indent=1), "utf-8")
     part.replace(path)
 
 

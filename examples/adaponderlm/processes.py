@@ -93,7 +93,7 @@ def _start(job: Job) -> Job:
 
 
 def _last_words(job: Job) -> str:
-    lines = (job.folder / LOG).read_text(errors="replace").strip().splitlines() or ["no output"]
+    lines = (job.folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"]
     code = None if job.process is None else job.process.returncode
     return f"{lines[-1].strip()} (exit status {code}; all of it is in {job.folder / LOG})"
 

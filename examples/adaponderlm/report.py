@@ -269,12 +269,12 @@ def write(out: Path, sweep: "Sweep", seeds: Sequence[int], console: Console) -> 
         console.print("Nothing is evaluated yet: there is nothing to report.")
         return
     path = out / "time.json"
-    report = make(table, sweep, json.loads(path.read_text()) if path.exists() else {})
+    report = make(table, sweep, json.loads(path.read_text("utf-8")) if path.exists() else {})
     show(console, report)
-    (out / "report.json").write_text(json.dumps(as_json(report, table), indent=1))
+    (out / "report.json").write_text(json.dumps(as_json(report, table), indent=1), "utf-8")
     from . import html
 
-    (out / "report.html").write_text(html.page(out.name, report, table, sweep))
+    (out / "report.html").write_text(html.page(out.name, report, table, sweep), "utf-8")
     console.print(f"\n{out / 'report.json'}, {out / 'report.html'}", soft_wrap=True)
 
 

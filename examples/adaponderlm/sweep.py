@@ -188,7 +188,7 @@ def _depth(config: Config) -> float:
 def _progress(folder: Path, last: int) -> Now:
     """What the last line of the metrics says."""
     try:
-        line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        line = json.loads((folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
     except (OSError, IndexError, ValueError):  # not yet, or not all of it
         return Now(0, last)
     return Now(line["step"], last, f"loss {line['loss']:.4f} depth {line['depth']:.2f} {line['relative_flops']:.2f}×")
@@ -196,7 +196,7 @@ def _progress(folder: Path, last: int) -> Now:
 
 def _verdict(folder: Path) -> Now:
     try:
-        own = json.loads((folder / "evaluation.json").read_text())["own"]
+        own = json.loads((folder / "evaluation.json").read_text("utf-8"))["own"]
     except (OSError, ValueError, KeyError):
         return Now(0, 1)
     return Now(1, 1, f"held-out loss {own['loss']:.4f} depth {own['depth']:.2f} {own['relative_flops']:.2f}×")
@@ -205,7 +205,7 @@ def _verdict(folder: Path) -> Now:
 def _is_evaluated(folder: Path, options: dict[str, Any]) -> bool:
     """Whether the model has been looked at as it is to be."""
     path = folder / "evaluation.json"
-    return _is_newer(path, folder / "model") and bool(json.loads(path.read_text()).get("options") == options)
+    return _is_newer(path, folder / "model") and bool(json.loads(path.read_text("utf-8")).get("options") == options)
 
 
 def _is_newer(path: Path, than: Path) -> bool:

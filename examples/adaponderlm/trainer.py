@@ -188,7 +188,7 @@ class Trainer:
     def _write(self, line: dict[str, Any]) -> None:
         self.accelerator.log({name: value for name, value in line.items() if isinstance(value, float)}, self.step)
         if self.accelerator.is_main_process:
-            with (self.out / METRICS).open("a") as file:
+            with (self.out / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _save(self) -> None:
@@ -302,14 +302,14 @@ def keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except ValueError:
             break
     part = path.with_name(path.name + PART)
-    part.write_text("".join(kept))
+    part.write_text("".join(kept), "utf-8")
     replace(part, path)
 
 

@@ -48,7 +48,7 @@ def write(path: Path, said: Sequence[str], found: Results, windows: Tensor, seed
     if len(programs) == len(known.NAMES):
         parts += [("Programs: gates that learn the depth", _programs(programs, seed))]
     parts += [("Training", viz.svg(_curves(trained)))]
-    path.write_text(viz.page("Adaptive depth on text", *parts))
+    path.write_text(viz.page("Adaptive depth on text", *parts), "utf-8")
 
 
 def _results(result: Evaluation) -> list[tuple[str, str]]:
