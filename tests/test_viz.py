@@ -196,6 +196,17 @@ def test_pieces_keep_the_space_that_a_first_word_loses_and_a_last_character_cut_
     assert viz.pieces(bytes_of, list("aé".encode()[:2])) == ["a", "\ufffd"]
 
 
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 3), max_size=12))
+@example([1, 0, 2, 1])
+def test_pieces_join_to_the_text_around_tokens_that_have_none(ids: list[int]) -> None:
+    words = ["", "▁a", "▁b", "s"]  # the first is a special token that is left out
+    decode = lambda ids: "".join(words[i] for i in ids).replace("▁", " ").removeprefix(" ")  # noqa: E731
+    found = viz.pieces(decode, ids)
+    assert "".join(found) == decode(ids)
+    assert [part for part, i in zip(found, ids, strict=True) if i == 0] == [""] * ids.count(0)
+
+
 def drawn(steps: int = 4, size: int = 300) -> tuple[Tensor, Tensor]:
     """Depths, some of them padding, and an NLL for each that is NaN at padding."""
     depth = torch.randint(0, steps + 1, (3, size // 3))

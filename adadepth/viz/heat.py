@@ -91,18 +91,25 @@ def pieces(decode: Callable[[list[int]], str], ids: Int[Tensor, " seq"] | Sequen
 
     Shapes: `ids (seq,)` to `seq` pieces.
     Arguments: `decode`, a function of a list of ids, such as `tokenizer.decode`; for bytes,
-    `lambda ids: bytes(ids).decode(errors="replace")`.
+    `lambda ids: bytes(ids).decode(errors="replace")`. It must not clean up spaces, which rewrites earlier text: pass
+    `clean_up_tokenization_spaces=False` to a tokenizer that does.
     """
     ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-    found, start, done = list[str](), 0, 0
+    found, start, done, before = list[str](), 0, 0, ""  # `before` is the text of ids[start:done]
     for end in range(1, len(ids) + 1):
         # The token before is decoded again together with the new one, so that the new one is not a first word.
-        text = decode(ids[start:end])[len(decode(ids[start:done])) :]
-        if text.endswith("\ufffd") and end < len(ids):
+        text = decode(ids[start:end])
+        new = text[len(before) :]
+        if new.endswith("\ufffd") and end < len(ids):
             found.append("")
+            continue
+        found.append(new)
+        # A token without a text of its own, such as a hidden special token, cannot be the token before.
+        if alone := decode(ids[done:end]):
+            start, before = done, alone
         else:
-            found.append(text)
-            start, done = done, end
+            before = text
+        done = end
     return found
 
 
