@@ -397,6 +397,14 @@ def test_svgs_stand_alone_and_side_by_side(pictures: list[str]) -> None:
     assert "costs $5 and $6" in words
 
 
+def test_a_figure_with_an_image_stands_alone() -> None:
+    figure = Figure()
+    figure.subplots().imshow([[0.0, 1.0], [1.0, 0.0]])
+    picture = viz.svg(figure)
+    (image,) = ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}image")
+    assert image.attrib["href"].startswith("data:image/png;base64,")
+
+
 def test_a_page_holds_everything_and_asks_nothing_of_the_network(pictures: list[str]) -> None:
     heat = viz.heat_map("if a < b:\n", torch.ones(10).long(), 2)
     table = viz.table(["policy <p>", "loss"], [["a & b", 1.23456], ["c", "–"]])

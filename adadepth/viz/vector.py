@@ -37,6 +37,7 @@ def _inline(tag: str, own: str, used: set[str]) -> str:
         look = "max-width:640px;height:auto;stroke-linejoin:round;stroke-linecap:butt"
         return f'<svg xmlns="http://www.w3.org/2000/svg" {box and box[0]} width="100%" style="{look}">'
     tag = re.sub(r' id="([^"]*)"', lambda name: f' id="{own}{name[1]}"' if name[1] in used else "", tag)
-    tag = tag.replace("url(#", f"url(#{own}").replace('xlink:href="#', f'href="#{own}')
+    tag = tag.replace('xlink:href="', 'href="')  # the root has no other namespace
+    tag = tag.replace("url(#", f"url(#{own}").replace('href="#', f'href="#{own}')
     tag = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", lambda found: f"{found[1]}: {both(found[2])}", tag)
     return re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", tag)
