@@ -295,6 +295,19 @@ def test_curves_are_the_numbers_given_and_a_name_keeps_its_colour() -> None:
     assert (figure.axes[1].get_xlabel(), figure.axes[1].get_ylabel()) == ("step", "mean depth")
 
 
+@pytest.mark.parametrize("name", ["_fixed", "", "a $_b$"])
+def test_a_legend_has_every_name(name: str) -> None:
+    curves: dict[str, tuple[list[int], list[float]]] = {name: ([0, 1], [3.0, 2.0]), "other": ([0, 1], [2.0, 2.0])}
+    for figure in (viz.plot_curves({"loss": curves, "depth": curves}), viz.plot_frontier({"a": (1, 2.0)}, curves)):
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [name, "other"]
+        drawn, lines = [line.get_color() for line in legend.get_lines()], figure.axes[0].lines
+        assert drawn == [line.get_color() for line in lines]
+        figure.draw_without_rendering()
+        boxes = [Text.get_window_extent(text) for text in legend.get_texts() if text.get_text()]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
 NAMES = (
     *("learned", "router", "forced 3", "KL of predictions", "convergence", "max probability", "entropy"),
     *("uniform pruning", "geometric pruning", "oracle"),

@@ -71,12 +71,12 @@ def plot_exits(
     share = 100 * left / left.sum()
     runs = share.flip(0).cumsum(0).flip(0)
     with _panels([2.9] if nll is None else [2.9, 2.2], "iterations run") as (figure, axes):
-        axes[0].bar(range(1, steps + 1), runs.tolist(), 0.86, color=RULE, label="run this iteration")
-        _bars(axes[0], share, "share of tokens, %", "{:.1f}", label="exit after it")
+        run = axes[0].bar(range(1, steps + 1), runs.tolist(), 0.86, color=RULE)
+        exits = _bars(axes[0], share, "share of tokens, %", "{:.1f}")
         if nll is not None:
             sums = torch.bincount(depth.flatten(), nll.detach().flatten().double(), steps + 1)[1:]
             _bars(axes[1], sums / left, "mean NLL, nats", "{:.2f}")
-        _legend(figure, axes[0])
+        _legend(figure, {"run this iteration": run, "exit after it": exits})
     return figure
 
 
@@ -90,18 +90,19 @@ def plot_curves(
     Raises: `ValueError` if a curve does not have equally many x and y.
     """
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    drawn: dict[str, Any] = {}
     with _panels([2.4] * len(panels), x) as (figure, axes):
         for axis, (title, curves) in zip(axes, panels.items(), strict=True):
             axis.set_ylabel(title)
             for name, curve in curves.items():
-                _line(axis, "plot_curves", name, curve, names.index(name))
+                drawn[name] = _line(axis, "plot_curves", name, curve, names.index(name))
             for place in marks or ():
                 axis.axvline(place, color=MUTED, linewidth=1, linestyle=":")
         for place, name in (marks or {}).items():
             axes[0].annotate(
                 name, (place, 1), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points", color=MUTED
             )
-        _legend(figure, *axes)
+        _legend(figure, drawn)
     return figure
 
 
@@ -129,8 +130,10 @@ def plot_frontier(
     lines = lines or {}
     with _panels([4.2], x) as (figure, (axis,)):
         axis.set_ylabel(y)
-        for i, (name, line) in enumerate(lines.items()):
-            _line(axis, "plot_frontier", name, line, i, marker=_MARKERS[i % len(_MARKERS)])
+        drawn = {
+            name: _line(axis, "plot_frontier", name, line, i, marker=_MARKERS[i % len(_MARKERS)])
+            for i, (name, line) in enumerate(lines.items())
+        }
         axis.scatter(*zip(*points.values(), strict=True), s=42, color=INK, zorder=3)
         losses = [loss for _, loss in points.values()]
         lowest = [loss for line in axis.lines for loss in line.get_ydata() if math.isfinite(loss)]
@@ -138,7 +141,7 @@ def plot_frontier(
         room = 0.08 * (most - least) or 0.05
         axis.set_ylim(least - room, most + room)
         axis.margins(x=0.08)
-        _legend(figure, axis)
+        _legend(figure, drawn)
         label(axis, points)
     return figure
 
@@ -179,30 +182,31 @@ def _panels(heights: Sequence[float], x: str) -> Iterator[tuple["matplotlib.figu
         yield figure, axes
 
 
-def _bars(axis: "matplotlib.axes.Axes", values: Tensor, title: str, form: str, label: str = "") -> None:
-    """One bar for each depth, in its colour, with its value if there is room; no bar if the value is NaN."""
+def _bars(axis: "matplotlib.axes.Axes", values: Tensor, title: str, form: str) -> Any:
+    """The bars: one for each depth, in its colour, with its value if there is room; no bar if the value is NaN."""
     steps = len(values)
     colours = [depth_colour(i, steps) for i in range(1, steps + 1)]
-    bars = axis.bar(
-        range(1, steps + 1), values.tolist(), 0.62, color=colours, edgecolor=MUTED, linewidth=0.8, label=label
-    )
+    bars = axis.bar(range(1, steps + 1), values.tolist(), 0.62, color=colours, edgecolor=MUTED, linewidth=0.8)
     if steps <= _ROOM:
         axis.bar_label(bars, ["" if value != value else form.format(value) for value in values.tolist()], padding=2)
     axis.set_ylabel(title)
     axis.set_xticks(_ticks(steps))
     axis.grid(axis="x", visible=False)
+    return bars
 
 
 def _ticks(steps: int) -> range:
     return range(1, steps + 1, 1 + steps // (_ROOM + 1))
 
 
-def _line(axis: "matplotlib.axes.Axes", owner: str, name: str, curve: Curve, i: int, marker: str = "") -> None:
+def _line(axis: "matplotlib.axes.Axes", owner: str, name: str, curve: Curve, i: int, marker: str = "") -> Any:
     xs, ys = curve
     if len(xs) != len(ys):
         raise ValueError(f"{owner} expected as many x as y for {name!r}, got {len(xs)} and {len(ys)}.")
     dashes = _DASHES[i % len(_DASHES)]
-    axis.plot(xs, ys, color=SERIES[i % len(SERIES)], linestyle=dashes, marker=marker, markersize=6, label=name)
+    colour = SERIES[i % len(SERIES)]
+    (line,) = axis.plot(xs, ys, color=colour, linestyle=dashes, marker=marker, markersize=6, label=name)
+    return line
 
 
 def _cells(axis: "matplotlib.axes.Axes", counts: Tensor) -> None:
@@ -218,8 +222,10 @@ def _cells(axis: "matplotlib.axes.Axes", counts: Tensor) -> None:
             axis.text(uses, needs, str(count), ha="center", va="center")
 
 
-def _legend(figure: "matplotlib.figure.Figure", *axes: "matplotlib.axes.Axes") -> None:
-    """One legend for all panels, above them, where it covers nothing."""
-    entries = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+def _legend(figure: "matplotlib.figure.Figure", entries: Mapping[str, Any]) -> None:
+    """One legend for all panels, above them, where it covers nothing: what was drawn, by name."""
     if entries:
-        figure.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=2)
+        blank = [" "] * len(entries)  # as labels, names that begin with "_" would be left out
+        legend = figure.legend(list(entries.values()), blank, loc="outside upper left", ncols=2)
+        for text, name in zip(legend.get_texts(), entries, strict=True):
+            text.set_text(name)
