@@ -485,6 +485,10 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: viz.plot_curves({"loss": {"training": ([1, 2], [3.0])}}),
         "plot_curves expected as many x as y for 'training', got 2 and 1.",
     ),
+    "no panel": (
+        lambda: viz.plot_curves({}),
+        "plot_curves expected at least one panel, {label: {name: (xs, ys)}}, got none.",
+    ),
     "a line": (
         lambda: viz.plot_frontier({"a": (1, 2)}, {"fixed": ([1], [])}),
         "plot_frontier expected as many x as y for 'fixed', got 1 and 0.",
@@ -548,7 +552,7 @@ class Missing:
         if name in ("matplotlib", "rich"):
             raise ModuleNotFoundError(name=name)
 sys.meta_path.insert(0, Missing)
-for draw in (lambda: viz.plot_curves({}), lambda: viz.terminal("a", torch.tensor([1]), 1)):
+for draw in (lambda: viz.plot_curves({"loss": {}}), lambda: viz.terminal("a", torch.tensor([1]), 1)):
     try:
         draw()
     except ImportError as error:

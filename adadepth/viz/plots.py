@@ -85,10 +85,12 @@ def plot_curves(
 ) -> "matplotlib.figure.Figure":
     """Curves over one x axis, in panels one below the other, such as loss and mean depth over training.
 
-    Arguments: `panels`, by the label of their y axis, each `{name: (xs, ys)}`; a name has the same colour in all
-    panels. `x`, the label of the x axis; `marks`, names of places on it, such as the step at which exits begin.
-    Raises: `ValueError` if a curve does not have equally many x and y.
+    Arguments: `panels`, at least one, by the label of their y axis, each `{name: (xs, ys)}`; a name has the same colour
+    in all panels. `x`, the label of the x axis; `marks`, names of places on it, such as the step at which exits begin.
+    Raises: `ValueError` if there is no panel, or a curve does not have equally many x and y.
     """
+    if not panels:
+        raise ValueError("plot_curves expected at least one panel, {label: {name: (xs, ys)}}, got none.")
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     drawn: dict[str, Any] = {}
     with _panels([2.4] * len(panels), x) as (figure, axes):
