@@ -13,6 +13,7 @@ pytest.importorskip("peft")
 from hf_words import tokenizer
 from hf_zoo import IDS, original
 from torch import nn
+from transformers import T5Config
 
 import adadepth as ad
 from adadepth.hf import adapt
@@ -138,6 +139,18 @@ def test_differences_are_of_the_same_seed_and_window() -> None:
     assert other[2] == "-0.2000 ± 0.2000"  # over windows
     _, other = report.lines([seed((1.0, 5.0), (0.0, 0.4))], times)
     assert other[2] == "-0.2000 ± 0.2000"
+
+
+@pytest.mark.parametrize("kind", ["nowhere", "a text model of another kind"])
+def test_a_model_that_cannot_be_loaded_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    if kind != "nowhere":
+        T5Config().save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+    with pytest.raises(SystemExit) as error:
+        command.main(["--quick", "--model", str(folder), "--out", str(tmp_path / "out")])
+    said = str(error.value)
+    assert said.startswith(f"error: cannot load the model {folder}: ") and "\n" not in said
 
 
 def test_a_quick_run_resumes_and_says_what_it_is(

@@ -52,19 +52,24 @@ class Gains(ad.Gate):
 
 def load(name: str | None) -> Any:
     """A causal language model in float32, by name or path; None: SmolLM2-135M from its package."""
-    where, more = found(name)
-    return AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **more)
+    return _pretrained(AutoModelForCausalLM, name, dtype=torch.float32)
 
 
 def tokenizer_of(name: str | None) -> Any:
     """Its tokenizer."""
-    where, more = found(name)
-    return AutoTokenizer.from_pretrained(where, **more)
+    return _pretrained(AutoTokenizer, name)
 
 
-def found(name: str | None) -> tuple[str, dict[str, str]]:
-    """What transformers is to be given."""
-    return (name, {}) if name else (_folder(), {"gguf_file": FILE})
+def _pretrained(kind: Any, name: str | None, **options: Any) -> Any:
+    """What transformers loads by name or path, or from the package.
+
+    Raises: `BadInput` if it is not there, or not of this kind.
+    """
+    where, more = (name, {}) if name else (_folder(), {"gguf_file": FILE})
+    try:
+        return kind.from_pretrained(where, **more, **options)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load the model {where}: {str(error).splitlines()[0]}") from None
 
 
 def _folder() -> str:
