@@ -244,6 +244,14 @@ def test_a_release_is_what_its_tag_says(tag: str, notes: str, cited: str, wrong:
     assert release.section(notes, "0.1.0") == "- old"
 
 
+@pytest.mark.parametrize("args", [[], ["--notes"]])
+def test_a_release_without_a_tag_is_told_what_it_lacks(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        release.main(args)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "python -m tools.release: error: the following arguments are required: TAG"
+
+
 def test_the_changelog_has_a_section_for_the_version() -> None:
     version = re.findall(r'__version__ = "(.*)"', (ROOT / "adadepth" / "__init__.py").read_text())[0]
     assert release.section((ROOT / "CHANGELOG.md").read_text(), version)

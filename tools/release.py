@@ -1,20 +1,25 @@
 """Is this commit the release that its tag says? `python -m tools.release v0.1.0`, and `--notes` for its text."""
 
+import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
 
-def main() -> int:
+def main(args: Sequence[str] | None = None) -> int:
     """Print the release's notes or what is wrong; 1 if something is."""
-    tag, *notes = sys.argv[1:]
+    parser = argparse.ArgumentParser(prog="python -m tools.release", description=__doc__)
+    parser.add_argument("tag", metavar="TAG", help="of the release, such as v0.1.0")
+    parser.add_argument("--notes", action="store_true", help="print its section of the changelog")
+    parsed = parser.parse_args(args)
     package, changelog, citation = (
         (ROOT / name).read_text("utf-8") for name in ("adadepth/__init__.py", "CHANGELOG.md", "CITATION.cff")
     )
-    wrong = problems(tag, package, changelog, citation)
-    print("\n".join(wrong) if wrong else section(changelog, tag[1:]) if notes else f"{tag} is ready.")
+    wrong, tag = problems(parsed.tag, package, changelog, citation), parsed.tag
+    print("\n".join(wrong) if wrong else section(changelog, tag[1:]) if parsed.notes else f"{tag} is ready.")
     return int(bool(wrong))
 
 
