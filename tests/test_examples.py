@@ -73,3 +73,15 @@ def test_a_run_in_no_processes_is_refused(name: str, number: int) -> None:
     with pytest.raises(SystemExit) as error:
         command.main([*(["small.yaml"] if name == SWEEP else []), "--processes", str(number)])
     assert str(error.value) == f"error: --processes expected at least 1, got {number}"
+
+
+def test_a_question_without_its_arguments_or_its_server_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openai")
+    asking = importlib.import_module("examples.ask")
+    with pytest.raises(SystemExit):
+        asking.main(["a-model"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "python -m examples.ask: error: the following arguments are required: prompt"
+    with pytest.raises(SystemExit) as error:
+        asking.main(["a-model", "Hello", "http://localhost:9/v1"])
+    assert str(error.value) == "error: http://localhost:9/v1: Connection error."
