@@ -42,5 +42,5 @@ def _choose(owner: str, values: Tensor, k: float, valid: Tensor | None, largest:
             )
         values = values[valid]
     # The product may be rounded up: 0.1 · 30 must choose 3.
-    count = min(values.numel(), math.ceil(k * values.numel() - 1e-9))
+    count = min(values.numel(), max(1, math.ceil(k * values.numel() - 1e-9)))
     return values.flatten().topk(count, largest=largest).values

@@ -86,6 +86,16 @@ def test_selection_without_validity_counts_all_of_any_shape() -> None:
     assert ad.bottom_k(values[:0], 0.5).numel() == 0
 
 
+@pytest.mark.parametrize("k", [1e-10, 5e-324, 0.1])
+@pytest.mark.parametrize("size", [1, 5, 10])
+def test_any_share_chooses_at_least_one_valid_value(k: float, size: int) -> None:
+    values = torch.arange(float(size + 1))
+    valid = values > 0
+    assert ad.bottom_k(values, k, valid).tolist() == [1.0]
+    assert ad.top_k(values, k, valid).tolist() == [float(size)]
+    assert ad.bottom_k(values, k, values < 0).numel() == 0
+
+
 @pytest.mark.parametrize("k", [0.0, -0.1, 1.01, math.nan])
 def test_a_share_outside_zero_to_one_is_refused(k: float) -> None:
     with pytest.raises(ValueError, match="bottom_k") as error:
