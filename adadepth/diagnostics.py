@@ -47,12 +47,13 @@ class Measured(NamedTuple):
         """The mean loss minus that of `other` on the same tokens, and the standard error of this difference.
 
         The error is over rows, which are taken to be independent; the tokens of one row are not.
-        Raises: `ValueError` if `other` is of other tokens.
+        Raises: `ValueError` if `other` is of other tokens, or there are fewer than two rows.
         """
-        if self.loss.shape != other.loss.shape:
+        _check_same("against", self, other)
+        if len(self.loss) < 2:
             raise ValueError(
-                f"against expected the same tokens measured, of shape {tuple(self.loss.shape)}, got "
-                f"{tuple(other.loss.shape)}. Measure both on the same batches."
+                f"against expected at least 2 rows, over which the standard error is computed, got {len(self.loss)}. "
+                "Measure more rows; the difference alone is a.nats - b.nats."
             )
         rows = (self.loss - other.loss).double().reshape(len(self.loss), -1).mean(1)
         return rows.mean().item(), rows.std().item() / len(rows) ** 0.5
@@ -172,7 +173,9 @@ def gain_by(shallow: Measured, deep: Measured, groups: Tensor) -> list[Group]:
 
     Arguments: `groups`, integers in the shape of the tokens, such as the place in a word, the decile of the entropy,
     or a class of frequency.
+    Raises: `ValueError` if `shallow`, `deep` and `groups` are not of the same tokens.
     """
+    _check_same("gain_by", shallow, deep)
     return group_means(shallow.loss - deep.loss, groups)
 
 
@@ -202,6 +205,14 @@ def group_means(values: Float[Tensor, "*tokens"], groups: Tensor) -> list[Group]
     sums = torch.zeros_like(counts).index_add_(0, which.flatten(), values.flatten().double())
     rows = zip(names.tolist(), (counts / values.numel()).tolist(), (sums / counts).tolist(), strict=True)
     return [Group(*row) for row in rows]
+
+
+def _check_same(owner: str, measured: Measured, other: Measured) -> None:
+    if measured.loss.shape != other.loss.shape:
+        raise ValueError(
+            f"{owner} expected the same tokens measured, of shape {tuple(measured.loss.shape)}, got "
+            f"{tuple(other.loss.shape)}. Measure both on the same batches."
+        )
 
 
 def _check_curve(owner: str, fixed: object) -> None:

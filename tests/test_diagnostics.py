@@ -186,6 +186,15 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: random_curve(0)[0].against(Measured(torch.zeros(3, 1), torch.ones(3, 1))),
         "against expected the same tokens measured, of shape (3, 4), got (3, 1). Measure both on the same batches.",
     ),
+    "one row": (
+        lambda: Measured(torch.zeros(1, 4), torch.ones(1, 4)).against(Measured(torch.ones(1, 4), torch.ones(1, 4))),
+        "against expected at least 2 rows, over which the standard error is computed, got 1. Measure more rows; the "
+        "difference alone is a.nats - b.nats.",
+    ),
+    "gains of other tokens": (
+        lambda: gain_by(random_curve(0)[0], Measured(torch.zeros(3, 1), torch.ones(3, 1)), torch.zeros(3, 4)),
+        "gain_by expected the same tokens measured, of shape (3, 4), got (3, 1). Measure both on the same batches.",
+    ),
     "one depth": (
         lambda: oracle(random_curve(0)[0]),  # type: ignore[arg-type]
         "oracle expected fixed, a list with a Measured for each depth from 1 on, got Measured. Pass forced(score, "
