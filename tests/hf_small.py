@@ -110,6 +110,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 FLOAT32 = {"xglm": "casts the least float64 to float32"}  # those that do not run in float64
 _AUDIO = "reads audio codes in several codebooks; from_config wants its decoder's configuration"
 UNBUILDABLE: dict[str, str] = {
+    "adadepth": "is no family of its own; the name is there once adadepth.hf is imported",
     "gemma3n": "its vision tower needs timm",
     "gemma4_assistant": "needs the embeddings and the keys and values of the model it assists",
     "gemma4_unified_assistant": "needs the embeddings and the keys and values of the model it assists",
