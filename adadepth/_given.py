@@ -1,4 +1,4 @@
-"""Describes a wrong argument in an error message."""
+"""Describes a wrong argument, or a piece, in an error message."""
 
 import inspect
 from types import NoneType
@@ -13,6 +13,17 @@ def named(given: object) -> str:
     if isinstance(given, Tensor):
         return f"a tensor of shape {tuple(given.shape)} {given.dtype}"
     return repr(given) if type(given) in (NoneType, bool, int, float, str) else type(given).__name__
+
+
+def shown(given: object) -> str:
+    """The shape and dtype of a tensor; of anything else the same as `named`."""
+    return f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else named(given)
+
+
+def name_of(piece: object) -> str:
+    """The name of a function, or that of an object's class."""
+    name: str = getattr(piece, "__name__", type(piece).__name__)
+    return name
 
 
 def unfit(expected: str, given: object, advice: str) -> ValueError:

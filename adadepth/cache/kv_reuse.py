@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from .._given import named
+from .._given import shown
 from .grids import Grids
 from .layouts import Layout, chosen, longer, zeros
 from .pages import Pages
@@ -117,8 +117,7 @@ class KVReuseCache:
         """
         batch = len(self._lengths)
         if not isinstance(rows, Tensor) or rows.dim() != 1 or rows.is_floating_point() or rows.dtype == torch.bool:
-            got = f"{tuple(rows.shape)} {rows.dtype}" if isinstance(rows, Tensor) else named(rows)
-            raise ValueError(f"reorder expected row numbers of shape (new_batch,), integers, got {got}.")
+            raise ValueError(f"reorder expected row numbers of shape (new_batch,), integers, got {shown(rows)}.")
         rows = rows.long()
         order = rows.tolist()
         if any(not 0 <= row < batch for row in order):

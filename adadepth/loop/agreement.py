@@ -16,7 +16,7 @@ from .._modes import evaluating
 from ..attention.context import Window, active
 from ..cache.kv_reuse import KVReuseCache
 from ..updates import Replace
-from .draws import Draw, drawn, labelled, shared
+from .draws import Draw, drawn, in_this_thread, labelled, shared
 from .trace import Output
 
 # The greatest rounding error, relative to the largest state. In any dtype, many blocks have norms in float32.
@@ -161,7 +161,8 @@ def _outputs(looped: Any, case: Case, skip: bool) -> list[tuple[str, Any]]:
     """The output of each module of the block in one iteration, in the order in which they finish."""
     found: list[tuple[str, Any]] = []
     names = {part: labelled(name, part) for name, part in looped.block.named_modules()}
-    handles = [part.register_forward_hook(lambda part, _args, out: found.append((names[part], out))) for part in names]
+    note = in_this_thread(lambda part, _args, out: found.append((names[part], out)))
+    handles = [part.register_forward_hook(note) for part in names]
     try:
         case.run(looped, skip=skip, steps=1)
     finally:

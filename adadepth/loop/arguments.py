@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from .._given import name_of, shown
+from .._nested import tensors
 from ..cache.kv_reuse import KVReuseCache
 from ..rules import TrainingOnly
 from .bounds import Bounds, Depth
@@ -66,21 +68,16 @@ def check_rows(x: Tensor, mask: Tensor | None, start: Tensor | None) -> None:
             "state: looped(x).hidden."
         )
     if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {_shown(x)}.")
+        raise ValueError(f"RecurrentWrapper expected x of shape (batch, seq, dim) in floating point, got {shown(x)}.")
     if mask is not None and not (isinstance(mask, Tensor) and mask.shape == x.shape[:2] and mask.dtype == torch.bool):
         longer = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > x.shape[1]
         raise ValueError(
             f"mask expected shape (batch, seq) = {tuple(x.shape[:2])} and dtype torch.bool, True for real tokens, got "
-            f"{_shown(mask)}."
+            f"{shown(mask)}."
             + (f" With a cache, pass the mask of the new tokens only: mask[:, -{x.shape[1]}:]." if longer else "")
         )
     if start is not None and not (isinstance(start, Tensor) and start.shape == x.shape and start.dtype == x.dtype):
-        raise ValueError(f"start expected the shape and dtype of x, {_shown(x)}, got {_shown(start)}.")
-
-
-def _shown(value: object) -> str:
-    """What was given, in messages."""
-    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"start expected the shape and dtype of x, {shown(x)}, got {shown(start)}.")
 
 
 def looks(looped: Any, mask: Tensor | None, min_depth: Depth, max_depth: Depth) -> bool:
@@ -123,17 +120,13 @@ def check_given(given: Mapping[str, Any] | None, shape: tuple[int, int]) -> Mapp
             f"block_kwargs expected a mapping of the block's arguments by name, got {type(given).__name__}."
         )
     for name, value in given.items():
-        _check_broadcasts(name, value, shape)
+        for tensor in tensors(value):
+            _check_broadcasts(name, tensor, shape)
     return given
 
 
-def _check_broadcasts(name: str, value: Any, shape: tuple[int, int]) -> None:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, tuple | list):
-        for part in value:
-            _check_broadcasts(name, part, shape)
-    if not isinstance(value, Tensor) or not value.dim():
+def _check_broadcasts(name: str, value: Tensor, shape: tuple[int, int]) -> None:
+    if not value.dim():
         return
     fits = value.dim() > 1 and all(size in (1, whole) for size, whole in zip(value.shape, shape, strict=False))
     if not fits:
@@ -171,11 +164,7 @@ def check_decodes(rule: object) -> None:
     """
     if isinstance(rule, TrainingOnly):
         raise ValueError(
-            f"The rule {_name(rule.rule)} is for training only: with a cache it gets the new tokens alone and "
+            f"The rule {name_of(rule.rule)} is for training only: with a cache it gets the new tokens alone and "
             "would decide differently. Decode with a rule that treats each token on its own, such as "
             "adadepth.Threshold(tau)."
         )
-
-
-def _name(rule: object) -> str:
-    return getattr(rule, "__name__", type(rule).__name__)

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .._given import named
+from .._given import name_of, named
 from ..attention.prepare import prepare
 from ..gates import Gate
 from ..rules import ACT, Rule, Survival, SurvivalThreshold, Threshold
@@ -195,8 +195,10 @@ def check_result(piece: object, what: str, shape: torch.Size, result: Any, step:
     if isinstance(result, Tensor) and result.shape == shape:
         return
     got = str(tuple(result.shape)) if isinstance(result, Tensor) else f"a {type(result).__name__}"
-    name, remedy = getattr(piece, "__name__", type(piece).__name__), _remedy(piece, shape, result)
-    raise ValueError(f"{name} expected to return {what}, shape {tuple(shape)}, got {got} at iteration {step}.{remedy}")
+    raise ValueError(
+        f"{name_of(piece)} expected to return {what}, shape {tuple(shape)}, got {got} at iteration {step}."
+        f"{_remedy(piece, shape, result)}"
+    )
 
 
 def _remedy(piece: object, shape: torch.Size, result: Any) -> str:

@@ -28,7 +28,6 @@ class Draws(TorchDispatchMode):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.module, self.found, self._inside = module, list[Draw](), list[str]()
-        self._thread = threading.get_ident()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and record what it drew."""
@@ -45,8 +44,9 @@ class Draws(TorchDispatchMode):
         handles = []
         for name, part in self.module.named_modules():
             label = labelled(name, part)
-            handles.append(part.register_forward_pre_hook(lambda *_, label=label: self._enter(label)))
-            handles.append(part.register_forward_hook(lambda *_: self._leave(), always_call=True))
+            enter = in_this_thread(lambda *_, label=label: self._inside.append(label))
+            handles.append(part.register_forward_pre_hook(enter))
+            handles.append(part.register_forward_hook(in_this_thread(self._leave), always_call=True))
         try:
             with self:
                 yield
@@ -54,13 +54,19 @@ class Draws(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, label: str) -> None:
-        if threading.get_ident() == self._thread:  # another one may run the same modules
-            self._inside.append(label)
+    def _leave(self, *_: Any) -> None:
+        self._inside.pop()
 
-    def _leave(self) -> None:
-        if threading.get_ident() == self._thread:
-            self._inside.pop()
+
+def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that does nothing in other threads, which may run the same modules."""
+    thread = threading.get_ident()
+
+    def run(*args: Any) -> None:
+        if threading.get_ident() == thread:
+            hook(*args)
+
+    return run
 
 
 def labelled(name: str, part: nn.Module) -> str:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._given import name_of
 from .._nested import tensors
 
 Watched: TypeAlias = tuple[str, Tensor, int]  # an argument's name, a tensor in it, and how often it was written to
@@ -33,8 +34,7 @@ def check_unwritten(piece: object, arguments: list[Watched]) -> None:
     """
     for name, tensor, version in arguments:
         if tensor._version != version:
-            who = getattr(piece, "__name__", type(piece).__name__)
             raise ValueError(
-                f"{who} writes into {name}, which is read again later. Make a new tensor, or start with {name} = "
-                f"{name}.clone()."
+                f"{name_of(piece)} writes into {name}, which is read again later. Make a new tensor, or start with "
+                f"{name} = {name}.clone()."
             )
