@@ -44,7 +44,10 @@ def small() -> tuple[AdaptiveForCausalLM, PreTrainedTokenizerBase]:
 def load(name: str, layers: list[int] | None) -> tuple[AdaptiveForCausalLM, PreTrainedTokenizerBase]:
     """A saved adapted model as it is; any other adapted, to leave where its state has come to rest."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    if not isinstance(model, AdaptiveForCausalLM):
+    if isinstance(model, AdaptiveForCausalLM):
+        if layers is not None:
+            raise SystemExit("error: --layers expected a model that is not adapted yet; this one keeps its layers")
+    else:
         model = adapt(model, 4, gate=ad.ConvergenceGate(), layers=None if layers is None else slice(*layers))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -58,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, help="calibrate the threshold to these relative FLOPs, on the prompts")
     parser.add_argument("--new", type=int, default=12, help="tokens to generate")
     args = parser.parse_args(arguments)
+    if args.layers is not None and args.model is None:
+        parser.error("--layers expected --model as well: without it, the example loops the middle of a small model")
     model, tokenizer = small() if args.model is None else load(args.model, args.layers)
     model.eval()
     budget = 1.8 if args.model is None and args.budget is None else args.budget

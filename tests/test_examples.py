@@ -55,13 +55,21 @@ def test_any_model_or_an_adapted_one_is_loaded(tmp_path: object, capsys: pytest.
     plain, adapted = f"{tmp_path}/plain", f"{tmp_path}/adapted"
     model.save_pretrained(adapted)
     model.base.save_pretrained(plain)
-    for path in (plain, adapted):
+    for path, layers in ((plain, [1, 3]), (adapted, None)):
         tokenizer.save_pretrained(path)
-        loaded, _ = adapt_hf.load(path, [1, 3])
+        loaded, _ = adapt_hf.load(path, layers)
         assert loaded.config.span == [1, 3]
         assert all(torch.equal(a, b) for a, b in zip(loaded.base.parameters(), model.base.parameters(), strict=True))
     adapt_hf.main(["--model", adapted, "--new", "2"])
     assert capsys.readouterr().out.startswith("depth  1  2  3  4 \n" + adapt_hf.PROMPTS[0])
+    with pytest.raises(SystemExit, match=r"--layers expected a model that is not adapted yet"):
+        adapt_hf.main(["--model", adapted, "--layers", "1", "3"])
+
+
+def test_layers_of_no_model_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        adapt_hf.main(["--layers", "1", "3"])
+    assert "error: --layers expected --model as well" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [0, -1])

@@ -300,6 +300,11 @@ WARNINGS: dict[str, tuple[Callable[[], object], str]] = {
         "PerIterationMLPGate was made for 5 steps, but the loop has 3: its parameters for later iterations are not "
         "used.",
     ),
+    "gate of fewer steps": (
+        lambda: loop(ad.PerIterationMLPGate(DIM, 2), ad.Threshold(0.5)),
+        "PerIterationMLPGate was made for 2 steps, but the loop has 3: it raises an error if a token reaches iteration "
+        "1, counted from 0. Give both the same steps.",
+    ),
     "logits that scale": (
         lambda: loop(Says(lambda h: h.sum(-1).abs() + 1.5), ad.Threshold(0.5), ad.Interpolate()).eval()(X * 0),
         "Says scored 1.67 at iteration 0, and Interpolate multiplies by it. End a learned gate in a sigmoid; for a "

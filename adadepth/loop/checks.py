@@ -120,6 +120,12 @@ def warn_of(gate: nn.Module | None, rule: object, update: nn.Module, steps: int)
             "iterations are not used.",
             stacklevel=3,
         )
+    elif isinstance(made_for, int) and made_for < steps:
+        warnings.warn(
+            f"{type(gate).__name__} was made for {made_for} steps, but the loop has {steps}: it raises an error if "
+            f"a token reaches iteration {made_for - 1}, counted from 0. Give both the same steps.",
+            stacklevel=3,
+        )
 
 
 def check_together(gate: nn.Module | None, update: nn.Module) -> None:
