@@ -2,12 +2,14 @@
 
 import asyncio
 import inspect
+import json
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +39,12 @@ from adadepth.hf import AdaptiveCache, AdaptiveForCausalLM
 from adadepth.hf.cache import CACHE
 from adadepth.hf.clients import Departures
 from adadepth.hf.counts import Counts, metrics
+from adadepth.hf.http_fields import CHAT, COMPLETION, RESPONSE, WrongField, check, check_messages
 from adadepth.hf.http_requests import CURRENT as OPTIONS
 from adadepth.hf.http_requests import Batches, HttpRequest
 from adadepth.hf.memory import bytes_of, bytes_per_token
 from adadepth.hf.serve import main, prepared
-from adadepth.hf.server import REPLACED, Completions
+from adadepth.hf.server import REPLACED, Completions, Handles
 from examples.ask import ask
 
 NEW, CAPACITY = 8, 2000
@@ -58,6 +61,9 @@ ASKED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 WORDS = ["abc", "hello there", "a", "who are you ?", "zzz"]
 MANY = [(WORDS[i % 5], *ASKED[i % len(ASKED)], i % 2 == 1, i % 3 == 2) for i in range(34)]
 
+# Many a template allows a role only in its place.
+REFUSES = "{% if messages[0]['role'] == 'tool' %}{{ raise_exception('A chat begins with its user.') }}{% endif %}"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -66,7 +72,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     model.loop.rule = ad.Threshold(0.5)  # one that can be saved
     model.generation_config.eos_token_id = EOS
     model.save_pretrained(path)
-    tokenizer().save_pretrained(path)
+    words = tokenizer()
+    words.chat_template = f"{REFUSES}{words.chat_template}"
+    words.save_pretrained(path)
     return str(path)
 
 
@@ -136,7 +144,8 @@ def server(folder: str) -> Iterator[Server]:
 
 async def asked(client: Any, prompt: str, chat: bool = False, stream: bool = False, **options: Any) -> Any:
     """Text, depths and why it ended."""
-    known = {name: options.pop(name) for name in [*options] if name not in ("min_depth", "max_depth", "threshold")}
+    extra = ("min_depth", "max_depth", "threshold", "generation_config")
+    known = {name: options.pop(name) for name in [*options] if name not in extra}
     given = {**GREEDY, **known, "extra_body": options, "stream": stream}
     given |= {"model": client.folder, "extra_headers": {"X-Request-ID": "all the same"}}
     if chat:
@@ -188,11 +197,11 @@ INVALID: list[tuple[dict[str, Any], str]] = [
         "2000. Pass a larger capacity=, within the positions of the model, or ask for fewer new tokens.",
     ),
     ({"prompt": "abc", "max_depth": 9, "stream": True}, "max_depth expected an int from 1 to steps=3, got 9."),
-    ({"prompt": "abc", "max_depth": "two"}, "A request expected max_depth to be of type int, got 'two'."),
-    ({"prompt": "abc", "max_tokens": 0}, "A request expected 1 or more new tokens, got 0."),
+    ({"prompt": "abc", "max_depth": "two"}, 'A request expected max_depth to be an integer, got "two".'),
+    ({"prompt": "abc", "max_tokens": 0}, "A request expected max_tokens to be an integer of 1 or more, got 0."),
     (
         {"prompt": "abc", "stop": ["a"]},
-        "Requests use greedy search or sampling, got stop_strings. Call model.generate for other modes.",
+        'A request expected stop to be "" or [], since the server supports nothing else, got ["a"].',
     ),
     ({"prompt": ""}, "A request expected the ids of a prompt, each from 0 to 36, got none."),
 ]
@@ -255,10 +264,9 @@ def test_other_ways_of_asking(server: Server, model: Any) -> None:
                 input="abc",
                 temperature=0,
                 max_output_tokens=NEW,
-                stream=False,
                 extra_body={"max_depth": 1},
             )
-            with pytest.raises(openai.BadRequestError, match="A chat expected messages, a list of objects"):
+            with pytest.raises(openai.BadRequestError, match="expected messages to be a list of objects, got null"):
                 await client.post("/chat/completions", body={"model": server.folder}, cast_to=object)
             with pytest.raises(openai.UnprocessableEntityError, match="max_dpeth"):
                 await client.completions.create(model=server.folder, prompt="a", extra_body={"max_dpeth": 1})
@@ -269,6 +277,231 @@ def test_other_ways_of_asking(server: Server, model: Any) -> None:
     sampled: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "seed": 1, "max_depth": 2}
     assert example == wanted(model, "abc", **sampled)[:2]
     assert (said.output_text, said.usage.depth) == wanted(model, "abc", True, max_depth=1)[:2]
+
+
+CONFIG = "a string with the JSON of an object, without a rule (send threshold instead)"
+BIAS = "an object that maps ids of tokens to numbers"
+ELSE, OUT = ", since the server supports nothing else", "left out, since the server does not support it"
+OTHER: list[tuple[Any, str, Any, str]] = [
+    (COMPLETION, "best_of", 3, f"1{ELSE}"),
+    (COMPLETION, "echo", True, f"false{ELSE}"),
+    (COMPLETION, "frequency_penalty", -1, "a number above -1"),
+    *((COMPLETION, "generation_config", value, CONFIG) for value in ("[1]", "{", {"max_length": 9}, '{"rule": "x"}')),
+    *((COMPLETION, "logit_bias", value, BIAS) for value in ({"-1": 1}, {"1": "x"}, {"1": True}, [1])),
+    (COMPLETION, "logprobs", 0, f"false{ELSE}"),
+    (COMPLETION, "max_depth", True, "an integer"),
+    *((COMPLETION, "max_tokens", value, "an integer of 1 or more") for value in ([1], 2.7, 0)),
+    (COMPLETION, "min_depth", 1.0, "an integer"),
+    *((COMPLETION, "n", value, f"1{ELSE}") for value in (3, True)),
+    (COMPLETION, "presence_penalty", 0.5, f"0{ELSE}"),
+    (COMPLETION, "prompt", ["a", "b"], "a string"),
+    *((COMPLETION, "seed", value, "an integer from -2**63 to 2**64 - 1") for value in (2**70, -(2**63) - 1, 0.5)),
+    (COMPLETION, "stream", "yes", "true or false"),
+    (COMPLETION, "suffix", 5, "a string"),
+    *((COMPLETION, "temperature", value, "a number of 0 or more") for value in (True, float("nan"), -0.5)),
+    (COMPLETION, "threshold", "x", "a number"),
+    *((COMPLETION, "top_p", value, "a number from 0 to 1") for value in ([1], 2)),
+    (CHAT, "chat_template_kwargs", "x", "an object"),
+    (CHAT, "function_call", "auto", OUT),
+    (CHAT, "logprobs", True, f"false{ELSE}"),
+    (CHAT, "max_completion_tokens", "x", "an integer of 1 or more"),
+    (CHAT, "messages", [5], "a list of objects"),
+    (CHAT, "reasoning_effort", "low", OUT),
+    (CHAT, "response_format", {"type": "json_object"}, f'{{"type": "text"}}{ELSE}'),
+    (CHAT, "tool_choice", "required", f'"auto"{ELSE}'),
+    (CHAT, "tools", [{"type": "web_search"}], "a list of functions"),
+    (CHAT, "top_logprobs", 2, f"0{ELSE}"),
+    (RESPONSE, "input", [5], "a string or a list of objects"),
+    (RESPONSE, "instructions", 5, "a string"),
+    (RESPONSE, "max_output_tokens", 0, "an integer of 1 or more"),
+    (RESPONSE, "previous_response_id", "x", OUT),
+    (RESPONSE, "prompt", {"id": "x"}, OUT),
+    (RESPONSE, "text", {"format": {"type": "json_object"}}, f'{{}} or {{"format": {{"type": "text"}}}}{ELSE}'),
+    (RESPONSE, "truncation", "auto", f'"disabled"{ELSE}'),
+]
+
+
+@pytest.mark.parametrize(("fields", "name", "value", "what"), OTHER, ids=[f"{one[1]}-{one[2]}" for one in OTHER])
+def test_a_field_of_another_value_is_refused(fields: Any, name: str, value: Any, what: str) -> None:
+    message = f"A request expected {name} to be {what}, got {json.dumps(value)}."
+    with pytest.raises(WrongField, match=f"^{re.escape(message)}$") as caught:
+        check({name: value}, fields, name)
+    assert caught.value.param == name
+
+
+def test_a_field_that_changes_nothing_is_taken() -> None:
+    plain = {"model": "m", "user": "u", "metadata": {}, "stream_options": {"include_usage": True}, "store": True}
+    whole = {"n": 1, "presence_penalty": 0.0, "logprobs": False, "top_logprobs": 0, "stop": [], "logit_bias": {"5": 1}}
+    completion = {"prompt": "a", "best_of": 1, "echo": False, "suffix": "b", "max_tokens": 1}
+    chat = {"messages": [], "response_format": {"type": "text"}, "tool_choice": "auto", "tools": [{"name": "f"}]}
+    said = {"input": [{}], "text": {"format": {"type": "text"}}, "truncation": "disabled", "background": False}
+    check({**plain, **whole, **completion}, COMPLETION, "prompt")
+    check({**plain, **whole, **chat}, CHAT, "messages")
+    check({**plain, **said, "reasoning": {}, "parallel_tool_calls": True}, RESPONSE, "input")
+    text = "x" * 300
+    with pytest.raises(WrongField, match=f'^A request expected n to be 1, .*, got "{text[:199]}[.][.][.][.]$'):
+        check({"n": text}, COMPLETION, "n")
+    with pytest.raises(WrongField, match=r"^A request expected prompt to be a string, got null\.$"):
+        check({}, COMPLETION, "prompt")
+
+
+TEXT = 'a string, or a list of parts {"type": "text", "text": a string}'
+CALLS = 'a list of {"function": {"name": a string, "arguments": the JSON of an object}}'
+
+
+@pytest.mark.parametrize(
+    ("message", "name", "what"),
+    [
+        ({"role": "user", "content": 5}, "content", TEXT),
+        ({"role": "user", "content": ["abc"]}, "content", TEXT),
+        ({"role": "user", "content": [{"text": "abc"}]}, "content", TEXT),
+        ({"role": "user", "content": [{"type": "text"}]}, "content", TEXT),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content", TEXT),
+        ({"role": None, "content": "abc"}, "role", "a string"),
+        ({"content": "abc"}, "role", "a string"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}, "tool_calls", CALLS),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}, "tool_calls", CALLS),
+        ({"role": "assistant", "tool_calls": [{"function": "f"}]}, "tool_calls", CALLS),
+        ({"role": "assistant", "tool_calls": "f"}, "tool_calls", CALLS),
+    ],
+    ids=str,
+)
+def test_a_message_that_no_template_could_read_is_refused(message: Any, name: str, what: str) -> None:
+    wanted = f"A request expected messages[1].{name} to be {what}, got {json.dumps(message.get(name))}."
+    with pytest.raises(WrongField, match=f"^{re.escape(wanted)}$"):
+        check_messages([{"role": "user", "content": None}, message])
+
+
+def test_messages_of_text_and_calls_are_taken() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}, {"type": "output_text", "text": "c"}]
+    check_messages(
+        [
+            {"role": "system", "content": parts},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [call, {"name": "f", "arguments": {}}],
+                "refusal": None,
+            },
+            {"role": "tool", "tool_call_id": "c", "content": "1"},
+        ]
+    )
+
+
+def sent(server: Server, path: str, body: Any, method: str = "POST", content: str = "application/json") -> Any:
+    """The status and the answer of a request that no client would send."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.url}{path}", raw, {"Content-Type": content}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.loads(error.read())
+
+
+NO_OBJECT = "A request expected a JSON object as its body, with the header Content-Type: application/json, got "
+NO_PATH = (
+    "The server expected POST /v1/completions, /v1/chat/completions or /v1/responses, or GET /v1/models, /metrics or "
+    "/health, got "
+)
+UNREADABLE = "A request expected a body as OpenAI's clients send it, got one that raises "
+BODIES: list[tuple[str, Any, str, str | None]] = [
+    ("completions", b"{oops", f"{NO_OBJECT}invalid JSON: Expecting property name enclosed in double quotes.", None),
+    ("completions", b"", f"{NO_OBJECT}none.", None),
+    ("chat/completions", b"null", f"{NO_OBJECT}null.", None),
+    ("responses", b"[1, 2]", f"{NO_OBJECT}[1, 2].", None),
+    ("completions", {}, "A request expected prompt to be a string, got null.", "prompt"),
+    (
+        "completions",
+        {"prompt": "a", "n": 3},
+        "A request expected n to be 1, since the server supports nothing else, got 3.",
+        "n",
+    ),
+    ("responses", {}, "A request expected input to be a string or a list of objects, got null.", "input"),
+    (
+        "responses",
+        {"input": [{"type": "input_image", "image_url": "x"}]},
+        f'A request expected messages[0].content to be {TEXT}, got [{{"type": "input_image", "image_url": "x"}}].',
+        "messages[0].content",
+    ),
+    (
+        "chat/completions",
+        {"messages": [{"role": None}]},
+        "A request expected messages[0].role to be a string, got null.",
+        "messages[0].role",
+    ),
+    *(
+        (
+            path,
+            given | {"logit_bias": {"999": 100}},
+            'A request expected logit_bias to be of ids from 0 to 36, got "999".',
+            "logit_bias",
+        )
+        for path, given in (
+            ("completions", {"prompt": "a"}),
+            ("chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        )
+    ),
+    (
+        "completions",
+        {"prompt": "a", "generation_config": '{"max_new_tokens": "x"}'},
+        f"{UNREADABLE}TypeError: '<=' not supported between instances of 'str' and 'int'",
+        None,
+    ),
+    (
+        "completions",
+        {"prompt": "a", "generation_config": '{"max_new_tokens": 0}'},
+        "`max_new_tokens` must be greater than 0, but is 0.",
+        None,
+    ),
+    ("responses", {"input": [{"role": "user"}, {"type": "function_call"}]}, f"{UNREADABLE}KeyError: 'call_id'", None),
+    (
+        "chat/completions",
+        {"messages": [{"role": "tool"}]},
+        f"{UNREADABLE}TemplateError: A chat begins with its user.",
+        None,
+    ),
+]
+
+
+def test_whatever_is_refused_is_refused_as_clients_read_it(server: Server) -> None:
+    def error(message: str, param: str | None = None) -> Any:
+        return {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": None}}
+
+    for path, body, message, param in BODIES:
+        assert sent(server, f"/v1/{path}", body) == (400, error(message, param))
+    plain = sent(server, "/v1/completions", b"abc", content="text/plain")
+    assert plain == (400, error(f"""{NO_OBJECT}"b'abc'"."""))
+    assert sent(server, "/v1/nothing", {}) == (404, error(f"{NO_PATH}POST /v1/nothing: Not Found."))
+    assert sent(server, "/v1/responses", {}, "PUT") == (405, error(f"{NO_PATH}PUT /v1/responses: Method Not Allowed."))
+    assert sent(server, "/load_model", {}) == (422, error("Missing `model` field in the request body."))
+
+
+def test_null_is_as_if_the_field_were_not_there(server: Server) -> None:
+    asked = {"input": "a", "max_output_tokens": 2, "temperature": 0}
+    others = dict.fromkeys(("stream", "parallel_tool_calls", "seed", "max_depth"))
+    texts = [sent(server, "/v1/responses", body)[1]["output"][0]["content"] for body in (asked, asked | others)]
+    assert texts[0] == texts[1]
+    status, _ = sent(
+        server, "/v1/chat/completions", {"messages": [{"role": "user"}], "max_tokens": 1, "chat_template_kwargs": None}
+    )
+    assert status == 200
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_only_what_is_raised_while_a_body_is_read_is_the_fault_of_the_body(added: bool) -> None:
+    class Raises:
+        async def handle_request(self, _body: Any, _request_id: str) -> None:
+            OPTIONS.get().added = added
+            raise TypeError("told")
+
+    class Handler(Handles, Raises):
+        pass
+
+    with pytest.raises(TypeError if added else ValueError, match="told"):
+        asyncio.run(Handler().handle_request({}, "id"))
 
 
 def test_a_greedy_request_sets_no_sampling_options() -> None:
@@ -435,7 +668,7 @@ def test_the_text_of_the_metrics() -> None:
 
 
 MOVED = (
-    "transformers has moved what adadepth/hf/server.py and asked.py stand on: {}. Read its cli/serve.py and "
+    "transformers has moved what adadepth/hf/server.py and http_requests.py stand on: {}. Read its cli/serve.py and "
     "cli/serving, bring the classes in REPLACED up to date so that both the oldest and the newest version in "
     "pyproject.toml work, and correct this test."
 )
@@ -446,6 +679,8 @@ NEEDED: list[tuple[Any, str]] = [
     (utils.GenerationState, "CBGenerateManager(cb_config=self._cb_config)"),
     (utils.BaseHandler, "def _validate_request(self, body: dict)"),
     *((module, "self._validate_request(body)\n") for module in (completion, chat_completion, response)),
+    *((module, "self._resolve_model(body)\n") for module in (completion, chat_completion, response)),
+    *((module, "self.get_processor_inputs_from_messages(") for module in (chat_completion, response)),
     *((module, "super()._build_generation_config(") for module in (completion, chat_completion, response)),
     *((module, "gen_manager.init_cb(model, gen_config)") for module in (completion, chat_completion, response)),
     *((module, "def _build_chunk_sse(") for module in (completion, chat_completion)),

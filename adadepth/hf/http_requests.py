@@ -25,12 +25,14 @@ class HttpRequest:
     Attributes:
         options: further arguments of `add_request`.
         limited: whether the request limits its new tokens.
+        added: whether it is with the manager. Before, its body is being read.
         depth: so far, as in `AdaptiveGenerationOutput`.
         began: when it came, in seconds of `perf_counter`.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     limited: bool = False
+    added: bool = False
     depth: list[int] = field(default_factory=list)
     began: float = field(default_factory=perf_counter)
 
@@ -99,7 +101,9 @@ class OneRequest:
 
     def add_request(self, ids: list[int], **given: Any) -> str | None:
         """Add the request."""
-        return self.manager.add_request(ids, **given, **self.request.options)
+        added = self.manager.add_request(ids, **given, **self.request.options)
+        self.request.added = True
+        return added
 
     def register_result_handler(self, request_id: str, callback: Any) -> None:
         """Call `callback` with each output of the request."""
