@@ -169,7 +169,7 @@ def wanted(model: Any, prompt: str, chat: bool = False, **options: Any) -> Any:
     options = {"max_new_tokens": NEW, "do_sample": False, **options}
     out = model.generate(**given, **{CACHE: cache}, **options)[0]
     new = out[given.input_ids.shape[1] :]
-    why = "length" if len(new) >= options["max_new_tokens"] else "stop"
+    why = "stop" if new[-1] == EOS else "length"
     return words.decode(new, skip_special_tokens=True), cache.depth[0, : len(out) - 1].tolist(), why
 
 
@@ -490,6 +490,28 @@ def test_null_is_as_if_the_field_were_not_there(server: Server) -> None:
     assert status == 200
 
 
+def test_the_end_token_ends_an_answer_even_if_it_is_the_last_one_allowed(server: Server) -> None:
+    letter = tokenizer().convert_tokens_to_ids("q")
+    whole = {"do_sample": False, "sequence_bias": [[[letter], 1000.0]]}
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"logit_bias": {str(EOS): 1000}, "max_tokens": 1}, "", "stop"),
+        ({"logit_bias": {str(EOS): 1000}}, "", "stop"),
+        ({"logit_bias": {str(letter): 1000}, "max_tokens": 2}, "qq", "length"),
+        ({"generation_config": json.dumps(whole | {"eos_token_id": [letter]}), "max_tokens": 1}, "q", "stop"),
+        ({"generation_config": json.dumps(whole | {"eos_token_id": -1}), "max_tokens": 1}, "q", "length"),
+    ]
+
+    async def run() -> Any:
+        async with of(server) as client:
+            for body, text, why in cases:
+                for chat in (False, True):
+                    for stream in (False, True):
+                        answer, _, reason = await asked(client, "abc", chat, stream, **body)
+                        assert (answer, reason) == (text, why), (body, chat, stream)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("added", [False, True])
 def test_only_what_is_raised_while_a_body_is_read_is_the_fault_of_the_body(added: bool) -> None:
     class Raises:
@@ -681,6 +703,7 @@ NEEDED: list[tuple[Any, str]] = [
     *((module, "self._validate_request(body)\n") for module in (completion, chat_completion, response)),
     *((module, "self._resolve_model(body)\n") for module in (completion, chat_completion, response)),
     *((module, "self.get_processor_inputs_from_messages(") for module in (chat_completion, response)),
+    *((module, "hit_max = gen_config.max_new_tokens is not None and ") for module in (completion, chat_completion)),
     *((module, "super()._build_generation_config(") for module in (completion, chat_completion, response)),
     *((module, "gen_manager.init_cb(model, gen_config)") for module in (completion, chat_completion, response)),
     *((module, "def _build_chunk_sse(") for module in (completion, chat_completion)),

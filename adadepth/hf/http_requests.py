@@ -85,16 +85,18 @@ class Batches(utils.CBGenerateManager):
         else:  # as many new tokens as its row has room for
             config.max_new_tokens = max(1, min(config.max_new_tokens or _NEW, manager.capacity + 1 - len(ids)))
         manager.check(ids, config.max_new_tokens, dict(request.options))
-        one._cb = OneRequest(manager, request)
+        one._cb = OneRequest(manager, request, config)
         return one
 
 
 @final
 class OneRequest:
-    """The manager for one request: adds it with its own options, and records its depths."""
+    """The manager for one request: adds it with its own options, and records its depths and why it ended."""
 
-    def __init__(self, manager: AdaptiveBatchingManager, request: HttpRequest) -> None:
-        self.manager, self.request = manager, request
+    def __init__(self, manager: AdaptiveBatchingManager, request: HttpRequest, config: Any) -> None:
+        self.manager, self.request, self.config = manager, request, config
+        ends = manager.generation_config.eos_token_id if config.eos_token_id is None else config.eos_token_id
+        self.ends = {*ends} if isinstance(ends, list) else {ends}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.manager, name)
@@ -112,6 +114,9 @@ class OneRequest:
             self.request.depth = output.depth
             if output.is_finished():
                 _log(output, self.request, self.manager)
+            if self.ends.intersection(output.generated_tokens[-1:]):
+                # transformers says "length" of an answer of the greatest length, even if it ends with an end token
+                self.config.max_new_tokens = None
             if output.error is not None:
                 output.error = json.dumps(output.error)[1:-1]  # it is put between quotes
             callback(output)
