@@ -1,9 +1,22 @@
-"""Describes a wrong argument, or a piece, in an error message."""
+"""Reads integers, and describes a wrong argument, or a piece, in an error message."""
 
 import inspect
+import operator
 from types import NoneType
+from typing import Any
 
+import torch
 from torch import Tensor
+
+
+def integer(given: Any) -> int | None:
+    """An integer of Python, of NumPy or of a tensor as an int; None for a bool and for anything else."""
+    if isinstance(given, bool) or (isinstance(given, Tensor) and given.dtype is torch.bool):
+        return None
+    try:
+        return operator.index(given)
+    except TypeError:
+        return None
 
 
 def named(given: object) -> str:

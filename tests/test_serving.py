@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from blocks_zoo import DEEP, DIM, looped
@@ -353,6 +354,61 @@ def test_a_block_that_mixes_tokens_unseen_is_refused(monkeypatch: pytest.MonkeyP
         batch_of(loop).begin([0, 1], x_of(2, 4))
 
 
+def test_a_failure_is_returned_though_another_piece_raises_in_the_same_call() -> None:
+    loop, x = looped("attention"), x_of(2, 1)
+    loop.update, x[0] = FailingUpdate(loop.update), torch.nan
+    for released in (False, True):
+        batch = batch_of(loop)
+        batch.begin([0], x[:1])
+        batch.begin([1], x[1:], min_depth=4)
+        loop.update.fails = True
+        with pytest.raises(RuntimeError, match="out of luck"):
+            batch.call()
+        if released:  # what failed is gone, so the row's next token has not failed
+            batch.release(0)
+            batch.begin([0], x[1:])
+        got = left(batch)
+        assert_alone(loop, x[1:], got[1], min_depth=4)
+        if released:
+            assert_alone(loop, x[1:], got[0])
+        else:
+            assert isinstance(got[0], Failed) and got[0].position == 0 == batch.length(0)
+
+
+def test_a_token_may_wait_in_the_call_after_one_that_raised() -> None:
+    """The token before it has exited, but the call that raised did not return it."""
+    loop, x = looped("attention"), x_of(2, 2)
+    loop.update = FailingUpdate(loop.update)
+    batch = batch_of(loop)
+    batch.begin([0], x[:1, :1], max_depth=1)
+    batch.begin([1], x[1:])
+    loop.update.fails = True
+    with pytest.raises(RuntimeError, match="out of luck"):
+        batch.call()
+    batch.begin([0], x[:1, 1:])
+    got = [(one.row, one.position) for one in batch.call({(0, 1)})]
+    assert (0, 0) in got and (0, 1) not in got
+    want = loop(x[:1], max_depth=torch.tensor([[1, 4]])).hidden[0, 1:]
+    ran = left(batch)
+    assert isinstance(ran[0], Ran)
+    torch.testing.assert_close(ran[0].hidden, want, rtol=1e-10, atol=1e-12)
+    assert_alone(loop, x[1:], ran[1])
+
+
+def test_rows_may_be_integers_of_any_kind() -> None:
+    loop, x = looped("attention"), x_of(2, 1)
+    batch = batch_of(loop)
+    for rows in (torch.tensor([2, 0]), np.array([2, 0])):
+        batch.begin(rows, x)
+        got = left(batch)
+        assert_alone(loop, x[:1], got[2])
+        assert_alone(loop, x[1:], got[0])
+        for row in rows:
+            assert batch.length(row) == 1
+            batch.drop(row, rows[1])
+    assert batch.cache._begun.keys() == {0, 2}
+
+
 @pytest.mark.plain
 def test_a_rule_for_certain_rows_is_given_when_they_begin() -> None:
     loop, x, tau = looped("attention"), x_of(2, 4), torch.tensor([[0.0], [1.1]], dtype=torch.float64)
@@ -464,6 +520,36 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: batch_of(looped("attention")).begin([1, 1], x_of(2, 1)),
         "begin expected numbers of the 4 rows, from 0, each once, and x for each of them, got rows [1, 1] and x of "
         "shape (2, 1, 8).",
+    ),
+    "a row twice, as tensors": (
+        lambda: batch_of(looped("attention")).begin(torch.tensor([1, 1]), x_of(2, 1)),
+        "begin expected numbers of the 4 rows, from 0, each once, and x for each of them, got rows [1, 1] and x of "
+        "shape (2, 1, 8).",
+    ),
+    "a bool as a row": (
+        lambda: batch_of(looped("attention")).begin([True], x_of(1, 1)),
+        "DepthBatch expected the number of one of its 4 rows, from 0, got True.",
+    ),
+    "a mask of rows": (
+        lambda: batch_of(looped("attention")).begin(torch.tensor([True]), x_of(1, 1)),
+        "DepthBatch expected the number of one of its 4 rows, from 0, got tensor(True).",
+    ),
+    "a row below the first": (
+        lambda: flying().release(-1),
+        "DepthBatch expected the number of one of its 4 rows, from 0, got -1.",
+    ),
+    "a row above the last": (
+        lambda: flying().length(4),
+        "DepthBatch expected the number of one of its 4 rows, from 0, got 4.",
+    ),
+    "no number": (
+        lambda: flying().drop(1.5, 0),  # type: ignore[arg-type]
+        "DepthBatch expected the number of one of its 4 rows, from 0, got 1.5.",
+    ),
+    "a position below the first": (
+        lambda: flying().drop(0, -1),
+        "drop expected the position of the first token to forget, 0 or more, got -1. To keep the first n tokens of a "
+        "row, call drop(row, n).",
     ),
     "what is not in flight": (
         lambda: batch_of(looped("attention")).call({(0, 1)}),

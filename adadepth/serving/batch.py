@@ -4,15 +4,15 @@ All iterations have the same weights, so one call may run tokens of different it
 starts its next token at once, beside rows whose tokens still run, so the call is always full.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, SupportsIndex, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._given import named
+from .._given import integer, named
 from .._types import HiddenRows, MaskRows
 from ..cache.kv_reuse import KVReuseCache
 from ..cache.tokens import JoinedTokens
@@ -93,6 +93,7 @@ class DepthBatch:
         self._passes: list[Pass] = []
         self._chunks: list[list[Chunk]] = [[] for _ in range(rows)]
         self._exited: dict[Chunk, Tensor] = {}  # depths of chunks that the cache does not keep yet
+        self._failed: dict[int, Failed] = {}  # by row; kept until `call` returns them, because a later piece may raise
         self._checked: Rule | None = None
 
     @property
@@ -102,15 +103,19 @@ class DepthBatch:
             run.apply_drops()
         return self.width - sum(run.size for run in self._passes)
 
-    def length(self, row: int) -> int:
-        """The number of tokens in a row, those that still run included. It is the position of the row's next token."""
-        chunks = self._chunks[row]
-        return chunks[-1].position + chunks[-1].tokens if chunks else self.cache._lengths[row]
+    def length(self, row: SupportsIndex) -> int:
+        """The number of tokens in a row, those that still run included. It is the position of the row's next token.
+
+        Raises: `ValueError` for a row that does not exist.
+        """
+        number = self._row(row)
+        chunks = self._chunks[number]
+        return chunks[-1].position + chunks[-1].tokens if chunks else self.cache._lengths[number]
 
     @torch.no_grad()
     def begin(
         self,
-        rows: Sequence[int],
+        rows: Iterable[SupportsIndex],
         x: HiddenRows,
         *,
         mask: MaskRows | None = None,
@@ -130,10 +135,11 @@ class DepthBatch:
         Raises: `ValueError` as a `RecurrentWrapper` does; for rows that do not exist, that come twice, or that would
             hold more than the cache's capacity; and if the loop's rule is for certain rows. No token is added then.
         """
-        if len({*rows}) != len(rows) or not all(0 <= row < self.rows for row in rows) or len(rows) != len(x):
+        numbers = [self._row(row) for row in rows]
+        if len({*numbers}) != len(numbers) or len(numbers) != len(x):
             raise ValueError(
                 f"begin expected numbers of the {self.rows} rows, from 0, each once, and x for each of them, got rows "
-                f"{list(rows)} and x of shape {tuple(x.shape)}."
+                f"{numbers} and x of shape {tuple(x.shape)}."
             )
         check_rows(x, mask, start)
         check_together(self.looped.gate, self.looped.update)
@@ -141,7 +147,7 @@ class DepthBatch:
         given = check_given(block_kwargs, shape)
         bounds = Bounds.of(self.looped.steps, min_depth, max_depth, shape, x.device)
         loop = self._loop_with(rule)
-        tokens = self.cache.behind(x, mask, {row: self.length(row) for row in rows})
+        tokens = self.cache.behind(x, mask, {row: self.length(row) for row in numbers})
         if due(self.looped, tokens, x):
             check_itself(self.looped, x, mask, {"start": start, "block_kwargs": given})
         run = Pass(loop, x, tokens, start, bounds, given)
@@ -167,11 +173,12 @@ class DepthBatch:
         for run in self._passes:
             run.apply_drops()
         self._answer_blocks(self._to_run(wait))
-        failed = self._answer_gates(self._requests(AskGate))
+        self._answer_gates(self._requests(AskGate))
         continuing = self._requests(AskUpdate)
         ran = [*_continuing(continuing)]
         self._answer_updates(continuing)
         ran = [*self._exits(), *ran]  # after all that may raise, because each exit is returned once
+        failed, self._failed = self._failed, {}
         for run in self._passes:
             if run.error is not None:
                 _record_failure(failed, [run.chunks[index] for index in run.active], run.error)
@@ -181,28 +188,50 @@ class DepthBatch:
         ran = [state for state in ran if state.row not in failed or state.position < failed[state.row].position]
         return [*failed.values(), *ran]
 
-    def drop(self, row: int, position: int) -> None:
+    def drop(self, row: SupportsIndex, position: SupportsIndex) -> None:
         """Forget the tokens of a row from `position` on. They stop, and the row's next token gets this position.
 
-        Raises: `ValueError` if tokens that began together would be parted, and they have not all exited.
+        Raises: `ValueError` for a row or a position that does not exist, and if tokens that began together would be
+            parted, and they have not all exited.
         """
-        chunks, end = self._chunks[row], self.length(row)
+        number, start = self._row(row), integer(position)
+        if start is None or start < 0:
+            raise ValueError(
+                f"drop expected the position of the first token to forget, 0 or more, got {position!r}. To keep the "
+                "first n tokens of a row, call drop(row, n)."
+            )
+        chunks, end = self._chunks[number], self.length(number)
         for chunk in chunks:
-            if chunk.position < position < chunk.position + chunk.tokens:
+            if chunk.position < start < chunk.position + chunk.tokens:
                 raise ValueError(
-                    f"drop expected a position at which tokens of row {row} began, got {position}: the {chunk.tokens} "
+                    f"drop expected a position at which tokens of row {number} began, got {start}: the {chunk.tokens} "
                     f"tokens from position {chunk.position} on began together, and some of them still run. Drop all "
                     "of them, or wait until they have exited."
                 )
-        while chunks and chunks[-1].position + chunks[-1].tokens > position:
+        while chunks and chunks[-1].position + chunks[-1].tokens > start:
             chunk = chunks.pop()
             self._exited.pop(chunk, None)
             chunk.run.drop(chunk.index)
-        self.cache.forget(row, slice(position, end))
+        if number in self._failed and self._failed[number].position >= start:
+            del self._failed[number]
+        self.cache.forget(number, slice(start, end))
 
-    def release(self, row: int) -> None:
-        """Forget all tokens of a row, so that another request can use it."""
+    def release(self, row: SupportsIndex) -> None:
+        """Forget all tokens of a row, so that another request can use it.
+
+        Raises: `ValueError` for a row that does not exist.
+        """
         self.drop(row, 0)
+
+    def _row(self, row: SupportsIndex) -> int:
+        """The number of a row, as an int.
+
+        Raises: `ValueError` for a row that does not exist.
+        """
+        number = integer(row)
+        if number is None or not 0 <= number < self.rows:
+            raise ValueError(f"DepthBatch expected the number of one of its {self.rows} rows, from 0, got {row!r}.")
+        return number
 
     def _loop_with(self, rule: Rule | None) -> RecurrentWrapper:
         """The loop, with another rule if one is given. The loop's own rule is checked once: it must accept any row.
@@ -240,7 +269,8 @@ class DepthBatch:
                 f"{min(places[apart[0]] - set(wait))}. Begin rows one by one if they must wait separately."
             )
         for chunks in self._chunks:
-            _check_order([chunk for chunk in chunks if chunk not in self._exited], waiting)
+            running = [chunk for chunk in chunks if chunk not in self._exited and chunk.run.ask is not None]
+            _check_order(running, waiting)
         return [(run, ask) for run, ask in requests if run not in waiting]
 
     def _answer_blocks(self, requests: "list[Request[AskBlock]]") -> None:
@@ -254,9 +284,8 @@ class DepthBatch:
         for run, part in split(h, runs):
             run.answer((part, None))
 
-    def _answer_gates(self, requests: "list[Request[AskGate]]") -> dict[int, Failed]:
-        """Answer the gate's requests. Returns the rows that failed because a score is NaN."""
-        failed: dict[int, Failed] = {}
+    def _answer_gates(self, requests: "list[Request[AskGate]]") -> None:
+        """Answer the gate's requests. Rows whose score is NaN have failed."""
         for group in groups(requests, self.looped.gate):
             runs = [run for run, _ in group]
             h, previous = joined([ask.h for _, ask in group]), joined([ask.previous for _, ask in group])
@@ -267,9 +296,8 @@ class DepthBatch:
                     check_scores(self.looped, step, torch.stack(score.aminmax()).tolist())
                 except ValueError as error:
                     wrong = zip(run.chunk_of_each(), score[0].isnan().tolist(), strict=True)
-                    _record_failure(failed, [chunk for chunk, bad in wrong if bad], error)
+                    _record_failure(self._failed, [chunk for chunk, bad in wrong if bad], error)
                 run.answer(tokens.rows(score.nan_to_num()))
-        return failed
 
     def _answer_updates(self, requests: "list[Request[AskUpdate]]") -> None:
         for group in groups(requests, self.looped.update):
