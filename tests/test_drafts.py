@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import adadepth as ad
+
 pytest.importorskip("transformers")
 
 from hf_drafting import model_of, padded
@@ -191,6 +193,11 @@ def _filled() -> AdaptiveCache:
     return held
 
 
+RIGHT = (
+    "generate expected a real token in the last column of every row, because the next token is predicted from it, got "
+    "attention_mask=0 there in row {}. Pad on the left, as tokenizer.padding_side = 'left' does, and pass the "
+    "attention_mask. Each row needs at least one real token."
+)
 BOTH = "generate(draft_depth=) cannot be used with {}. Remove one or the other."
 WHOLE: dict[str, Any] = {"return_dict_in_generate": True}
 ERRORS: dict[str, tuple[Callable[[], object], str]] = {
@@ -222,7 +229,43 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "right padding": (
         lambda: run(attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])),
-        BOTH.format("padding after or between real tokens"),
+        RIGHT.format(0),
+    ),
+    "a row of padding": (lambda: run(attention_mask=torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])), RIGHT.format(1)),
+    "padding in between": (
+        lambda: run(attention_mask=torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]])),
+        BOTH.format("padding between real tokens"),
+    ),
+    "depths of other rows": (
+        lambda: run(max_depth=torch.ones(3, 1).long()),
+        "max_depth expected one row, or one for each of the 2 rows of the batch, got a tensor of shape (3, 1).",
+    ),
+    "depths of too few rows": (
+        lambda: run([[5], [6], [7]], min_depth=torch.ones(2, 20).long()),
+        "min_depth expected one row, or one for each of the 3 rows of the batch, got a tensor of shape (2, 20).",
+    ),
+    "a rule of other rows": (
+        lambda: run(rule=ad.Lookahead(ad.Threshold(torch.rand(3, 1)))),
+        "rule expected one row, or one for each of the 2 rows of the batch, got a tensor of shape (3, 1).",
+    ),
+    "no rule": (
+        lambda: run(rule=ad.Threshold),
+        "RecurrentWrapper expected rule to be a function or a callable object, got the class Threshold; call it. The "
+        "order is block, steps, gate, rule, update.",
+    ),
+    "a small cache": (
+        lambda: run(**{CACHE: AdaptiveCache(capacity=5)}, min_new_tokens=4),
+        "The request needs room for 6 tokens, of its prompt and of all new ones but the last, got a capacity of 5. "
+        "Pass a larger capacity=, within the positions of the model, or ask for fewer new tokens.",
+    ),
+    "a small cache for the prompt": (
+        lambda: run(**{CACHE: AdaptiveCache(capacity=3)}),
+        "The request needs room for 4 tokens, of its prompt and of all new ones but the last, got a capacity of 3. "
+        "Pass a larger capacity=, within the positions of the model, or ask for fewer new tokens.",
+    ),
+    "an early exit": (
+        lambda: run(TEXTS[:1], assistant_early_exit=1, revise_drafts=True),
+        BOTH.format("beams or an assistant"),
     ),
     "guidance": (lambda: run(guidance_scale=2.0), BOTH.format("guidance_scale")),
     "a watermark that remembers": (

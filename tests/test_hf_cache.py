@@ -30,6 +30,16 @@ def test_a_cache_of_other_rows_is_refused(rows: int, new: int, masked: bool, lay
         )
 
 
+def test_a_cache_that_is_cropped_to_nothing_is_new() -> None:
+    model, cache = spread("llama", slice(1, 3)), AdaptiveCache()
+    with torch.no_grad():
+        model(IDS[:2], past_key_values=cache)
+        cache.crop(-cache.get_seq_length())
+        assert (cache.batch_size, cache.get_seq_length(), cache.depth.shape) == (-1, 0, (0, 0))
+        model(IDS, past_key_values=cache)
+    assert cache.batch_size == 3
+
+
 def test_beams_continue_from_repeated_rows() -> None:
     model, cache = spread("llama", slice(1, 3)), AdaptiveCache()
     model.generation_config.eos_token_id = None

@@ -1,5 +1,6 @@
 """`generate` with adapted models: cached, batched and padded as alone and without a cache; depths from outside."""
 
+import copy
 import re
 from threading import Thread
 from typing import Any
@@ -341,7 +342,49 @@ def test_the_rule_of_a_call(model: AdaptiveForCausalLM) -> None:
     assert model.loop.rule is rule
 
 
+def test_rows_that_have_ended_need_no_new_tokens(model: AdaptiveForCausalLM) -> None:
+    """The first row ended early, and the second with the last token, which has not run yet."""
+    length, cache = IDS.shape[1], AdaptiveCache()
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": NEW}
+    stop = StoppingCriteriaList([_After([length + 2, length + NEW, length + NEW])])
+    first = model.generate(IDS, attention_mask=MASK, stopping_criteria=stop, **options, **{CACHE: cache})
+    turn = torch.tensor([[PAD, PAD], [PAD, PAD], [7, 8]])
+    ids = torch.cat([first, turn], 1)
+    mask = torch.cat([cache.mask, torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 1]])], 1).long()
+    right = mask.clone()
+    right[1, -2] = 1
+    with pytest.raises(ValueError, match=r"attention_mask=0 there in row 1\. Pad on the left"):
+        model.generate(ids, attention_mask=right, **options, **{CACHE: cache})
+    for width in (ids.shape[1], first.shape[1]):  # with another turn, and without
+        given = {"attention_mask": mask[:, :width], CACHE: copy.deepcopy(cache)}
+        more = model.generate(ids[:, :width], **options, **given)
+        prompt = ids[2:, length - 2 : width]
+        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        assert more[2, width:].tolist() == alone[0, -NEW:].tolist()
+
+
+RIGHT = (
+    "generate expected a real token in the last column of every row, because the next token is predicted from it, got "
+    "{}=0 there in row {}. Pad on the left, as tokenizer.padding_side = 'left' does, and pass the attention_mask. Each "
+    "row needs at least one real token."
+)
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "padding on the right": (
+        {"mask": torch.tensor([[1] * 9, [1] * 9, [1] * 6 + [0] * 3])},
+        RIGHT.format("attention_mask", 2),
+    ),
+    "a row of padding": (
+        {"mask": torch.tensor([[1] * 9, [0] * 9, [1] * 9]), "num_beams": 2},
+        RIGHT.format("attention_mask", 1),
+    ),
+    "guidance padded on the right": (
+        {
+            "guidance_scale": 1.5,
+            "negative_prompt_ids": torch.tensor([[7, 8, PAD]] * 3),
+            "negative_prompt_attention_mask": torch.tensor([[1, 1, 0]] * 3),
+        },
+        RIGHT.format("negative_prompt_attention_mask", 0),
+    ),
     "short": (
         {"max_depth": torch.full((3, 11), 2)},
         "max_depth gives the depths of 11 columns, but this pass needs those of 12, for prompt, padding and new "

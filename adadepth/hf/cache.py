@@ -120,8 +120,9 @@ class AdaptiveCache(Cache):
                 f"many to keep, got {tokens_to_remove}."
             )
         if tokens_to_remove:
-            self._masks = [self.mask[:, :tokens_to_remove]]
-            self._columns = self._masks[0].shape[1]
+            mask = self.mask[:, :tokens_to_remove]
+            self._columns = mask.shape[1]
+            self._masks = [mask] if self._columns else []
             self._shorten()
             if self._prompt is not None and self._columns <= self._prompt:
                 self._prompt = None

@@ -40,6 +40,23 @@ def in_rows(value: Any, choose: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def check_rows(name: str, value: Any, batch: int) -> None:
+    """Check that tensors with an entry for each row have one for each of the `batch` rows.
+
+    Raises: `ValueError`.
+    """
+
+    def check(rows: Tensor) -> Tensor:
+        if len(rows) != batch:
+            raise ValueError(
+                f"{name} expected one row, or one for each of the {batch} rows of the batch, got a tensor of shape "
+                f"{tuple(rows.shape)}."
+            )
+        return rows
+
+    in_rows(value, check)
+
+
 def row_of(value: Any, row: int) -> Any:
     """The part of a value for one row, as a batch of one."""
     return in_rows(value, lambda rows: rows[row : row + 1])

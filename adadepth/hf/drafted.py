@@ -1,5 +1,6 @@
 """`generate` with drafts: the next token starts as a guess while the token before it still runs."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import CACHE, AdaptiveCache
-from .depths import DEPTHS, row_of
+from .depths import DEPTHS, check_rows, row_of
 from .drafts import Drafts
 from .engine import Engine, Refused
 from .noise import Noise
@@ -39,10 +40,14 @@ def drafted(
     _check(mask, cache, config, streamer, given | {"processors": logits_processor})
     assert isinstance(cache, AdaptiveCache), "checked"
     noise, options = Noise(len(input_ids)), {name: given.get(name) for name in (*DEPTHS, "rule")}
+    for name, value in options.items():
+        check_rows(name, value, len(input_ids))
+    most, new = cache.parts["loop"].capacity or sys.maxsize, config.max_length - input_ids.shape[1]
+    longest = [min(most, real + new - 1) for real in mask.sum(1).tolist()]
     requests = [
         Request(
             ids=row[mask[i]].tolist(),
-            longest=int(mask[i].sum()) + config.max_length - len(row) - 1,
+            longest=longest[i],
             processors=of_row(logits_processor, i),
             sample=bool(config.do_sample),
             noise=noise,
@@ -52,14 +57,14 @@ def drafted(
         )
         for i, row in enumerate(input_ids)
     ]
-    filled = AdaptiveCache(cache.parts["loop"].layout, max(request.longest for request in requests))
+    filled = AdaptiveCache(cache.parts["loop"].layout, max(longest))
     engine = Engine(model, len(requests), len(requests) * model.loop.steps, filled, drafts)
     _run(engine, requests, stopping_criteria, streamer)
     texts = [torch.tensor(request.columns, device=input_ids.device) for request in requests]
-    longest = max(map(len, texts))
+    columns = max(map(len, texts))
     if cache.goes_on:  # a later call continues all rows, so rows that ended early run their last token
-        engine.run_last_tokens([one for one, text in zip(requests, texts, strict=True) if len(text) < longest])
-    cache.take(filled, _real(requests, input_ids.device)[:, : longest - 1])
+        engine.run_last_tokens([one for one, text in zip(requests, texts, strict=True) if len(text) < columns])
+    cache.take(filled, _real(requests, input_ids.device)[:, : columns - 1])
     sequences = pad_sequence(texts, batch_first=True, padding_value=_padding(texts, stopping_criteria, config))
     if not config.return_dict_in_generate:
         return sequences
@@ -126,6 +131,6 @@ def _check(mask: Tensor, cache: Any, config: GenerationConfig, streamer: Any, gi
     if streamer is not None and len(mask) > 1:
         refused.append("a streamer for more than one row")
     if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-        refused.append("padding after or between real tokens")
+        refused.append("padding between real tokens")
     if refused:
         raise ValueError(f"generate(draft_depth=) cannot be used with {', '.join(refused)}. Remove one or the other.")

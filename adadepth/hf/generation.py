@@ -12,11 +12,12 @@ from .depths import DEPTHS, GivenDepth, in_rows, of_columns
 from .drafted import drafted
 from .drafts import Drafts
 from .guidance import guided
-from .inputs import cache_of, check_past
+from .inputs import cache_of, check_padding, check_past
 
 # Arguments of `generate` itself, which it also passes to each step.
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer")
-# Arguments of `generate` that only adapted models take: those of each pass, and all of them.
+# Arguments of `generate` that only adapted models take: those of each pass, and all of them. A configuration may hold
+# them as well.
 _OF_PASSES = (*DEPTHS, "rule")
 _OWN = (*_OF_PASSES, "draft_depth", "revise_drafts")
 
@@ -51,19 +52,21 @@ class AdaptiveGenerationMixin(GenerationMixin):
     `min_depth` and `max_depth` are each one of four things: an int; an integer tensor `(batch, 1)`, with a depth per
     row; one of shape `(batch, columns)`, with a depth per token, such as the `depth` of an earlier call's cache, which
     repeats that call; or a function of the ids so far, `(batch, length)`, whose result broadcasts to them. `rule`
-    replaces the loop's rule; its threshold may be `(batch, 1)`. A `GenerationConfig` may hold all three as well.
+    replaces the loop's rule; its threshold may be `(batch, 1)`.
 
     `draft_depth=n`: after n iterations of a token, the next token begins, as a guess: the one that the model would
     choose from the state so far. If the model chooses another one in the end, the guess is dropped. The text is
     therefore the same, with sampling too. Rows do not wait for each other. With `revise_drafts=True`, the guess is made
     again after each later iteration.
+
+    A `GenerationConfig` may hold all five as well. Padding must be on the left.
     """
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """Depths and a rule in a configuration, the call's or the model's, hold unless the call names its own."""
-        given = {name: kwargs.pop(name) for name in _OF_PASSES if name in kwargs}
+        """What a configuration says of these, the call's or the model's, holds unless the call names its own."""
+        given = {name: kwargs.pop(name) for name in _OWN if name in kwargs}
         config, others = super()._prepare_generation_config(generation_config, **kwargs)
-        configured = {name: vars(config).pop(name) for name in _OF_PASSES if name in vars(config)}
+        configured = {name: vars(config).pop(name) for name in _OWN if name in vars(config)}
         return config, others | configured | given
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
@@ -89,9 +92,11 @@ class AdaptiveGenerationMixin(GenerationMixin):
                 f"{input_ids.shape[1]} columns with a cache of {past.get_seq_length()}. Pass them all, with the "
                 "attention_mask of all."
             )
-        mask = model_kwargs.get("attention_mask")
+        mask, columns = model_kwargs.get("attention_mask"), 0 if past is None else past.get_seq_length()
         if past is not None and mask is not None and len(mask) == past.batch_size:
-            check_past(mask[:, : past.get_seq_length()], past)
+            check_past(mask[:, :columns], past)
+        if mask is not None and mask.dim() == 2:
+            check_padding(mask, columns)
         own = {name: model_kwargs.pop(name) for name in _OF_PASSES if name in model_kwargs}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
@@ -177,7 +182,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
             return super()._get_candidate_generator(generation_config=generation_config, model_kwargs=others, **kwargs)
         config = copy.deepcopy(generation_config)
         config.assistant_early_exit = None
-        shallow = {**given, "min_depth": None, "max_depth": depth}
+        shallow = {**given, "min_depth": None, "max_depth": depth, "draft_depth": None, "revise_drafts": False}
         known = {name: kwargs[name] for name in ("input_ids", "inputs_tensor", "logits_processor")}
         return AssistedCandidateGenerator(assistant_model=self, generation_config=config, model_kwargs=shallow, **known)
 

@@ -11,6 +11,7 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 
 from .cache import CACHE
 from .depths import DEPTHS, GivenDepth, of_columns
+from .inputs import check_padding
 
 
 def guided(model: Any, processors: LogitsProcessorList, options: Mapping[str, Any]) -> LogitsProcessorList:
@@ -45,6 +46,8 @@ class _Unconditional:
 
     def __call__(self, input_ids: Tensor, **given: Any) -> Any:
         past = 0 if given.get(CACHE) is None else given[CACHE].get_seq_length()
+        if not past and given.get("attention_mask") is not None:
+            check_padding(given["attention_mask"], 0, "negative_prompt_attention_mask")
         self.ids = input_ids if not past or self.ids is None else torch.cat([self.ids, input_ids], 1)
         depths = {
             name: of_columns(name, depth, self.ids, past, self.ids.shape[1]) for name, depth in self.depths.items()

@@ -117,6 +117,25 @@ def check_past(mask: Tensor, cache: AdaptiveCache) -> None:
         )
 
 
+def check_padding(mask: Tensor, past: int, name: str = "attention_mask") -> None:
+    """Check that padding is on the left: the next token of a row is predicted from the last column of `mask`.
+
+    Behind `past` columns of a cache, a row may have ended before. It then gets no new token, or only the one with which
+    it ended, in the first new column, because that one has not run.
+    Raises: `ValueError`.
+    """
+    new = mask[:, past:].bool()
+    padded = ~new[:, -1:].all(1)
+    if past:
+        padded &= new[:, 1:].any(1)
+    if bool(padded.any()):
+        raise ValueError(
+            "generate expected a real token in the last column of every row, because the next token is predicted from "
+            f"it, got {name}=0 there in row {int(padded.nonzero()[0])}. Pad on the left, as "
+            "tokenizer.padding_side = 'left' does, and pass the attention_mask. Each row needs at least one real token."
+        )
+
+
 def learned_positions(base: Any, anatomy: Anatomy) -> int | None:
     """How many positions the backbone has a table of; None where positions are rotary or the like."""
     most = getattr(text_config(base.config), "max_position_embeddings", None)
