@@ -14,9 +14,10 @@ pytest.importorskip("transformers")
 from hf_drafting import SPANS, STEPS, assert_same, drafting, model_of, written
 from hf_words import tokenizer
 from hf_zoo import EOS, PAD, VOCAB
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from adadepth.hf import AdaptiveCache
 from adadepth.hf.cache import CACHE
 
 # What guesses are drawn from: kinds, whole or sliced, and how a text is made.
@@ -144,6 +145,43 @@ def test_ids_alone_are_returned_where_no_more_is_asked_for() -> None:
     model = model_of("qwen3 windows", SPANS[1])
     texts = [written(model, TEXTS, return_dict_in_generate=False, do_sample=False, **draft) for draft in ({}, DRAFT)]
     assert isinstance(texts[1], Tensor) and texts[0].tolist() == texts[1].tolist()
+
+
+def test_a_configuration_may_say_when_to_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = model_of("llama tied", SPANS[1]), torch.tensor([[5, 6, 7]])
+    own: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": [EOS]}
+    config = GenerationConfig(**own, draft_depth=1, revise_drafts=True)
+    with drafting(model) as guesses:
+        model.generate(ids, generation_config=config)
+        model.generate_batch([[5, 6, 7]], generation_config=config)
+        assert [(drafts.depth, drafts.revise) for drafts in guesses.made] == [(1, True), (1, False)]
+        model.generate(ids, generation_config=config, draft_depth=None, revise_drafts=False)
+        assert len(guesses.made) == 2
+        monkeypatch.setitem(vars(model.generation_config), "draft_depth", 2)
+        model.generate(ids, **own)
+        model.generate(ids, **own, draft_depth=3)
+        model.generate_batch([[5, 6, 7]], **own)
+        model.generate_batch([[5, 6, 7]], **own, draft_depth=3)
+    assert [drafts.depth for drafts in guesses.made[2:]] == [2, 3, 2, 3]
+    assert model.init_continuous_batching().sizes.draft_depth == 2
+
+
+def test_a_cache_holds_no_more_than_its_capacity() -> None:
+    """A text that ends within it is the same as without drafts, whatever length was allowed."""
+    model, end = model_of("llama tied", None), {"no_repeat_ngram_size": 1, "do_sample": False}
+    whole = written(model, [[5, 6]], max_new_tokens=6, eos_token_id=None, **end).sequences[0].tolist()
+    got, want = (
+        model.generate(
+            torch.tensor([[5, 6]]),
+            max_new_tokens=30,
+            eos_token_id=whole[5],
+            **end,
+            **{CACHE: AdaptiveCache(capacity=5)},
+            **draft,
+        ).tolist()
+        for draft in (DRAFT, {})
+    )
+    assert got == want == [whole[:6]]
 
 
 @pytest.mark.parametrize("rows", [96, pytest.param(480, marks=pytest.mark.every)])

@@ -112,6 +112,16 @@ def test_requests_whose_processors_keep_a_state_run_without_guesses() -> None:
     guesses.assert_drafted()
 
 
+def test_a_request_without_a_limit_is_guessed_up_to_the_end_of_its_row() -> None:
+    model = model_of("llama tied", SPANS[1])
+    options: dict[str, Any] = {**ENDLESS, "max_new_tokens": None, "no_repeat_ngram_size": None, "capacity": 12}
+    (want,) = model.generate_batch([[3, 4]], rows=1, width=4, **options).values()
+    with drafting(model) as guesses:
+        (got,) = model.generate_batch([[3, 4]], rows=1, width=4, draft_depth=1, **options).values()
+    assert (got.generated_tokens, got.error) == (want.generated_tokens, want.error) and len(want.generated_tokens) == 11
+    assert guesses.right > 0
+
+
 def the_engine(manager: Any) -> Engine:
     engine: Engine = manager.batch_processor.engine
     return engine

@@ -240,6 +240,16 @@ FORWARD: dict[str, tuple[dict[str, Any], str]] = {
         {"past_key_values": AdaptiveCache(), "cache": AdaptiveCache()},
         f"past_key_values and cache are two names of the same argument, got both. Pass {CACHE} alone.",
     ),
+    "no rule": (
+        {"rule": "x"},
+        "RecurrentWrapper expected rule to be a function or a callable object, got str. The order is block, steps, "
+        "gate, rule, update.",
+    ),
+    "a class of rules": (
+        {"rule": ad.Threshold},
+        "RecurrentWrapper expected rule to be a function or a callable object, got the class Threshold; call it. The "
+        "order is block, steps, gate, rule, update.",
+    ),
     "a cache while gradients flow": (
         {"use_cache": True},
         "A KVReuseCache is for inference, but the keys and values require gradients, which it would lose. Run the pass "

@@ -42,7 +42,7 @@ from adadepth.hf.counts import Counts, metrics
 from adadepth.hf.http_fields import CHAT, COMPLETION, RESPONSE, WrongField, check, check_messages
 from adadepth.hf.http_requests import CURRENT as OPTIONS
 from adadepth.hf.http_requests import Batches, HttpRequest
-from adadepth.hf.memory import bytes_of, bytes_per_token
+from adadepth.hf.memory import bytes_of, cost_of
 from adadepth.hf.serve import main, prepared
 from adadepth.hf.server import REPLACED, Completions, Handles
 from examples.ask import ask
@@ -633,7 +633,7 @@ def test_a_killed_server_comes_back(server: Server, model: Any) -> None:
 @pytest.mark.parametrize("layout", ["filled", "single", "compact"])
 def test_the_bytes_of_a_token_are_those_of_a_run(layout: Any) -> None:
     model = spread("llama", slice(1, 3))
-    each, tokens = bytes_per_token(model, layout), 5 * 9
+    each, tokens = cost_of(model, layout).each, 5 * 9
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
     with model.continuous_batching_context_manager(config, memory=tokens * each, rows=5, layout=layout) as manager:
         assert manager.sizes[:3] == (5, 2, 9)
@@ -656,7 +656,7 @@ def test_a_budget_of_bytes() -> None:
     ):
         bytes_of("2 apples")
     model = spread("gpt2", slice(1, 3))
-    each = bytes_per_token(model)
+    each = cost_of(model).each
     assert model.init_continuous_batching(memory="1TiB").sizes[:3] == (256, 128, 64)  # the model knows 64 positions
     assert model.init_continuous_batching(memory="1TiB", rows=3).sizes[:3] == (3, 1, 64)
     message = (
@@ -665,6 +665,40 @@ def test_a_budget_of_bytes() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         model.init_continuous_batching(memory="1KB", rows=3, capacity=9)
+
+
+@pytest.mark.parametrize("layout", ["filled", "compact"])
+def test_a_budget_of_pages(layout: Any) -> None:
+    """In pages a row takes whole ones: a token of a full page costs the same, and a short row costs a page."""
+    model = spread("llama", slice(1, 3))
+    each = cost_of(model, layout).each
+    for part in (model.prelude, model.loop, model.coda):
+        assert part is not None
+        part.one_call = True
+    assert cost_of(model, layout) == (each, 256)
+    row, config = 256 * each, GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1)
+
+    def sizes(memory: int, **chosen: int) -> Any:
+        return model.init_continuous_batching(config, memory=memory, layout=layout, **chosen).sizes
+
+    assert sizes(5 * row, capacity=9)[0] == sizes(6 * row - 1, capacity=256)[0] == 5
+    assert sizes(5 * row, capacity=257)[0] == 2
+    assert sizes(6 * row - 1, rows=2)[2] == min(512, model.config.max_position_embeddings)
+    with pytest.raises(ValueError, match=r"got rows=2 of capacity=0\. Pass more memory"):
+        sizes(2 * row - 1, rows=2)
+    with model.continuous_batching_context_manager(config, memory=5 * row, capacity=9, layout=layout) as manager:
+        manager.add_request([3] * 6, min_depth=STEPS)
+        assert manager.get_result(timeout=30).error is None
+        held = manager.batch_processor.engine.nbytes  # type: ignore[union-attr]
+    assert held == 5 * row if layout == "filled" else held <= 5 * row
+
+
+@pytest.mark.parametrize("option", ["--rows", "--width", "--capacity", "--draft-depth"])
+@pytest.mark.parametrize("number", ["0", "-1", "many"])
+def test_sizes_are_1_or_more(option: str, number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prepared([f"{option}={number}"])
+    assert f"argument {option}: expected a number, 1 or more, got {number}" in capsys.readouterr().err
 
 
 def test_the_loader_finds_the_class_and_the_sizes(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -678,7 +712,7 @@ def test_the_loader_finds_the_class_and_the_sizes(folder: str, monkeypatch: pyte
 
     assert sizes("--rows", "3", "--capacity", "64") == (3, 1, 64, "filled", None)
     assert sizes("--rows", "6", "--width", "4") == (6, 4, 2048, "filled", None)
-    rows = 64 * 2**20 // 2048 // bytes_per_token(spread("llama", slice(1, 3)))
+    rows = 64 * 2**20 // 2048 // cost_of(spread("llama", slice(1, 3))).each
     assert sizes("--memory", "64MiB") == (rows, rows // 2, 2048, "filled", None)
 
 

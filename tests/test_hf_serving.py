@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from narrow import the
@@ -194,6 +195,19 @@ def test_streaming_and_cancelling(model: AdaptiveForCausalLM) -> None:
         assert not processor.has_pending_requests() and sorted(processor.engine._free) == [0, 1]
 
 
+def test_all_answers_to_a_request_are_cancelled(model: AdaptiveForCausalLM) -> None:
+    endless: dict[str, Any] = {"max_new_tokens": 3000, "eos_token_id": -1, "do_sample": True}
+    config = GenerationConfig(**endless, num_return_sequences=3)
+    with model.continuous_batching_context_manager(config, rows=4, capacity=4000) as manager:
+        manager.add_request([4, 5], "endless", streaming=True)
+        manager.add_request([4, 5], "other", max_new_tokens=2)
+        next(manager.request_id_iter("endless__child#1"))
+        manager.cancel_request("endless")
+        assert results(manager, 3).keys() == {"other", "other__child#0", "other__child#1"}
+        assert not manager.batch_processor.has_pending_requests()  # type: ignore[union-attr]
+        assert manager.output_router.result_handlers == {}
+
+
 def test_one_request_fails_alone(model: AdaptiveForCausalLM) -> None:
     """For its prompt, its options, what it asks of a function, or a state that is no number."""
     good = [[5, 6, 7], [8, 9]]
@@ -206,6 +220,12 @@ def test_one_request_fails_alone(model: AdaptiveForCausalLM) -> None:
         if ids.shape[1] > 4:
             raise RuntimeError("no depth today")
         return torch.full_like(ids, 2)
+
+    def wordless(ids: Tensor) -> Tensor:
+        raise StopAsyncIteration
+
+    def no_key(ids: Tensor) -> Tensor:
+        raise KeyError(3)
 
     ids_expected = f"A request expected the ids of a prompt, each from 0 to {VOCAB - 1}, got "
     bad: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -224,6 +244,9 @@ def test_one_request_fails_alone(model: AdaptiveForCausalLM) -> None:
         "short": ([3, 4], {"max_depth": torch.ones(1, 3).long()}, "max_depth gives the depths of 3 columns"),
         "rows": ([3, 4], {"rule": ad.Threshold(torch.rand(3, 1))}, "Threshold expected to return how much of each"),
         "warm": ([3, 4], {"temperature": -1.0, "do_sample": True}, "temperature"),
+        "no rule": ([3, 4], {"rule": ad.Threshold}, "RecurrentWrapper expected rule to be a function or a callable"),
+        "wordless": ([3, 4], {"max_depth": wordless}, "StopAsyncIteration"),
+        "key": ([3, 4], {"max_depth": no_key}, "KeyError: 3"),
     }
     with model.continuous_batching_context_manager(GenerationConfig(**VARIED), rows=3, width=2, capacity=24) as manager:
         manager.add_request(good[0], "first")
@@ -237,6 +260,8 @@ def test_one_request_fails_alone(model: AdaptiveForCausalLM) -> None:
     for name, (_, _, message) in bad.items():
         assert outs[name].status == RequestStatus.FAILED and message in outs[name].error, (name, outs[name].error)
     assert len(outs["raises"].generated_tokens) == 3
+    exact = {"raises": "RuntimeError: no depth today", "wordless": "StopAsyncIteration", "key": "KeyError: 3"}
+    assert {name: outs[name].error for name in exact} == exact
 
 
 def test_logits_that_are_no_number_fail_their_request_alone() -> None:
@@ -252,6 +277,25 @@ def test_a_request_without_a_limit_ends_where_its_row_does(model: AdaptiveForCau
     options = {**VARIED, "max_new_tokens": None, "no_repeat_ngram_size": None, "eos_token_id": -1}
     (out,) = model.generate_batch([[3, 4]], capacity=9, **options).values()
     assert out.error.startswith("The request needs room for 10 tokens") and len(out.generated_tokens) == 8
+
+
+@pytest.mark.parametrize("new", [None, 3])
+def test_an_end_is_forced_at_the_limit_if_there_is_one(new: int | None, model: AdaptiveForCausalLM) -> None:
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": -1, "capacity": 12, "max_new_tokens": new}
+    each: list[dict[str, Any]] = [{}, {"forced_eos_token_id": 7}]
+    outs = [out for forces in each for out in model.generate_batch([[5, 6, 7]], **options, **forces).values()]
+    free, forced = (out.generated_tokens for out in outs)
+    assert len(free) == 10 if new is None else len(free) == new
+    assert forced == (free if new is None else [*free[:-1], 7])
+
+
+def test_prompts_are_integers_of_any_kind(model: AdaptiveForCausalLM) -> None:
+    want = served(model, [[5, 6, 7]] * 6, **GREEDY)
+    each: list[Any] = [np.array([5, 6, 7]), [*np.array([5, 6, 7])], torch.tensor([5, 6, 7]), torch.tensor([[5, 6, 7]])]
+    each += [(5, 6, 7), [*torch.tensor([5, 6, 7])]]
+    outs = model.generate_batch(each, **GREEDY).values()
+    assert [*map(made, outs)] == want
+    assert all(type(word) is int for out in outs for word in out.prompt_ids)
 
 
 def test_max_length_counts_prompt_and_answer(model: AdaptiveForCausalLM) -> None:
@@ -341,7 +385,7 @@ def test_an_error_of_the_block_fails_all_requests_and_ends_the_thread(model: Ada
 
     model.loop.block.register_forward_hook(fails)
     outs = model.generate_batch(prompts(9), rows=4, **VARIED)
-    assert len(outs) == 9 and {out.error for out in outs.values() if out.error} == {"no room"}
+    assert len(outs) == 9 and {out.error for out in outs.values() if out.error} == {"MemoryError: no room"}
     calls.clear()
     manager = model.init_continuous_batching(GenerationConfig(**VARIED))
     manager.start()
@@ -400,15 +444,40 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "generate_batch expected max_new_tokens, or a capacity, got neither, so a row could grow without end. Pass "
         "max_new_tokens=256, say.",
     ),
-    "no width": (
-        {"width": -1, **GREEDY},
-        "DepthBatch expected rows and width of 1 or more, got rows=1, width=-1.",
+    **{
+        f"{name} {size}": ({name: size, **GREEDY}, f"{name} expected 1 or more, or None for the default, got {size}.")
+        for name in ("rows", "width", "capacity")
+        for size in (-1, 0, 2.5)
+    },
+    "no rows in a budget": (
+        {"rows": 0, "memory": "1MiB", **GREEDY},
+        "rows expected 1 or more, or None for the default, got 0.",
     ),
-    "capacity": (
-        {"capacity": -1, **GREEDY},
-        "KVReuseCache needs capacity >= 1, or None to grow, got capacity=-1.",
+    "revised guesses": (
+        {"revise_drafts": True, **GREEDY},
+        "A request does not take revise_drafts. It takes the options of a GenerationConfig, and min_depth, max_depth, "
+        "rule, seed.",
     ),
 }
+PROMPTS: dict[str, tuple[Any, str]] = {
+    "a tensor": (torch.tensor([[3, 4]]), "a tensor of shape (1, 2) torch.int64"),
+    "an array": (np.array([[3, 4]]), "ndarray"),
+    "a text": ("ab", "'ab'"),
+    "a flat list": ([3, 4], "3 as a prompt"),
+    "a flat list of tensors": ([*torch.tensor([3, 4])], "a tensor of shape () torch.int64 as a prompt"),
+    "nothing": ([[3], None], "None as a prompt"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_what_is_no_list_of_prompts(name: str, model: AdaptiveForCausalLM) -> None:
+    inputs, got = PROMPTS[name]
+    message = (
+        f"generate_batch expected a list of prompts, each a list of token ids without padding, got {got}. For a single "
+        "prompt, pass [ids]."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        model.generate_batch(inputs, **GREEDY)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -96,7 +96,7 @@ class Engine:
 
         Raises: `ValueError` if it does not fit into a row, and whatever a function that gives its depths raises.
         """
-        self._flight.check_fits(request.longest)
+        self._flight.check_fits(_least_room(request))
         request.bounds(self.loop.looped.steps, Tokens(request, 0, request.ids), self.outside.device)
 
     def add(self, request: Request) -> None:
@@ -104,7 +104,7 @@ class Engine:
 
         Raises: `ValueError` if it does not fit into a row.
         """
-        self._flight.check_fits(request.longest)
+        self._flight.check_fits(_least_room(request))
         self._waiting.append(request)
 
     def go_on(self, request: Request) -> None:
@@ -255,3 +255,8 @@ class Engine:
         self.end(request)
         self.counts.failed += 1
         return Refused(request, error)
+
+
+def _least_room(request: Request) -> int:
+    """How many tokens a row must hold for a request to begin."""
+    return len(request.ids) if request.longest is None else request.longest

@@ -22,7 +22,8 @@ class Guesses:
     def note(self, tokens: Tokens) -> None:
         """Note tokens that have run if their next token may be guessed now."""
         request, chain, drafts = tokens.request, tokens.request.chain, self.drafts
-        if drafts is None or not request.guessable or tokens.end >= request.longest:
+        most = self._flight.capacity if request.longest is None else request.longest
+        if drafts is None or not request.guessable or tokens.end >= most:
             return
         if tokens.exited and tokens is chain[0]:
             return

@@ -21,7 +21,7 @@ from ..cache.kv_reuse import LayoutName
 from .cache import AdaptiveCache
 from .drafts import Drafts
 from .engine import Engine, Event, Refused
-from .requests import Request, configured, most_new_tokens
+from .requests import Request, configured, ids_of, most_new_tokens
 
 T = TypeVar("T")
 
@@ -72,13 +72,16 @@ class Processor:
         if status.is_pause_requested():
             status.pause_and_wait()
         for state in _drained(self.manager.input_queue):
-            for number in range(1, state.num_children + 1):
-                self._add(state.fork(f"{state.request_id}__child#{number - 1}"), number)
+            *children, _ = answers(state.request_id, state.num_children + 1)
+            for number, name in enumerate(children, 1):
+                self._add(state.fork(name), number)
             self._add(state, 0)
         for request_id in _drained(self.manager.cancel_queue):
-            for request in [one for one, state in self.states.items() if state.request_id == request_id]:
+            names = answers(request_id, self.manager.num_return_sequences)
+            for request in [one for one, state in self.states.items() if state.request_id in names]:
                 self._end(request)
-            self.manager.forget_handler(request_id)
+            for name in names:
+                self.manager.forget_handler(name)
         return self.has_pending_requests()
 
     def has_pending_requests(self) -> bool:
@@ -204,7 +207,7 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         Raises: `ValueError` for unknown options. A wrong prompt or a wrong value of an option makes the request fail.
         """
         config, _ = configured(self.generation_config, options)
-        ids = input_ids.flatten().tolist() if isinstance(input_ids, Tensor) else input_ids
+        ids = ids_of(input_ids)
         if max_new_tokens is None:
             if options.get("max_length") is not None:
                 config.max_new_tokens = None  # a default, which the request's own limit replaces
@@ -244,12 +247,19 @@ class AdaptiveBatchingManager(ContinuousBatchingManager):
         return Request.of(self.model, self.generation_config, ids, new, logprobs, options)
 
 
+def answers(request_id: str, number: int) -> list[str]:
+    """The ids of all answers to a request, `number` of them, as transformers numbers and orders them."""
+    return [*(f"{request_id}__child#{i}" for i in range(number - 1)), request_id]
+
+
 def _output(state: Any, depth: list[int]) -> AdaptiveGenerationOutput:
     return AdaptiveGenerationOutput(**vars(state.to_generation_output()), depth=[*depth])
 
 
 def _failed(state: Any, error: Exception, depth: list[int]) -> AdaptiveGenerationOutput:
-    state.status, state.error = RequestStatus.FAILED, str(error)
+    text, kind = str(error), type(error).__name__
+    said = text if text and isinstance(error, ValueError) else f"{kind}: {text}" if text else kind
+    state.status, state.error = RequestStatus.FAILED, said
     return _output(state, depth)
 
 

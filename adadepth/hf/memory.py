@@ -36,19 +36,28 @@ def bytes_of(memory: int | str) -> int:
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
-def bytes_per_token(model: Any, layout: LayoutName = "filled") -> int:
-    """Bytes that the caches of an engine need for each token, measured by running one token at the greatest depth.
+class Cost(NamedTuple):
+    """What the caches of an engine need for each token, if the capacity of a row is a multiple of `page` tokens."""
+
+    each: int
+    page: int
+
+
+def cost_of(model: Any, layout: LayoutName = "filled") -> Cost:
+    """The bytes of a token, measured by running one at the greatest depth.
 
     These are the keys and values of each iteration of the loop and of each layer outside the loop, and the depths.
     Raises: `ValueError` for a model that cannot be served, and whatever the token's pass raises.
     """
-    engine = Engine(model, 1, 1, AdaptiveCache(layout, 1))
+    cache = AdaptiveCache(layout, 1)
+    engine = Engine(model, 1, 1, cache)
     engine.add(Request([0], 1, LogitsProcessorList(), False, Noise(1), min_depth=model.loop.steps))
     while not (events := engine.step()):
         pass
     if isinstance(events[0], Refused):
         raise events[0].error
-    return engine.nbytes
+    parts = [(part.nbytes, part._depth.shape[1]) for part in cache.parts.values() if part.steps is not None]
+    return Cost(sum(nbytes // slots for nbytes, slots in parts), max(slots for _, slots in parts))
 
 
 def fitting(model: Any, memory: int | str, wanted: Wanted, usual: int, layout: LayoutName) -> tuple[int, int]:
@@ -57,15 +66,19 @@ def fitting(model: Any, memory: int | str, wanted: Wanted, usual: int, layout: L
     If only rows are chosen, the capacity follows from them. Otherwise rows follow from the capacity, at most 256.
     Raises: `ValueError` if the memory is too small.
     """
-    each, limit = bytes_per_token(model, layout), learned_positions(model.base, model.anatomy)
+    (each, page), limit = cost_of(model, layout), learned_positions(model.base, model.anatomy)
     tokens, rows, capacity = bytes_of(memory) // each, wanted.rows, wanted.capacity
-    if rows is None:
-        capacity = min(capacity or usual, limit or capacity or usual)
-        rows = min(tokens // capacity, wanted.requests or _MOST_ROWS, _MOST_ROWS)
-    elif capacity is None:
+    if rows is not None and capacity is None:
         most = getattr(text_config(model.base.config), "max_position_embeddings", None)
-        capacity = min(tokens // rows, most or tokens)
-    if rows < 1 or capacity < 1 or rows * min(capacity, limit or capacity) > tokens:
+        capacity = tokens // rows // page * page
+        capacity = min(capacity, most or capacity)
+    else:
+        capacity = usual if capacity is None else capacity
+        capacity = min(capacity, limit or capacity)
+    row = -(-capacity // page) * page  # what is allocated for each
+    if rows is None:
+        rows = min(tokens // row, wanted.requests or _MOST_ROWS, _MOST_ROWS)
+    if rows < 1 or capacity < 1 or rows * row > tokens:
         raise ValueError(
             f"memory={memory!r} has room for {tokens} tokens of {each} bytes, got rows={rows} of capacity={capacity}. "
             "Pass more memory, or fewer rows or a smaller capacity."

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from .._called import Called
 from ..loop.agreement import altered
 from ..loop.bounds import Depth
+from ..loop.checks import check_part
 from ..loop.trace import Trace
 from ..loop.wrapper import RecurrentWrapper
 from ..rules import Rule
@@ -203,8 +204,11 @@ class AdaptiveForCausalLM(Called, PreTrainedModel, AdaptiveServingMixin, Adaptiv
         )
 
     def loop_with(self, rule: Rule | None) -> RecurrentWrapper:
-        """The loop, or a copy of it with another rule if one is given. The loop itself does not change."""
-        loop: RecurrentWrapper = self.loop if rule is None else altered(self.loop, rule=rule)
+        """The loop, or a copy of it with another rule if one is given. The loop itself does not change.
+
+        Raises: `ValueError` for what is no rule.
+        """
+        loop: RecurrentWrapper = self.loop if rule is None else altered(self.loop, rule=check_part("rule", rule))
         return loop
 
     def check(self) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
+from .._given import integer
 from ..loop.bounds import Bounds
-from ..loop.checks import check_any_row
+from ..loop.checks import check_any_row, check_part
 from ..rules import Rule
 from .depths import GivenDepth, of_columns
 from .noise import Noise
@@ -61,11 +62,11 @@ def most_new_tokens(config: GenerationConfig, prompt: int) -> int | None:
 
 
 def check_rule(rule: Rule, device: torch.device) -> None:
-    """Check that a rule accepts the tokens of any request.
+    """Check that a rule is one, and that it accepts the tokens of any request.
 
     Raises: `ValueError`.
     """
-    check_any_row(rule, "how much of each token continues, for any request", device)
+    check_any_row(check_part("rule", rule), "how much of each token continues, for any request", device)
 
 
 Depths = tuple[Tensor, Tensor] | None
@@ -121,7 +122,7 @@ class Request:
 
     Attributes:
         ids: the ids of the prompt and of the answer so far.
-        longest: the most tokens that its row holds; the last token of an answer is not run.
+        longest: the most tokens that its row holds; the last token of an answer is not run. None: as many as fit.
         processors, sample, noise: how a token is chosen from logits. Sampling uses `noise`, drawn for each column.
         logprobs: whether to return the log probabilities of the tokens.
         number: its row in `noise`.
@@ -133,7 +134,7 @@ class Request:
     """
 
     ids: list[int]
-    longest: int
+    longest: int | None
     processors: LogitsProcessorList
     sample: bool
     noise: Noise
@@ -166,8 +167,9 @@ class Request:
                 "larger max_new_tokens or max_length."
             )
         config, own = configured(config, options)
-        longest = len(ids) + (new or 1) - 1
-        config.max_length = longest + 1
+        config.max_length = None if new is None else len(ids) + new
+        if new is None:
+            config.forced_eos_token_id = None  # it is forced as the last token, and no token is the last
         config.pad_token_id = 0  # no row is padded; without it transformers would warn that no padding token is set
         model._prepare_special_tokens(config, kwargs_has_attention_mask=True, device=model.device)
         prompt = torch.tensor([ids], device=model.device)
@@ -178,6 +180,7 @@ class Request:
         generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
         if own.get("rule") is not None:
             check_rule(own["rule"], model.device)
+        longest = None if new is None else len(ids) + new - 1
         return cls([*ids], longest, processors, bool(config.do_sample), Noise(1, generator), logprobs, **own)
 
     def bounds(self, steps: int, tokens: Tokens, device: torch.device) -> Depths:
@@ -236,6 +239,12 @@ class Request:
             scores = probabilities / self.noise.of(self.number, tokens.end - self.prompt, probabilities)
         token = int(scores.argmax(-1))
         return Choice(token, float(probabilities[0, token].log()) if self.logprobs else None)
+
+
+def ids_of(prompt: Any) -> list[Any]:
+    """The ids of a prompt, integers of any kind as ints. A tensor or an array may have an axis for a batch of one."""
+    ids = prompt.flatten().tolist() if hasattr(prompt, "flatten") else prompt
+    return [word if (number := integer(word)) is None else number for word in ids]
 
 
 def _check_prompt(ids: list[int], words: int) -> None:

@@ -7,7 +7,8 @@ takes any option of `transformers serve`. It needs `pip install "adadepth[servin
 
 import logging
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable
 from functools import partial
 from typing import Any, final
 
@@ -17,11 +18,26 @@ from .._extras import need
 from .model import AdaptiveForCausalLM
 
 _ROWS, _CAPACITY = 16, 2048
-_OPTIONS: dict[str, tuple[type, str]] = {
-    "--rows": (int, f"how many requests are in progress at once ({_ROWS}, or as many as fit into --memory)"),
-    "--width": (int, "how many tokens of answers a call of the block runs (half of the rows)"),
-    "--capacity": (int, f"the most tokens of a request, prompt and answer ({_CAPACITY}, or what fits with --rows)"),
-    "--draft-depth": (int, "iterations after which a token's successor begins as a guess, if that saves time (never)"),
+
+
+def _count(text: str) -> int:
+    """A number of an option.
+
+    Raises: `ArgumentTypeError` for one below 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a number, 1 or more, got {text}")
+    return int(text)
+
+
+_OPTIONS: dict[str, tuple[Callable[[str], int | str], str]] = {
+    "--rows": (_count, f"how many requests are in progress at once ({_ROWS}, or as many as fit into --memory)"),
+    "--width": (_count, "how many tokens of answers a call of the block runs (half of the rows)"),
+    "--capacity": (_count, f"the most tokens of a request, prompt and answer ({_CAPACITY}, or what fits with --rows)"),
+    "--draft-depth": (
+        _count,
+        "iterations after which a token's successor begins as a guess, if that saves time (never)",
+    ),
     "--memory": (str, "the most that the caches may take, 2GiB say"),
 }
 
@@ -46,10 +62,10 @@ def prepared(arguments: list[str]) -> list[str]:
     for name, (kind, what) in _OPTIONS.items():
         parser.add_argument(name, type=kind, help=what)
     sizes, others = parser.parse_known_args(arguments)
-    if sizes.memory is None:
-        sizes.rows = sizes.rows or _ROWS
-    if sizes.memory is None or sizes.rows is None:
-        sizes.capacity = sizes.capacity or _CAPACITY
+    if sizes.memory is None and sizes.rows is None:
+        sizes.rows = _ROWS
+    if sizes.capacity is None and (sizes.memory is None or sizes.rows is None):
+        sizes.capacity = _CAPACITY
     # Its loader looks a model's class up by name, in the package itself.
     transformers.AdaptiveForCausalLM = Sized(vars(sizes))
     return others if "--continuous-batching" in others else [*others, "--continuous-batching"]

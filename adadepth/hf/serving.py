@@ -8,10 +8,11 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.utils.logging import tqdm
 
+from .._given import integer, named
 from ..cache.kv_reuse import LayoutName
-from .manager import AdaptiveBatchingManager, AdaptiveGenerationOutput, Sizes
+from .manager import AdaptiveBatchingManager, AdaptiveGenerationOutput, Sizes, answers
 from .memory import Wanted, fitting
-from .requests import OWN, configured, most_new_tokens
+from .requests import OWN, configured, ids_of, most_new_tokens
 
 _ROWS, _CAPACITY = 32, 1024
 
@@ -28,7 +29,7 @@ class AdaptiveServingMixin:
             `rows * capacity` tokens is allocated at once.
         layout: the layout of the loop's cache, as in `KVReuseCache`.
         draft_depth: after so many iterations of a token, begin the request's next token as a guess, if calls have room
-            and guesses save time. Results do not change. None: never.
+            and guesses save time. Results do not change. None: never, unless a configuration sets it.
         memory: the most bytes that the caches may take, a number or `"2GiB"`. The capacity then sets the rows, at
             most 256. If `rows` is given and `capacity` is not, the rows set the capacity.
     """
@@ -48,19 +49,20 @@ class AdaptiveServingMixin:
     ) -> AdaptiveBatchingManager:
         """A manager of requests, not started. One that was kept from another session keeps its sizes.
 
-        Raises: `ValueError` for a way of generating that is not supported.
+        Raises: `ValueError` for a way of generating that is not supported, or sizes below 1.
         """
         model: Any = self
         kept: AdaptiveBatchingManager | None = getattr(self, "_cached_continuous_batching_manager", None)
         if kept is not None and generation_config is None:
             return kept
-        config, defaults = _prepared(model, generation_config, {})
+        config, defaults, configured_depth = _prepared(model, generation_config, {})
         configured(config, {})
         if config.eos_token_id is None:
             config.eos_token_id = -1  # none: the manager would ask the model's configuration, which generate does not
         if kept is not None:
             kept.configure(config, defaults)
             return kept
+        _check_sizes(rows=rows, width=width, capacity=capacity)
         batching = continuous_batching_config or ContinuousBatchingConfig()
         hints = workload_hints or WorkloadHints()
         rows = rows or batching.max_requests_per_batch
@@ -69,7 +71,7 @@ class AdaptiveServingMixin:
             rows, capacity = fitting(model, memory, Wanted(rows, capacity, hints.num_requests), _CAPACITY, layout)
         rows, capacity = rows or min(_ROWS, hints.num_requests or _ROWS), capacity or _CAPACITY
         width = width or batching.max_batch_tokens or max(1, rows // 2)
-        sizes = Sizes(rows, width, capacity, layout, draft_depth)
+        sizes = Sizes(rows, width, capacity, layout, configured_depth if draft_depth is None else draft_depth)
         return AdaptiveBatchingManager(model, config, batching, sizes, defaults)
 
     @contextmanager
@@ -122,16 +124,19 @@ class AdaptiveServingMixin:
         """Answer prompts, each as `generate` would alone; results by the id of the request, in the order of prompts.
 
         Arguments:
-            inputs: the ids of each prompt.
+            inputs: the ids of each prompt, without padding.
             warmup: has no effect, because no graphs are captured.
             options: those of a `GenerationConfig`, as in `generate`, and those of `add_request`; for all prompts.
 
-        Raises: `ValueError` for options that are unknown or not supported. A request that fails has an `error`.
+        Raises: `ValueError` for inputs that are no list of prompts, and for options that are unknown or not supported.
+            A request that fails has an `error`.
         """
+        _check_prompts(inputs)
         if not inputs:
             return {}
         model: Any = self
-        config, own = _prepared(model, generation_config, options)
+        inputs = [*map(ids_of, inputs)]
+        config, own, configured_depth = _prepared(model, generation_config, options)
         configured(GenerationConfig(), own)
         total, longest = len(inputs) * (config.num_return_sequences or 1), max(map(len, inputs))
         new = most_new_tokens(config, longest)
@@ -150,18 +155,19 @@ class AdaptiveServingMixin:
             width=width,
             capacity=capacity,
             layout=layout,
-            draft_depth=draft_depth,
+            draft_depth=configured_depth if draft_depth is None else draft_depth,
             memory=memory,
         ) as manager:
             ids = manager.add_requests(inputs, record_timestamps=record_timestamps, **own)
             results = _collected(manager, total, progress_bar)
-        return {name: results[name] for one in ids for name in _answers(one, config) if name in results}
+        each = config.num_return_sequences or 1
+        return {name: results[name] for one in ids for name in answers(one, each) if name in results}
 
 
 def _prepared(
     model: Any, config: GenerationConfig | None, options: dict[str, Any]
-) -> tuple[GenerationConfig, dict[str, Any]]:
-    """A complete configuration of requests, and the options and attributes that are not those of a configuration.
+) -> tuple[GenerationConfig, dict[str, Any], int | None]:
+    """A complete configuration of requests, the options and attributes that are not its own, and its `draft_depth`.
 
     `max_length` is None unless it was chosen: transformers sets it to 20, which `generate` takes as new tokens.
     """
@@ -169,7 +175,29 @@ def _prepared(
     config, others = model._prepare_generation_config(config, **options)
     if all(length is None for length in lengths):
         config.max_length = None
-    return config, {name: vars(config).pop(name) for name in OWN if name in vars(config)} | others
+    draft_depth: int | None = others.pop("draft_depth", None)
+    if "revise_drafts" not in options:  # it is in a configuration, for `generate` alone
+        others.pop("revise_drafts", None)
+    return config, {name: vars(config).pop(name) for name in OWN if name in vars(config)} | others, draft_depth
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and (integer(size) or 0) < 1:
+            raise ValueError(f"{name} expected 1 or more, or None for the default, got {named(size)}.")
+
+
+def _check_prompts(inputs: Any) -> None:
+    if not isinstance(inputs, list | tuple):
+        got = named(inputs)
+    elif single := [one for one in inputs if not hasattr(one, "__len__") or getattr(one, "ndim", 1) == 0]:
+        got = f"{named(single[0])} as a prompt"
+    else:
+        return
+    raise ValueError(
+        f"generate_batch expected a list of prompts, each a list of token ids without padding, got {got}. For a single "
+        "prompt, pass [ids]."
+    )
 
 
 def _collected(manager: AdaptiveBatchingManager, total: int, progress_bar: bool) -> dict[str, AdaptiveGenerationOutput]:
@@ -187,8 +215,3 @@ def _collected(manager: AdaptiveBatchingManager, total: int, progress_bar: bool)
                     manager.background_thread_status.fatal_error
                 )
     return results
-
-
-def _answers(request_id: str, config: GenerationConfig) -> list[str]:
-    """The ids of all answers to one prompt, as transformers numbers and orders them."""
-    return [*(f"{request_id}__child#{i}" for i in range((config.num_return_sequences or 1) - 1)), request_id]
