@@ -182,6 +182,12 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "the active tokens and the padding: pass is_causal=True instead of a causal mask, and padding as looped(x, "
         "mask=...). Other masks (windows, ALiBi, prefixes) cannot be looped.",
     ),
+    "own mask beside the flag": (
+        lambda: loop(Block(lambda x: sdpa(x, attn_mask=torch.ones(5, 5).triu(-1).bool())))(X),
+        "The block passes an attention mask of its own, of shape (5, 5). In a loop the wrapper makes the mask, from "
+        "the active tokens and the padding: pass is_causal=True instead of a causal mask, and padding as looped(x, "
+        "mask=...). Other masks (windows, ALiBi, prefixes) cannot be looped.",
+    ),
     "not causal": (
         lambda: loop(Block(lambda x: sdpa(x, is_causal=False)))(X),
         "RecurrentWrapper(causal=True) expected causal attention, but the block calls it with is_causal=False. Pass "

@@ -136,7 +136,7 @@ def _is_fake(tensor: Tensor) -> bool:
 
 
 def _check_mask(view: TokenView, attn_mask: Tensor | None, is_causal: bool, queries: int) -> None:
-    if attn_mask is not None and not is_causal:
+    if attn_mask is not None:  # with is_causal too: PyTorch then applies both
         raise ValueError(
             f"The block passes an attention mask of its own, of shape {tuple(attn_mask.shape)}. In a loop the wrapper "
             "makes the mask, from the active tokens and the padding: pass is_causal=True instead of a causal mask, and "
@@ -219,5 +219,7 @@ def _multihead(
     )
     if key_padding_mask is not None:  # of a memory; PyTorch has already made it a term that is added to the scores
         attn_mask = key_padding_mask[:, None, None]
+    elif is_causal:  # says what the mask is, as in nn.MultiheadAttention
+        attn_mask = None
     out = _caught(q, k, v, attn_mask, dropout_p if training else 0.0, is_causal)
     return F.linear(rearrange(out, "rows heads length dim -> length rows (heads dim)"), out_weight, out_bias)
