@@ -270,6 +270,27 @@ def test_one_graph_of_a_loop_that_runs_in_eager_is_refused_in_a_sentence(option:
         torch._dynamo.reset()
 
 
+def test_an_exported_dense_loop_takes_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ad.RecurrentWrapper, "self_check", True)
+    module, (x, mask) = looped(Attends(), steps=2).eval(), given()
+    sizes = {0: torch.export.Dim("batch", min=2, max=8), 1: torch.export.Dim("seq", min=2, max=32)}
+    shapes = {"x": sizes, "mask": sizes}
+    exported = torch.export.export(module, (x,), {"mask": mask}, dynamic_shapes=shapes).module()
+    x, mask = torch.cat([x, x], 0)[:5, :4], torch.cat([mask, ~mask], 0)[:5, :4]
+    agree(exported(x, mask=mask), module(x, mask=mask))
+
+
+@pytest.mark.parametrize("option", [{"skip": True}, {"skip": False, "checkpoint": True}])
+def test_a_loop_that_runs_in_eager_is_not_exported(option: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match="RecurrentWrapper runs in eager") as error:
+        torch.export.export(looped(Attends(), **option), (given()[0],), strict=False)
+    assert str(error.value) == (
+        "RecurrentWrapper runs in eager with skip=True (the default), with a cache or with checkpoint=True: what it "
+        "runs depends on the data. For one graph (fullgraph=True) build it with skip=False and checkpoint=False, and "
+        "without a cache."
+    )
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.every)])
 def test_a_compiled_block_that_takes_the_view_is_served(backend: str) -> None:
     torch._dynamo.reset()

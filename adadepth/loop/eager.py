@@ -17,7 +17,12 @@ _disabled: list[Callable[..., Any]] = []  # made at the first call, because it i
 
 
 def uncompiled(looped: Any, x: Any, **options: Any) -> Any:
-    """`looped(x, **options)`, called by compiled code, but run in eager mode."""
+    """`looped(x, **options)`, called by compiled code, but run in eager mode.
+
+    Raises: `ValueError` if it is called by `torch.export`, which has no code to run in eager.
+    """
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        raise ValueError(_WHY)
     if not _disabled:
         torch._dynamo.graph_break(msg=_WHY)
         more = {"reason": _WHY} if "reason" in signature(torch.compiler.disable).parameters else {}

@@ -25,11 +25,13 @@ def due(looped: Any, tokens: TokenSet, x: Tensor) -> bool:
 
     There is none in a graph, and none with several ranks, because the other ranks would not take part.
     """
-    if not looped.self_check or isinstance(tokens, WholeTokens) or (looped.training, len(x) > 1) in looped._checked:
+    # First of all, in a graph: there the batch may be of any size, and is not compared.
+    if torch.compiler.is_compiling() or not looped.self_check or isinstance(tokens, WholeTokens):
+        return False
+    if (looped.training, len(x) > 1) in looped._checked:
         return False
     return not (
-        torch.compiler.is_compiling()
-        or tokens.empty
+        tokens.empty
         or x.is_meta
         or torch._C._functorch.peek_interpreter_stack() is not None
         or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
