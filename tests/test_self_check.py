@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from blocks_zoo import BLOCKS, DIM, PreNorm, looped
 from narrow import the
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_upper_left
 from torch.utils.checkpoint import checkpoint
 
 import adadepth as ad
@@ -269,19 +270,213 @@ def test_good_blocks_behind_row_per_token_pass(causal: bool) -> None:
             assert loop.training == block.training == training
 
 
-class Wrong(ad.Gate):
-    """The mean over whatever tokens come."""
+class Relative(ad.Gate):
+    """A score relative to the mean over whatever tokens come."""
 
     def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
-        return h.mean((0, 1), keepdim=True).mean(-1).sigmoid().expand(h.shape[:-1])
+        z = h.sum(-1)
+        return (z - (z.mean() if z.numel() else 0)).sigmoid()
 
 
-def test_a_gate_that_mixes_tokens_is_named() -> None:
-    loop = ad.RecurrentWrapper(PreNorm(DIM, True), STEPS, Wrong(), ad.Threshold(0.1), ad.Interpolate())
+class Normed(ad.Gate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.proj = nn.BatchNorm1d(DIM), nn.Linear(DIM, 1)
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        score: Tensor = self.proj(self.norm(h.mT).mT).squeeze(-1).sigmoid()
+        return score
+
+
+class Counted(ad.Gate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.randn(512))
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return (h.mean(-1) + self.place[: h.shape[1]]).sigmoid()
+
+
+class Inner(ad.Gate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.looped = ad.RecurrentWrapper(PreNorm(DIM, True), 1)
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return self.looped(h).hidden.mean(-1).sigmoid()
+
+
+class Centred(ad.Update):
+    def forward(self, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> Tensor:
+        return h - (h.mean((0, 1)) if h.shape[1] else 0)
+
+
+def sorts(piece: str) -> str:
+    return (
+        rf"{piece} gives packed tokens another result than tokens in rows: in training mode packed and dense execution "
+        r"differ by \S+ relative. Gates and updates must treat each token on its own; adadepth.testing has suites for "
+        r"them."
+    )
+
+
+@pytest.mark.parametrize("update", [ad.Interpolate, ad.Replace, ad.InputInjection, lambda: ad.Ungated(ad.Residual())])
+@pytest.mark.parametrize("gate", [Relative, Normed, Counted, Inner])
+def test_a_gate_that_mixes_tokens_is_named(gate: Callable[[], ad.Gate], update: Callable[[], ad.Update]) -> None:
+    loop = ad.RecurrentWrapper(PreNorm(DIM, True), STEPS, gate(), ad.Threshold(0.1), update())
     x = torch.randn(3, 9, DIM)
-    with pytest.raises(
-        ValueError, match=r"^Wrong or Interpolate gives packed tokens another result than tokens in rows"
-    ):
+    message = sorts(type(loop.gate).__name__)
+    with pytest.raises(ValueError, match=f"^{message}") as error:
+        loop(x, max_depth=mixed_depths(x))
+    assert error.value.__notes__ == [NOTE]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ad.check_looped(loop, x)
+
+
+@pytest.mark.parametrize("gate", [None, ad.LinearGate(DIM)])
+def test_an_update_that_mixes_tokens_is_named(gate: ad.Gate | None) -> None:
+    loop = ad.RecurrentWrapper(PreNorm(DIM, True), STEPS, gate, update=Centred())
+    x = torch.randn(3, 9, DIM)
+    with pytest.raises(ValueError, match=f"^{sorts('Centred')}"):
+        loop(x, max_depth=mixed_depths(x))
+
+
+class Rounded(PreNorm):
+    """Rounds in another way for another number of rows, and changes its input by no more than a `share`."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(DIM, True)
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.share * (super().forward(x) - x) + 4 * torch.finfo(x.dtype).eps * len(x)
+
+
+class Steep(ad.Gate):
+    """A choice, in which rounding can turn a tie."""
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return (h.sum(-1) > 0).to(h.dtype)
+
+
+@pytest.mark.parametrize(
+    ("gate", "dtype", "share"), [(Steep, torch.bfloat16, 1.0), (ad.ConvergenceGate, torch.float32, 1e-6)]
+)
+def test_scores_that_rounding_changes_are_no_fault(
+    gate: Callable[[], ad.Gate], dtype: torch.dtype, share: float
+) -> None:
+    x = torch.randn(3, 32, DIM).to(dtype)
+    loop = ad.RecurrentWrapper(Rounded(share).to(dtype), STEPS, gate(), ad.Threshold(0.0), ad.Replace())
+    packed = loop(x, max_depth=mixed_depths(x)).trace.scores
+    assert loop._checked
+    loop.skip = False
+    assert not torch.allclose(packed, loop(x, max_depth=mixed_depths(x)).trace.scores, rtol=0.01, atol=0)
+
+
+def noise(like: Tensor, per: str) -> Tensor:
+    """Noise for each token, each row, or the whole call."""
+    rows, length = like.shape[:2]
+    return torch.rand({"token": (rows, length, 1), "row": (rows, 1, 1), "call": (1, 1, 1)}[per])
+
+
+class NoisyGate(ad.Gate):
+    def __init__(self, per: str) -> None:
+        super().__init__()
+        self.per = per
+
+    def forward(self, h: Tensor, previous: Tensor, step: int) -> Tensor:
+        return (h.mean(-1, keepdim=True) + noise(h, self.per)).sigmoid().squeeze(-1)
+
+
+class Blur(nn.Module):
+    def __init__(self, per: str) -> None:
+        super().__init__()
+        self.per = per
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * noise(x, self.per)
+
+
+class NoisyUpdate(ad.Update):
+    def __init__(self, per: str) -> None:
+        super().__init__()
+        self.blur = Blur(per)
+
+    def forward(self, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> Tensor:
+        return x + self.blur(h)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("name", "piece", "where"),
+    [("gate", NoisyGate, r"the gate itself \(NoisyGate\)"), ("update", NoisyUpdate, r"blur \(Blur\)")],
+)
+def test_noise_of_a_gate_or_an_update_is_watched(name: str, piece: Any, where: str, training: bool) -> None:
+    x = torch.randn(3, 9, DIM)
+
+    def loop(per: str) -> ad.RecurrentWrapper:
+        pieces: dict[str, Any] = {"gate": ad.LinearGate(DIM), "rule": ad.Threshold(0.0), name: piece(per)}
+        return ad.RecurrentWrapper(PreNorm(DIM, True), STEPS, **pieces).train(training)
+
+    for right in ("token", "call"):
+        loop(right)(x, max_depth=mixed_depths(x))
+        ad.check_looped(loop(right), x)
+    message = (
+        rf"{piece.__name__} draws noise that is neither for each token nor for the whole batch, in {where}: packed "
+        r"tokens of different rows are in one sequence and would share it. Draw it for each token; or draw one for "
+        r"each row of the batch, and read noise\[adadepth.rows\(\)\]."
+    )
+    with pytest.raises(ValueError, match=f"^{message}"):
+        loop("row")(x, max_depth=mixed_depths(x))
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ad.check_looped(loop("row"), x)
+
+
+def test_noise_in_evaluation_is_no_fault_of_a_cache() -> None:
+    class Blurred(PreNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 0.1 * torch.randn_like(x))
+
+    ad.check_looped(ad.RecurrentWrapper(Blurred(DIM, True), STEPS).eval(), torch.randn(3, 9, DIM))
+
+
+class Subclassed(PreNorm):
+    """Makes a subclass of a tensor that does not exist under a dispatch mode."""
+
+    def __init__(self, mixes: bool = False) -> None:
+        super().__init__(DIM, True)
+        self.mixes = mixes
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = causal_upper_left(x.shape[1], x.shape[1])
+        h = x.unsqueeze(1)
+        x = x + F.scaled_dot_product_attention(h, h, h, attn_mask=mask).squeeze(1)
+        return x + x.mean((0, 1)) if self.mixes else x
+
+
+def test_a_block_that_cannot_be_watched_is_compared_nevertheless() -> None:
+    x = torch.randn(3, 9, DIM)
+    loop = ad.RecurrentWrapper(Subclassed(), STEPS)
+    loop(x, max_depth=mixed_depths(x))
+    ad.check_looped(loop, x)
+    ad.testing.check_block(Subclassed(), DIM)
+    with pytest.raises(ValueError, match=r"^Subclassed mixes tokens outside its attention calls"):
+        ad.RecurrentWrapper(Subclassed(mixes=True), STEPS)(x, max_depth=mixed_depths(x))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_loop_with_one_call_checks_itself() -> None:
+    """Recording draws needs a dispatch mode, and flex attention does not run under one."""
+    x = torch.randn(3, 9, DIM)
+    loop = ad.RecurrentWrapper(PreNorm(DIM, True), STEPS).eval()
+    loop.one_call = True
+    with torch.no_grad():
+        out = loop(x, max_depth=mixed_depths(x)).hidden
+        assert loop._checked
+        loop.one_call = False
+        assert torch.allclose(out, loop(x, max_depth=mixed_depths(x)).hidden, atol=1e-5)
+    loop.one_call = True
+    loop.block = Counts().eval()
+    with pytest.raises(ValueError, match=f"^{WRONG['positions'][2]}"), torch.no_grad():
         loop(x, max_depth=mixed_depths(x))
 
 

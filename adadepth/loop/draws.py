@@ -1,4 +1,4 @@
-"""Watches the random numbers that a block draws: whether each token, or each row, gets its own."""
+"""Watches the random numbers that a loop's pieces draw: whether each token, or each row, gets its own."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +15,9 @@ from .eager import in_eager
 
 @final
 class Draw(NamedTuple):
-    """How many numbers were drawn in the module `where`."""
+    """How many numbers were drawn in the module `where` of a piece, "block", "gate" or "update"."""
 
+    piece: str
     where: str
     numbers: int
 
@@ -27,7 +28,7 @@ class Draws(TorchDispatchMode):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.module, self.found, self._inside = module, list[Draw](), list[str]()
+        self.module, self.found, self._inside = module, list[Draw](), list[tuple[str, str]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and record what it drew."""
@@ -35,7 +36,8 @@ class Draws(TorchDispatchMode):
         # The view computes attention itself, and may pad rows for it: its dropout is not recorded.
         if torch.Tag.nondeterministic_seeded in func.tags and not active.attends:
             drawn = out if isinstance(out, Tensor) else out[0]
-            self.found.append(Draw(self._inside[-1] if self._inside else "its own forward", drawn.numel()))
+            piece, where = (self._inside[0][0], self._inside[-1][1]) if self._inside else ("block", "its own forward")
+            self.found.append(Draw(piece, where, drawn.numel()))
         return out
 
     @contextmanager
@@ -43,8 +45,8 @@ class Draws(TorchDispatchMode):
         """A context that records what is drawn, and in which module."""
         handles = []
         for name, part in self.module.named_modules():
-            label = labelled(name, part)
-            enter = in_this_thread(lambda *_, label=label: self._inside.append(label))
+            inside = name.partition(".")[0], labelled(name, part)
+            enter = in_this_thread(lambda *_, inside=inside: self._inside.append(inside))
             handles.append(part.register_forward_pre_hook(enter))
             handles.append(part.register_forward_hook(in_this_thread(self._leave), always_call=True))
         try:
@@ -70,15 +72,15 @@ def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def labelled(name: str, part: nn.Module) -> str:
-    """The name of a module in messages."""
-    name = name.removeprefix("block.")
-    return f"{'the block itself' if name in ('', 'block') else name} ({type(part).__name__})"
+    """The name in messages of a part of a loop, which begins with that of its piece."""
+    piece, _, inner = name.partition(".")
+    return f"{inner or f'the {piece} itself'} ({type(part).__name__})"
 
 
 def shared(dense: Sequence[Draw], packed: Sequence[Draw], tokens: int, ran: int) -> Draw | None:
     """The first draw in which tokens of different rows share a number, but not all tokens do.
 
-    The same block drew `dense` for `tokens` tokens in rows, and `packed` for `ran` tokens in one sequence. If each
+    The same loop drew `dense` for `tokens` tokens in rows, and `packed` for `ran` tokens in one sequence. If each
     token has its own numbers, their count is proportional to the tokens. If the whole call has one, both counts are
     equal.
     """

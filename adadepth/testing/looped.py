@@ -11,7 +11,7 @@ from .._modes import evaluating
 from .._nested import each
 from .._types import HiddenRows, MaskRows
 from ..cache.kv_reuse import KVReuseCache
-from ..loop.agreement import EXACT, Case, altered, check_some_mode, coarsest, off, untouched
+from ..loop.agreement import EXACT, Case, altered, check_some_mode, coarsest, draws_noise, off, untouched
 from ..loop.selfcheck import mixed, shortened
 from ..loop.whole_rows import check_whole_rows
 from ..loop.wrapper import RecurrentWrapper
@@ -21,8 +21,9 @@ def check_looped(looped: RecurrentWrapper, x: HiddenRows, mask: MaskRows | None 
     """Runs a wrapper packed, dense and with a cache on your own input, and compares.
 
     Packed and dense execution are compared at mixed depths, and at the depths that the wrapper's rule decides. If the
-    wrapper is causal, one pass is also compared with a prompt and later tokens with a cache. The check runs in the
-    wrapper's current mode, without dropout, in its own dtype and to its precision. It does not change the wrapper.
+    wrapper is causal, one pass is also compared with a prompt and later tokens with a cache, in evaluation mode. The
+    check runs in the wrapper's current mode, without dropout, in its own dtype and to its precision. What draws random
+    numbers is not compared. It does not change the wrapper.
 
     Arguments: `looped`; `x`, `mask` and `call`, as you will call it: a batch of real size, `start=`, `block_kwargs=`,
     `min_depth=` and `max_depth=`.
@@ -42,6 +43,8 @@ def check_looped(looped: RecurrentWrapper, x: HiddenRows, mask: MaskRows | None 
 
 
 def _check_cache(looped: RecurrentWrapper, case: Case) -> None:
+    if draws_noise(looped, case):
+        return
     whole, cache = case.run(looped, skip=True).hidden, KVReuseCache()
     parts = [part.run(looped, cache=cache).hidden for part in _pieces(case)]
     dtype = coarsest(looped, case.x)
