@@ -1,4 +1,4 @@
-"""Contexts for evaluation mode and for full precision."""
+"""Contexts for evaluation mode, without gradients, and for full precision."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -6,6 +6,27 @@ from typing import Any
 
 import torch
 from torch import nn
+
+# Before, torch used the casts of weights that autocast keeps without gradients also where gradients are wanted.
+_SEPARATES_CASTS = torch.__version__ >= "2.11"
+
+
+def without_gradients() -> AbstractContextManager[Any]:
+    """A context without gradients; what runs in it leaves no trace in a region of autocast around it."""
+    if _SEPARATES_CASTS or torch.compiler.is_compiling():  # in a graph autocast keeps no casts
+        return torch.no_grad()
+    return _keeping_no_casts()
+
+
+@contextmanager
+def _keeping_no_casts() -> Iterator[None]:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 @contextmanager
@@ -15,7 +36,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     for module in modules:
         module.eval()
     try:
-        with torch.no_grad():
+        with without_gradients():
             yield
     finally:
         for part, training in before:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._modes import without_gradients
 from ._types import Hidden, Score
 
 # Logits held at a time. On a CPU more are not faster, as measured with 256 to 2,048 words for 2,048 tokens.
@@ -39,7 +40,6 @@ def described(module: nn.Module) -> str:
     return " ".join([type(module).__name__, *shapes[-1:]])
 
 
-@torch.no_grad()
 def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Module, *states: Hidden) -> Score:
     """The `measure` of each token's log-probabilities from `head`, without gradients.
 
@@ -47,10 +47,11 @@ def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Modul
     float32 or wider; it returns `(n,)`. The result is `(...)`.
     """
     dtype = torch.promote_types(states[0].dtype, torch.float32)
-    tokens = [state.reshape(-1, state.shape[-1]) for state in states]
-    rows = max(1, logits_held(tokens[0].device) // vocabulary_of(owner, head, tokens[0][:0]))
-    chunks = zip(*(state.split(rows) for state in tokens), strict=True)
-    scores = [measure(*(head(state).log_softmax(-1, dtype=dtype) for state in chunk)) for chunk in chunks]
+    with without_gradients():
+        tokens = [state.reshape(-1, state.shape[-1]) for state in states]
+        rows = max(1, logits_held(tokens[0].device) // vocabulary_of(owner, head, tokens[0][:0]))
+        chunks = zip(*(state.split(rows) for state in tokens), strict=True)
+        scores = [measure(*(head(state).log_softmax(-1, dtype=dtype) for state in chunk)) for chunk in chunks]
     return torch.cat(scores).view(states[0].shape[:-1])
 
 

@@ -16,6 +16,7 @@ from narrow import the
 from torch import Tensor, nn
 
 import adadepth as ad
+from adadepth import _modes
 
 SHAPE, STEPS, HALF = (3, 12), 4, torch.bfloat16
 MASK = torch.arange(12) >= torch.tensor([[0], [3], [1]])
@@ -147,6 +148,28 @@ def test_inference_is_as_near_as_bfloat16_allows(kind: str, autocast: bool) -> N
     for name, out in outs.items():
         assert torch.equal(out.trace.depth, depth), name
         assert off(out.hidden[MASK], exact) <= SLACK["hidden"] * off(allowed, exact), name
+
+
+@pytest.mark.parametrize("separates", [True, False])
+def test_what_runs_without_gradients_takes_none_from_the_region_of_autocast(
+    separates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 2.11, torch used the casts of weights that it keeps there also where gradients are wanted."""
+    if not separates:
+        monkeypatch.setattr(_modes, "_SEPARATES_CASTS", False)
+    monkeypatch.setattr(ad.RecurrentWrapper, "self_check", True)
+    head, cached = nn.Linear(DIM, 11), set[tuple[bool, bool]]()
+    loop = ad.RecurrentWrapper(looped("attention").block.float(), 3, ad.EntropyGate(head), ad.Threshold(0.3))
+    for part in (head, loop.block):
+        part.register_forward_hook(lambda *_: cached.add((torch.is_grad_enabled(), torch.is_autocast_cache_enabled())))
+    for _ in range(2):  # the second time without a self check
+        with torch.autocast("cpu", HALF):
+            loss = head(loop(rows(), mask=MASK).hidden).float().logsumexp(-1).mean()
+        loss.backward()
+        for parameter in (*loop.parameters(), *head.parameters()):
+            assert the(Tensor, parameter.grad).abs().sum() > 0
+            parameter.grad = None
+    assert cached == {(True, True), (False, _modes._SEPARATES_CASTS)}
 
 
 def by_word(ids: Tensor) -> Tensor:

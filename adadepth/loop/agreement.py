@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from .._modes import evaluating
+from .._modes import evaluating, without_gradients
 from ..attention.context import Window, active
 from ..cache.kv_reuse import KVReuseCache
 from ..updates import Replace
@@ -230,7 +230,7 @@ def untouched(looped: nn.Module, device: torch.device) -> Iterator[None]:
     parts = [(part, dict(part.__dict__), dict(part._buffers)) for part in looped.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in looped.buffers()]
     devices = [] if device.type == "cpu" else [device]
-    with torch.no_grad(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    with without_gradients(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         try:
             for part in looped.modules():
                 _still(part)
