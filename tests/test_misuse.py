@@ -26,6 +26,10 @@ def loop(*pieces: Any, **options: Any) -> ad.RecurrentWrapper:
     return ad.RecurrentWrapper(block(), 3, *pieces, **options)
 
 
+def model(layers: nn.Module) -> nn.Module:
+    return nn.ModuleDict({"embed": nn.Embedding(5, DIM), "layers": layers})
+
+
 class Says(ad.Gate):
     """Scores as told."""
 
@@ -247,6 +251,23 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "RecurrentWrapper.load_state_dict expected names that begin with 'block.', 'gate.' or 'update.', got those of the "
         "bare block. Load them into it: looped.block.load_state_dict(state).",
     ),
+    "weights of a model without the wrapper": (
+        lambda: model(loop()).load_state_dict(model(block()).state_dict(), strict=False),
+        "RecurrentWrapper.load_state_dict expected names that begin with 'layers.block.', 'layers.gate.' or "
+        "'layers.update.', got those of the bare block. Rename them, such as layers.mlp.0.bias to layers.block.mlp.0.bias.",
+    ),
+    "steps set to zero": (
+        lambda: setattr(loop(), "steps", 0),
+        "RecurrentWrapper needs steps >= 1, got steps=0.",
+    ),
+    "steps set to a float": (
+        lambda: setattr(loop(), "steps", 2.5),
+        f"RecurrentWrapper expected steps to be an int, got 2.5. {ORDER}",
+    ),
+    "steps set to text": (
+        lambda: setattr(loop(), "steps", "4"),
+        f"RecurrentWrapper expected steps to be an int, got '4'. {ORDER}",
+    ),
 }
 
 
@@ -255,6 +276,25 @@ def test_the_message(name: str) -> None:
     call, message = ERRORS[name]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         call()
+
+
+class Routed(PreNorm):
+    """Has names of parameters that a wrapper has too."""
+
+    def __init__(self) -> None:
+        super().__init__(DIM, True)
+        self.gate = nn.ModuleDict({"proj": nn.Linear(DIM, 1)})
+
+
+def test_weights_of_a_part_are_loaded() -> None:
+    for layers in (loop(ad.LinearGate(DIM)), ad.RecurrentWrapper(Routed(), 3, ad.LinearGate(DIM)), block()):
+        whole = model(layers)
+        state = whole.state_dict()
+        for part in ("embed.", "layers.", "layers.gate.", "layers.block.mlp.", "layers.mlp.", "nowhere."):
+            some = {name: torch.full_like(value, 7) for name, value in state.items() if name.startswith(part)}
+            whole.load_state_dict(some, strict=False)
+            assert all((value == 7).all() for name, value in whole.state_dict().items() if name.startswith(part))
+            whole.load_state_dict(state)
 
 
 def test_a_type_error_in_a_gate_is_not_taken_for_one_of_the_block() -> None:

@@ -168,20 +168,26 @@ def check_scores(looped: Any, step: int, least_and_most: list[float]) -> None:
         )
 
 
-def check_state(looped: nn.Module, state: Mapping[str, Any]) -> None:
-    """Check that weights are those of a wrapper, not of the block without the wrapper.
+def check_state(looped: nn.Module, state: Mapping[str, Any], prefix: str) -> None:
+    """Check that weights, named by `prefix` and their name, are those of a wrapper, not of the block without it.
 
     Raises: `ValueError`.
     """
-    if (
-        state
-        and not any(name.startswith("block.") for name in state)
-        and state.keys() <= set(looped.get_submodule("block").state_dict())
-    ):
-        raise ValueError(
-            "RecurrentWrapper.load_state_dict expected names that begin with 'block.', 'gate.' or 'update.', got "
-            "those of the bare block. Load them into it: looped.block.load_state_dict(state)."
-        )
+    names = {name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    if not names or any(name.startswith("block.") for name in names):
+        return
+    bare = names & looped.get_submodule("block").state_dict().keys()
+    if bare != names or names <= looped.state_dict().keys():
+        return
+    if prefix:
+        name = min(bare)
+        remedy = f"Rename them, such as {prefix}{name} to {prefix}block.{name}."
+    else:
+        remedy = "Load them into it: looped.block.load_state_dict(state)."
+    raise ValueError(
+        f"RecurrentWrapper.load_state_dict expected names that begin with '{prefix}block.', '{prefix}gate.' or "
+        f"'{prefix}update.', got those of the bare block. {remedy}"
+    )
 
 
 def check_any_row(rule: Rule, what: str, device: torch.device) -> None:

@@ -55,8 +55,9 @@ class RecurrentWrapper(Called, nn.Module):
             False computes every token and selects: static shapes, for `torch.compile`.
         checkpoint: whether to keep only each iteration's inputs for the backward pass, and compute the rest again.
 
-    `block`, `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes: you may reassign them between
-    stages of training.
+    `block`, `steps`, `gate`, `rule`, `update`, `skip` and `checkpoint` are plain attributes: you may reassign them
+    between stages of training. To load weights of the block alone, load them into `looped.block`: the wrapper refuses
+    them.
 
     `agree` is an attribute too, `bool` by default. The loop calls it before each further iteration, with whether any
     token is active here, and runs the iteration if it returns True. If no token is active then, the block runs on one
@@ -95,7 +96,7 @@ class RecurrentWrapper(Called, nn.Module):
         super().__init__()
         self.block, self.gate, self.rule = block, gate, rule
         self.update: Update = update  # type: ignore[assignment]  # None is made Replace()
-        self.steps = check_steps(steps)
+        self.steps: int = steps
         self.causal, self.skip, self.checkpoint = causal, skip, checkpoint
         self.agree: Callable[[bool], bool] = bool
         self._identity = Identity()
@@ -107,6 +108,8 @@ class RecurrentWrapper(Called, nn.Module):
             self.__dict__["_checked"] = frozenset()
             if not isinstance(value, nn.Module | None):
                 self._modules.pop(name, None)  # torch does not replace a module by anything else
+        elif name == "steps":
+            value = check_steps(value)
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
@@ -114,10 +117,9 @@ class RecurrentWrapper(Called, nn.Module):
         names = ("steps", "rule", "causal", "skip", "checkpoint")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Works like that of `nn.Module`. Weights of the block without the wrapper are refused, with their names."""
-        check_state(self, state_dict)
-        return super().load_state_dict(state_dict, *args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        check_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @named
     def forward(
