@@ -481,7 +481,7 @@ def test_a_loop_with_one_call_checks_itself() -> None:
 
 
 class Remembers(PreNorm):
-    """Leaves traces of every kind: a buffer, an attribute, a list, a random number."""
+    """Leaves traces of every kind: a buffer, an attribute, a list, a dict, random numbers."""
 
     calls: Tensor
 
@@ -490,11 +490,16 @@ class Remembers(PreNorm):
         self.drop = nn.Dropout(0.3)
         self.register_buffer("calls", torch.zeros(()))
         self.last: Tensor | None = None
+        self.losses, self.seen = [torch.zeros(())], {"first": torch.zeros(())}
+        self.noise: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.last = x
-        return self.drop(super().forward(x)) + 1e-3 * torch.randn_like(x)
+        self.losses.append(x.square().mean())
+        self.seen["first"] = x[0, 0, 0]
+        self.seen[f"length {x.shape[1]}"] = x.sum()
+        return self.drop(super().forward(x)) + 1e-3 * torch.randn(x.shape, generator=self.noise)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -503,11 +508,14 @@ def test_nothing_is_left_changed_and_no_number_is_other(training: bool) -> None:
     original = Remembers()
     for check in (True, False):
         block = copy.deepcopy(original)
+        block.noise, losses, seen = torch.Generator().manual_seed(4), block.losses, block.seen
         loop = ad.RecurrentWrapper(block, STEPS).train(training)
         loop.self_check = check
         torch.manual_seed(3)
         out = loop(x.requires_grad_(), max_depth=mixed_depths(x))
-        left = [out.hidden, torch.rand(3), block.calls.clone(), the(Tensor, block.last)]
+        left = [out.hidden, torch.rand(3), block.calls.clone(), the(Tensor, block.last), torch.stack(losses)]
+        left += [*(seen[name] for name in sorted(seen)), block.noise.get_state()]
+        assert block.losses is losses and block.seen is seen
         assert all(p.grad is None for p in loop.parameters())
         assert block.drop.p == 0.3 and all(m.training is training for m in loop.modules())
         assert all(not hooks for part in loop.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks))

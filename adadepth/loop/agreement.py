@@ -6,8 +6,9 @@ depths. Afterwards the loop is as before.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, final
 
 import torch
@@ -25,6 +26,7 @@ EXACT = {torch.float64: 1e-6, torch.float32: 5e-4, torch.float16: 3e-2, torch.bf
 # The share of tokens to compare in half precision, where rounding may send the others to another expert. A score may
 # have a step, such as an argmax, which rounding crosses at any iteration.
 _STATES, _SCORES = 0.95, 0.5
+_EVERY = nn.Module().__dict__.keys()  # the attributes that every module has
 
 
 @final
@@ -226,8 +228,12 @@ def _alike(packed: Any, dense: Any, mask: Tensor, dtype: torch.dtype) -> bool:
 
 @contextmanager
 def untouched(looped: nn.Module, device: torch.device) -> Iterator[None]:
-    """A context without gradients and dropout; at the end, all attributes, buffers and random states are as before."""
+    """A context without gradients and dropout; at the end, all attributes, buffers and random states are as before.
+
+    So are the contents of lists and dicts that are attributes, such as the losses that a router collects.
+    """
     parts = [(part, dict(part.__dict__), dict(part._buffers)) for part in looped.modules()]
+    contents = [_restoring(value) for part in looped.modules() for value in _own_attributes(part)]
     buffers = [(buffer, buffer.clone()) for buffer in looped.buffers()]
     devices = [] if device.type == "cpu" else [device]
     with without_gradients(), torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
@@ -237,13 +243,36 @@ def untouched(looped: nn.Module, device: torch.device) -> Iterator[None]:
             yield
         finally:
             for part, attributes, own in parts:
-                for name in part.__dict__.keys() - attributes.keys():
-                    del part.__dict__[name]
-                part.__dict__.update(attributes)  # without an instant in which another thread would find none
+                _put_back(part.__dict__, attributes)
                 part._buffers.update(own)
+            for restore in contents:
+                restore()
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+
+
+def _own_attributes(part: nn.Module) -> Iterator[Any]:
+    """The attributes of a module that are not those of every module."""
+    return (value for name, value in part.__dict__.items() if name not in _EVERY)
+
+
+def _restoring(value: Any) -> Callable[[], object]:
+    """What gives an attribute the contents back that it has now."""
+    if isinstance(value, dict):
+        return partial(_put_back, value, dict(value))
+    if isinstance(value, list):
+        return partial(value.__setitem__, slice(None), list(value))
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    return lambda: None
+
+
+def _put_back(mapping: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Give a mapping its contents from before, without an instant in which another thread would find none."""
+    for name in mapping.keys() - before.keys():
+        del mapping[name]
+    mapping.update(before)
 
 
 def _still(part: nn.Module) -> None:
