@@ -9,12 +9,21 @@ import torch
 from blocks_zoo import DIM, PreNorm
 from narrow import the
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import adadepth as ad
 
-pytestmark = [pytest.mark.plain, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.plain,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # of attention under vmap
+]
 
 X = torch.randn(4, 4, DIM, generator=torch.Generator().manual_seed(0))
+READS = (
+    "RecurrentWrapper reads the data, which torch.vmap does not allow. Make the mapped axis a part of the batch, "
+    "x.flatten(0, 1). If parameters are mapped, call one model after the other."
+)
 ORDER = "The order is block, steps, gate, rule, update."
 
 
@@ -39,6 +48,13 @@ class Says(ad.Gate):
 
     def forward(self, h: Tensor, previous: Tensor, step: int) -> Any:
         return self.score(h)
+
+
+class NoView(nn.Module):
+    takes_view = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 class OfState(ad.Gate):
@@ -228,8 +244,44 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "vmap": (
         lambda: torch.vmap(HALTS)(X[None]),
-        "RecurrentWrapper reads the data, which torch.vmap does not allow. Make the mapped axis a part of the batch: "
-        "x.flatten(0, 1).",
+        READS,
+    ),
+    "vmap over parameters": (
+        lambda: torch.vmap(lambda p: functional_call(HALTS, p, X).hidden)(
+            {n: p[None] for n, p in HALTS.named_parameters()}
+        ),
+        READS,
+    ),
+    "vmap over a mask": (
+        lambda: torch.vmap(lambda mask: HALTS(X, mask=mask).hidden)(torch.ones(1, 4, 4).bool()),
+        READS,
+    ),
+    "vmap over a depth": (
+        lambda: torch.vmap(lambda most: HALTS(X, max_depth=most).hidden)(torch.ones(1, 4, 1).long()),
+        READS,
+    ),
+    "a block that takes the view, without it": (
+        lambda: ad.RecurrentWrapper(NoView(), 3)(X),
+        "NoView has takes_view = True, so it is called as block(x, view, **block_kwargs), but it takes (x). Write "
+        "forward(self, x, view), and call view.attend(q, k, v) in it.",
+    ),
+    "check_block of a class": (
+        lambda: ad.check_block(NoView, DIM),  # type: ignore[arg-type]
+        "check_block expected block to be an nn.Module, got the class NoView. Call it: NoView().",
+    ),
+    "check_block of a loop": (
+        lambda: ad.check_block(loop(), DIM),
+        "check_block expected a block without its loop, got RecurrentWrapper. Pass looped.block, or use check_looped.",
+    ),
+    "check_looped of a block": (
+        lambda: ad.check_looped(block(), X),  # type: ignore[arg-type]
+        "check_looped expected an adadepth.RecurrentWrapper, got PreNorm. For a block without its loop, use "
+        "check_block(block, dim).",
+    ),
+    "check_looped of an output": (
+        lambda: ad.check_looped(loop(), loop()(X)),  # type: ignore[arg-type]
+        "RecurrentWrapper expected x of shape (batch, seq, dim), got the Output of another looped block. Pass its state: "
+        "looped(x).hidden.",
     ),
     "a gate of one argument": (
         lambda: loop(OfState()),

@@ -34,13 +34,23 @@ _MEANT = {
 
 
 def named(forward: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """`forward`, with an error for each unknown argument that suggests the right one."""
+    """`forward`, with an error for each unknown argument that suggests the right one, and one for `torch.vmap`."""
 
     @functools.wraps(forward)
     def call(self: S, *args: P.args, **kwargs: P.kwargs) -> R:
         if len(args) != 1 or not kwargs.keys() <= _KNOWN:
             _refuse(args, kwargs)
-        return forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        try:
+            return forward(self, *args, **kwargs)
+        except RuntimeError as error:
+            if "data pointer" in str(error) and torch._C._functorch.peek_interpreter_stack() is not None:
+                raise ValueError(
+                    "RecurrentWrapper reads the data, which torch.vmap does not allow. Make the mapped axis a part of "
+                    "the batch, x.flatten(0, 1). If parameters are mapped, call one model after the other."
+                ) from error
+            raise
 
     return cast(Callable[Concatenate[S, P], R], call)
 
@@ -91,23 +101,14 @@ def looks(looped: Any, mask: Tensor | None, min_depth: Depth, max_depth: Depth) 
 def check_can_look(looped: Any, x: Tensor, mask: Tensor | None, bounds: Bounds) -> None:
     """Check that a pass whose shapes depend on the data can read the data.
 
-    Raises: `ValueError` on the meta device and under `torch.vmap`.
+    Raises: `ValueError` on the meta device.
     """
-    mapped = torch._C._functorch.is_batchedtensor(x)
-    if not (x.is_meta or mapped):
+    if not (x.is_meta and looped.skip):
         return
-    looks = looped.skip and (
-        mask is not None or any(bounds.can_exit(i, looped.rule is not None) for i in range(looped.steps))
-    )
-    if x.is_meta and looks:
+    if mask is not None or any(bounds.can_exit(i, looped.rule is not None) for i in range(looped.steps)):
         raise ValueError(
             "RecurrentWrapper with skip=True reads the data to skip tokens, but x is on the meta device, which has "
             "none. Set skip=False if you only need shapes, or put x on a real device."
-        )
-    if mapped and (looks or not looped.training):
-        raise ValueError(
-            "RecurrentWrapper reads the data, which torch.vmap does not allow. Make the mapped axis a part of the "
-            "batch: x.flatten(0, 1)."
         )
 
 

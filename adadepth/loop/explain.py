@@ -90,6 +90,11 @@ def _arguments(block: nn.Module, given: Mapping[str, Any]) -> str | None:
         takes = inspect.signature(block.forward)
     except (TypeError, ValueError):
         return None
+    if takes_view(block) and not _fits(takes, "x", "view"):
+        return (
+            f"{type(block).__name__} has takes_view = True, so it is called as block(x, view, **block_kwargs), but it "
+            f"takes ({', '.join(takes.parameters)}). Write forward(self, x, view), and call view.attend(q, k, v) in it."
+        )
     unknown = [name for name in given if name not in takes.parameters]
     if any(p.kind is p.VAR_KEYWORD for p in takes.parameters.values()):
         unknown = []
@@ -102,6 +107,15 @@ def _arguments(block: nn.Module, given: Mapping[str, Any]) -> str | None:
     if unknown:
         return f"{called} does not take {', '.join(unknown)}. It takes {', '.join(takes.parameters)}."
     return None
+
+
+def _fits(takes: inspect.Signature, *args: str) -> bool:
+    """Whether a function takes these arguments by position, and perhaps others."""
+    try:
+        takes.bind_partial(*args)
+    except TypeError:
+        return False
+    return True
 
 
 def _mismatch(piece: nn.Module, h: Tensor) -> str | None:

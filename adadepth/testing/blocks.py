@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from .._given import unfit
 from ..attention.apart import RowPerToken
 from ..loop.agreement import Case, check, untouched
 from ..loop.explain import missing
@@ -28,9 +29,13 @@ def check_block(block: nn.Module, dim: int, *, causal: bool = True, steps: int =
 
     Arguments: `block`, as for `RecurrentWrapper`; `dim`, the width of its state; `causal`; `steps`, the greatest
     number of iterations, and `seq`, the longest row, for a block with a table of iterations or positions.
-    Raises: `ValueError` that names the innermost module whose outputs first differ; for a block that needs further
-        arguments; or what the loop itself raises.
+    Raises: `ValueError` that names the innermost module whose outputs first differ; for what is no block, or a block
+        that needs further arguments; or what the loop itself raises.
     """
+    if not isinstance(block, nn.Module):
+        raise unfit("check_block expected block to be an nn.Module", block, "Give it the block to be looped.")
+    if isinstance(block, RecurrentWrapper):
+        raise unfit("check_block expected a block without its loop", block, "Pass looped.block, or use check_looped.")
     inner = block.block if isinstance(block, RowPerToken) else block
     if lacks := missing(inner, {}):
         raise ValueError(

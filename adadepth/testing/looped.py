@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._given import unfit
 from .._modes import evaluating
 from .._nested import each
 from .._types import HiddenRows, MaskRows
 from ..cache.kv_reuse import KVReuseCache
 from ..loop.agreement import EXACT, Case, altered, check_some_mode, coarsest, draws_noise, off, untouched
+from ..loop.arguments import check_rows
 from ..loop.selfcheck import mixed, shortened
 from ..loop.whole_rows import check_whole_rows
 from ..loop.wrapper import RecurrentWrapper
@@ -27,8 +29,15 @@ def check_looped(looped: RecurrentWrapper, x: HiddenRows, mask: MaskRows | None 
 
     Arguments: `looped`; `x`, `mask` and `call`, as you will call it: a batch of real size, `start=`, `block_kwargs=`,
     `min_depth=` and `max_depth=`.
-    Raises: `ValueError` that names what differs, or what the loop raises.
+    Raises: `ValueError` that names what differs; if `looped` is no wrapper; or what the loop raises.
     """
+    if not isinstance(looped, RecurrentWrapper):
+        raise unfit(
+            "check_looped expected an adadepth.RecurrentWrapper",
+            looped,
+            "For a block without its loop, use check_block(block, dim).",
+        )
+    check_rows(x, mask, call.get("start"))
     real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
     more = {name: value for name, value in call.items() if name in ("start", "block_kwargs")}
     with untouched(looped, x.device):
