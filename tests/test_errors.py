@@ -284,6 +284,32 @@ def test_an_error_leaves_no_view_behind() -> None:
         ad.iteration()
 
 
+@pytest.mark.parametrize("fused", ["attention", "layer"])
+def test_a_fused_layer_that_is_put_in_later_is_refused(fused: str) -> None:
+    """PyTorch's fast path makes no attention call, so the loop could not catch it."""
+
+    def made() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        return Multihead(need_weights=False) if fused == "attention" else layer
+
+    block = nn.Sequential(made(), made())
+    looped = loop(block, causal=False)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5]).bool()
+    with torch.no_grad():
+        looped(X, mask=mask)
+        block[1] = made().eval()
+        with pytest.raises(ValueError, match="fused layer") as error:
+            looped(X, mask=mask)
+        assert str(error.value) == (
+            "Sequential runs a fused layer of PyTorch (nn.TransformerEncoderLayer or nn.MultiheadAttention in "
+            "evaluation), which would attend to the packed tokens of all rows. If you changed a layer of the block, "
+            "assign the block again: looped.block = block."
+        )
+        assert block(X).shape == X.shape
+        looped.block = block
+        looped(X, mask=mask)
+
+
 ORDER = "The order is block, steps, gate, rule, update."
 PIECES: dict[str, tuple[dict[str, Any], str]] = {
     "swapped": (

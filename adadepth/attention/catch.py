@@ -157,12 +157,23 @@ def _caught_kernel(*args: Any, **kwargs: Any) -> Tensor:
         return _caught(*args, **kwargs)
 
 
+def _refuse_fast_path(*_args: Any, **_kwargs: Any) -> NoReturn:
+    """Refuse PyTorch's fused layers; `prepare` keeps those off them that the block has when the loop gets it."""
+    raise ValueError(
+        f"{type(active.block).__name__} runs a fused layer of PyTorch (nn.TransformerEncoderLayer or "
+        "nn.MultiheadAttention in evaluation), which would attend to the packed tokens of all rows. If you changed a "
+        "layer of the block, assign the block again: looped.block = block."
+    )
+
+
 def _register() -> list[torch.library.Library]:
     """The registrations; they last as long as the returned libraries exist."""
     every = torch.library.Library("_", "IMPL", NAME)
     every.fallback(torch.library.fallthrough_kernel)
     aten = torch.library.Library("aten", "IMPL", NAME)
     aten.impl("scaled_dot_product_attention", _caught_kernel)
+    for fused in ("_transformer_encoder_layer_fwd", "_native_multi_head_attention"):
+        aten.impl(fused, _refuse_fast_path)
     return [every, aten]
 
 
