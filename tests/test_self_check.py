@@ -332,6 +332,15 @@ def test_a_gate_that_mixes_tokens_is_named(gate: Callable[[], ad.Gate], update: 
         ad.check_looped(loop, x)
 
 
+def test_attention_to_a_memory_draws_nothing() -> None:
+    """PyTorch's attention is tagged as random: a block that calls it past the loop was never compared."""
+    block = ad.RowPerToken(nn.TransformerDecoderLayer(DIM, 2, 32, dropout=0.0, batch_first=True))
+    loop = ad.RecurrentWrapper(block, STEPS, Relative(), ad.Threshold(0.1), ad.Replace())
+    x, given = torch.randn(3, 9, DIM), {"memory": torch.randn(3, 1, 4, DIM)}
+    with pytest.raises(ValueError, match=f"^{sorts('Relative')}"):
+        loop(x, max_depth=mixed_depths(x), block_kwargs=given)
+
+
 @pytest.mark.parametrize("gate", [None, ad.LinearGate(DIM)])
 def test_an_update_that_mixes_tokens_is_named(gate: ad.Gate | None) -> None:
     loop = ad.RecurrentWrapper(PreNorm(DIM, True), STEPS, gate, update=Centred())

@@ -33,8 +33,10 @@ class Draws(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and record what it drew."""
         out = func(*args, **(kwargs or {}))
-        # The view computes attention itself, and may pad rows for it: its dropout is not recorded.
-        if torch.Tag.nondeterministic_seeded in func.tags and not active.attends:
+        # The view computes attention itself, and may pad rows for it: its dropout is not recorded. Other calls of
+        # attention have the tag too, whether they drop or not.
+        draws = torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.name()
+        if draws and not active.attends:
             drawn = out if isinstance(out, Tensor) else out[0]
             piece, where = (self._inside[0][0], self._inside[-1][1]) if self._inside else ("block", "its own forward")
             self.found.append(Draw(piece, where, drawn.numel()))
