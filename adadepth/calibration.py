@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
-from ._given import named
+from ._given import name_of, named
 from ._modes import evaluating
 from .attention.tokens import places
+from .cache.kv_reuse import KVReuseCache
 from .loop.trace import Output, Trace
 from .loop.wrapper import RecurrentWrapper
 from .rules import Rule, Threshold
@@ -85,10 +86,10 @@ def calibrate(
         rule: makes a rule from a threshold: `Threshold`, `SurvivalThreshold` or a function. The search takes
             thresholds from the scores in the data and their running products.
 
-    Raises: `ValueError` if the model does not hold exactly one loop with a gate, if `rule` cannot be called with a
-        threshold, if there are fewer than two batches, or if one of the two parts holds no real token; `OutOfReach`,
-        a `ValueError`, if no threshold gives `mean_depth`. Warns if the nearest depth is off by more than 10 %, because
-        many scores are equal.
+    Raises: `ValueError` if the model does not hold exactly one loop with a gate, or does not call it; if `rule` makes
+        no rule from a threshold; if there are fewer than two batches, if one holds a cache, or if one of the two parts
+        holds no real token; `OutOfReach`, a `ValueError`, if no threshold gives `mean_depth`. Warns if the nearest
+        depth is off by more than 10 %, because many scores are equal.
     """
     check_rule(rule)
     loops = [part for part in model.modules() if isinstance(part, RecurrentWrapper)]
@@ -103,7 +104,7 @@ def calibrate(
 
 
 def check_rule(rule: object) -> None:
-    """Check that `rule` is a class or a function of a threshold.
+    """Check that `rule` is a class or a function that makes a rule from a threshold.
 
     Raises: `ValueError`.
     """
@@ -114,6 +115,15 @@ def check_rule(rule: object) -> None:
             "calibrate expected rule to be a class or a function of a threshold, such as adadepth.SurvivalThreshold, "
             f"got {named(rule)}. Pass the class, not an object of it; a rule without a threshold cannot be calibrated."
         ) from None
+    expected = f"calibrate expected rule to make a rule from any threshold, but {name_of(rule)}(-1.0)"
+    try:
+        made = rule(-1.0)  # type: ignore[operator]  # below all scores: among those that are tried
+    except Exception as error:
+        raise ValueError(
+            f"{expected} raised: {error} Pass a class or a function such as adadepth.Threshold."
+        ) from error
+    if isinstance(made, type) or not callable(made):
+        raise ValueError(f"{expected} gave {named(made)}. Write it as in rule=lambda tau: adadepth.Threshold(tau).")
 
 
 def fit(
@@ -257,6 +267,11 @@ def arguments(batch: Any, model: nn.Module) -> tuple[tuple[Tensor, ...], dict[st
             f"{type(batch).__name__}. Put a single batch into a list, split in two: the result is measured on every "
             "second batch."
         )
+    if isinstance(batch, Mapping) and (names := [n for n, given in batch.items() if isinstance(given, KVReuseCache)]):
+        raise ValueError(
+            f"calibrate runs each batch several times, which a cache would take for one long text, got {names[0]}=a "
+            "KVReuseCache. Give it whole texts, without a cache."
+        )
     device = next((p.device for p in model.parameters()), None)
     moved = _moved(batch, device)
     return ((moved,), {}) if isinstance(batch, Tensor) else ((), moved)
@@ -283,6 +298,11 @@ def _measuring(model: nn.Module, looped: RecurrentWrapper) -> Iterator[Callable[
         seen.clear()
         for by_place, by_name in batches:
             model(*by_place, **by_name)
+        if not seen:
+            raise ValueError(
+                f"calibrate saw no pass of the loop in {type(model).__name__}. The model must call its "
+                "RecurrentWrapper, as looped(...): looped.forward(...) is not seen."
+            )
         return [*seen]
 
     hook = looped.register_forward_hook(note, with_kwargs=True)

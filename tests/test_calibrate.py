@@ -200,6 +200,67 @@ def test_a_rule_that_takes_no_threshold(rule: Any, got: str) -> None:
     )
 
 
+MADE: dict[str, tuple[Callable[[float], Any], str]] = {
+    "ACT": (
+        ad.ACT,
+        "ACT(-1.0) raised: ACT expected eps, a number in [0, 1), got -1.0. The paper's is 0.01. Pass a class or a "
+        "function such as adadepth.Threshold.",
+    ),
+    "a rule around a rule": (
+        ad.Lookahead,  # type: ignore[dict-item]
+        "Lookahead(-1.0) raised: Lookahead expected rule to be a rule, got -1.0. Give it one, such as Threshold(0.5). "
+        "Pass a class or a function such as adadepth.Threshold.",
+    ),
+    "a class": (
+        lambda tau: ad.Threshold,
+        "<lambda>(-1.0) gave the class Threshold. Write it as in rule=lambda tau: adadepth.Threshold(tau).",
+    ),
+    "nothing": (
+        lambda tau: None,
+        "<lambda>(-1.0) gave None. Write it as in rule=lambda tau: adadepth.Threshold(tau).",
+    ),
+}
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("name", MADE)
+def test_what_makes_no_rule_from_a_threshold(name: str) -> None:
+    rule, said = MADE[name]
+    with pytest.raises(ValueError, match="calibrate") as error:
+        ad.calibrate(make_loop(learned()), text(), rule=rule)
+    assert str(error.value) == f"calibrate expected rule to make a rule from any threshold, but {said}"
+
+
+def test_a_cache_in_the_data() -> None:
+    with pytest.raises(ValueError, match="calibrate") as error:
+        ad.calibrate(make_loop(learned()), [batch | {"cache": ad.KVReuseCache()} for batch in text()])
+    assert str(error.value) == (
+        "calibrate runs each batch several times, which a cache would take for one long text, got cache=a "
+        "KVReuseCache. Give it whole texts, without a cache."
+    )
+
+
+class Around(nn.Module):
+    """Runs its loop by its forward, or not at all."""
+
+    def __init__(self, runs: bool) -> None:
+        super().__init__()
+        self.loop, self.runs = make_loop(learned()), runs
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.loop.forward(x, mask=mask).hidden if self.runs else x
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_loop_that_is_not_called(runs: bool) -> None:
+    with pytest.raises(ValueError, match="calibrate") as error:
+        ad.calibrate(Around(runs), text())
+    assert str(error.value) == (
+        "calibrate saw no pass of the loop in Around. The model must call its RecurrentWrapper, as looped(...): "
+        "looped.forward(...) is not seen."
+    )
+
+
 def test_too_few_batches() -> None:
     with pytest.raises(ValueError, match="calibrate") as error:
         ad.calibrate(make_loop(learned()), text(1))
