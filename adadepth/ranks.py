@@ -33,8 +33,8 @@ def gather(rows: Shaped[Tensor, "batch *rest"], group: Any = None) -> Shaped[Ten
     Every rank then computes the same loss. DDP and FSDP average its gradients over ranks. The result is the gradient
     of one process that has the whole batch.
 
-    Shapes: `rows (batch, ...)`, the same on every rank, to `(ranks · batch, ...)`. The gradient of a rank's rows is
-    summed over all ranks.
+    Shapes: `rows (batch, ...)` to `(all_batches, ...)`; ranks may have different numbers of rows. The gradient of a
+    rank's rows is summed over all ranks.
     """
     return _Gather.apply(rows, group) if _ranks() else rows  # type: ignore[no-untyped-call]
 
@@ -57,17 +57,19 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Any) -> Tensor:
-        ctx.group, ctx.batch = group, rows.shape[0]
-        rows = rows.contiguous()
-        everyone = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyone, rows, group=group)
-        return torch.cat(everyone)
+        ctx.group, ctx.sizes = group, _sizes(len(rows), group)
+        # A collective needs equal shapes: gloo ends the process if they differ, and NCCL hangs.
+        padded = rows.new_zeros(max(ctx.sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everyone = [torch.empty_like(padded) for _ in ctx.sizes]
+        dist.all_gather(everyone, padded, group=group)
+        return torch.cat([part[:size] for part, size in zip(everyone, ctx.sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
-        return grad.narrow(0, dist.get_rank(ctx.group) * ctx.batch, ctx.batch), None
+        return grad.split(ctx.sizes)[dist.get_rank(ctx.group)], None
 
 
 class _Anchor(torch.autograd.Function):
@@ -81,6 +83,14 @@ class _Anchor(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         return grad, *(zero.expand(shape) for shape, zero in ctx.like)
+
+
+def _sizes(size: int, group: Any) -> list[int]:
+    """The sizes on all ranks."""
+    own = torch.tensor([size], device=_device(group))
+    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, own, group=group)
+    return torch.cat(sizes).tolist()
 
 
 def _ranks() -> bool:

@@ -171,9 +171,9 @@ def empty_cache(model: str) -> Any:
     return AdaptiveCache("compact")
 
 
-def gathered(rank: int) -> tuple[Tensor, Tensor | None]:
+def gathered(rank: int, rows: int = 2) -> tuple[Tensor, Tensor | None]:
     """The rows of both ranks, and the gradient of this rank's, for a loss that is another on each."""
-    x = torch.arange(4.0).view(2, 2).add(10 * rank).requires_grad_()
+    x = torch.arange(4.0).view(2, 2)[:rows].add(10 * rank).requires_grad_()
     everyone = ad.ranks.gather(x)
     (everyone.pow(2).sum() * (rank + 1)).backward()
     return everyone.detach(), x.grad
@@ -224,6 +224,7 @@ def results(rank: int, cases: list[tuple[str, ...]]) -> Iterator[tuple[Any, Any]
         yield case, trained(whole, *mine(data, rank))
     yield "any", [ad.ranks.any_rank(flag) for flag in (False, rank == 1, True)]
     yield "gathered", gathered(rank)
+    yield "gathered, uneven", gathered(rank, rows=2 - rank)
     yield "in groups", in_groups(rank)
     yield "budget", to_a_depth(ad.ranks.gather, *mine("apart", rank))
     yield "budget, not gathered", to_a_depth(own, *mine("apart", rank))

@@ -155,10 +155,13 @@ def test_any_rank_asks_all(ranks: list[dict[Any, Any]]) -> None:
     assert [of["any"] for of in ranks] == [[False, True, True]] * 2
 
 
-def test_the_gradient_of_gathered_rows_is_the_sum_of_what_all_ranks_ask(ranks: list[dict[Any, Any]]) -> None:
-    rows = torch.tensor([[0.0, 1.0], [2.0, 3.0], [10.0, 11.0], [12.0, 13.0]])
-    for of, mine in zip(ranks, rows.chunk(2), strict=True):
-        everyone, grad = of["gathered"]
+@pytest.mark.parametrize(("name", "sizes"), [("gathered", [2, 2]), ("gathered, uneven", [2, 1])])
+def test_the_gradient_of_gathered_rows_is_the_sum_of_what_all_ranks_ask(
+    ranks: list[dict[Any, Any]], name: str, sizes: list[int]
+) -> None:
+    rows = torch.tensor([[0.0, 1.0], [2.0, 3.0], [10.0, 11.0], [12.0, 13.0]])[: sum(sizes)]
+    for of, mine in zip(ranks, rows.split(sizes), strict=True):
+        everyone, grad = of[name]
         assert torch.equal(everyone, rows)
         assert torch.equal(grad, 2 * mine * (1 + 2))
 
