@@ -214,6 +214,22 @@ class _NoAxis(ad.Update):
         return x + scores[..., -1] * h
 
 
+class _Tells(ad.Update):
+    """`compute` of `h` and of the scores; its `scales` is as told."""
+
+    def __init__(self, scales: bool, compute: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.scales, self.compute = scales, compute
+
+    def forward(self, x: Tensor, h: Tensor, start: Tensor, scores: Tensor, step: int) -> Tensor:
+        return x + self.compute(h, scores)
+
+
+def _later(h: Tensor, scores: Tensor) -> Tensor:
+    """Multiplies by the first score, from the second iteration on."""
+    return h * scores[..., :1] if scores.shape[-1] > 1 else h
+
+
 class _Pair(ad.Gate):
     def forward(self, h: Tensor, previous: Tensor, step: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return h[..., 0].sigmoid(), h
@@ -245,6 +261,19 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "an update that writes": (
         lambda: UPDATE(_Writes(), DIM),
         "_Writes changed an argument in place; make a new tensor.",
+    ),
+    **{
+        f"an update that multiplies unsaid, {name}": (
+            lambda compute=compute: UPDATE(_Tells(False, compute), DIM),  # type: ignore[misc]
+            "_Tells computes with a score, but has scales = False: the loop would accept an exit criterion, and scores "
+            "outside [0, 1]. Write scales = True in its class.",
+        )
+        for name, compute in {"always": lambda h, scores: h * scores[..., -1:], "later": _later}.items()
+    },
+    "an update that says what it does not": (
+        lambda: UPDATE(_Tells(True, lambda h, scores: h), DIM),
+        "_Tells has scales = True, but its result does not depend on the scores: the loop would refuse an exit "
+        "criterion. Remove the attribute: it is False by default.",
     ),
     "no axis": (
         lambda: UPDATE(_NoAxis(), DIM),
@@ -297,6 +326,11 @@ def test_a_suite_fails_on_a_piece_that_breaks_it(name: str) -> None:
     number = r"-?[0-9.]+(e[-+][0-9]+)?"
     with pytest.raises(AssertionError, match=f"^{re.escape(message).replace(re.escape('#'), number)}$"):
         call()
+
+
+def test_scores_that_are_detached_or_only_compared_may_scale_or_not() -> None:
+    UPDATE(_Tells(True, lambda h, scores: h * scores[..., -1:].detach()), DIM)
+    UPDATE(_Tells(False, lambda h, scores: torch.where(scores[..., -1:] > 0.5, h, 0)), DIM)
 
 
 def test_a_row_of_padding_alone_gives_numbers() -> None:

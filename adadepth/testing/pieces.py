@@ -84,20 +84,45 @@ def _of_their_unit(name: str, scores: list[Tensor], dim: int, update: Update | N
     return update
 
 
-def _scales(update: Update, dim: int) -> bool:
+def _scales(update: Update, dim: int, step: int = 0) -> bool:
     """Whether the next input depends on the scores; told by the graph, because a new `ReZero` multiplies by 0."""
     kind = like(update)
-    scores = drawn(6, 1, like=kind).sigmoid().requires_grad_()
+    scores = drawn(6, step + 1, like=kind).sigmoid().requires_grad_()
     with torch.enable_grad():
         x, h, start = (drawn(6, dim, seed=seed, like=kind) for seed in (1, 2, 3))
-        new = update(x, h, start, scores, 0)
+        new = update(x, h, start, scores, step)
     if not new.requires_grad:
         return False
     return torch.autograd.grad(new.sum(), scores, allow_unused=True)[0] is not None
 
 
+def _check_scales(update: Update, dim: int, steps: int) -> None:
+    """Check that the update says whether it multiplies by a score."""
+    name = type(update).__name__
+    scales = any(_scales(update, dim, step) for step in range(steps - 1))
+    assert update.scales or not scales, (
+        f"{name} computes with a score, but has scales = False: the loop would accept an exit criterion, and scores "
+        "outside [0, 1]. Write scales = True in its class."
+    )
+    # Without a gradient it may still read scores, if it detaches them.
+    assert scales or not update.scales or any(_reads(update, dim, step) for step in range(steps - 1)), (
+        f"{name} has scales = True, but its result does not depend on the scores: the loop would refuse an exit "
+        "criterion. Remove the attribute: it is False by default."
+    )
+
+
+def _reads(update: Update, dim: int, step: int) -> bool:
+    """Whether other scores give another result."""
+    kind = like(update)
+    x, h, start = (drawn(6, dim, seed=seed, like=kind) for seed in (1, 2, 3))
+    one, other = (update(x, h, start, drawn(6, step + 1, seed=seed, like=kind).sigmoid(), step) for seed in (4, 5))
+    return not torch.equal(one, other)
+
+
 def check_update(update: Update, dim: int, steps: int = 4) -> None:
     """Checks that an update treats each token by itself, changes no argument, and works in a loop.
+
+    Its `scales` must say whether it multiplies by a score.
 
     Arguments: `update`, of which a copy is checked in evaluation mode; `dim`, the width of the state; `steps`, those
     of the loop.
@@ -121,6 +146,7 @@ def check_update(update: Update, dim: int, steps: int = 4) -> None:
                 type(update).__name__,
                 f"it gives another input with a score of 1 before the others, at step {step + 1}",
             )
+    _check_scales(update, dim, steps)
     agree(dim, steps, LinearGate(dim, bias=0.0).to(*kind), Survival(), update, kind)
     agree(dim, steps, LinearGate(dim, bias=0.0).to(*kind), Threshold(0.5), update, kind)
 
