@@ -304,6 +304,19 @@ def test_a_block_that_writes_into_what_is_passed_is_refused(skip: bool, nested: 
         ad.RecurrentWrapper(block, STEPS, skip=skip)(torch.randn(2, 4, DIM), block_kwargs={name: passed})
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_what_is_passed_may_not_change_before_a_checkpointed_iteration_is_computed_again(nested: bool) -> None:
+    class Unpacks(AdaLN):
+        def forward(self, x: Tensor, c: Any) -> Tensor:
+            return super().forward(x, c[0] if nested else c)
+
+    looped, c = ad.RecurrentWrapper(Unpacks(), STEPS, checkpoint=True), torch.randn(2, 4, DIM)
+    hidden = looped(torch.randn(2, 4, DIM), block_kwargs={"c": (c,) if nested else c}).hidden
+    c.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hidden.sum().backward()
+
+
 class Tables(NamedTuple):
     scale: Tensor
     shift: Tensor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .._nested import tensors
 from .._types import WeightRows
 from ..attention.context import Here, Together
 from ..attention.tokens import TokenSet
@@ -26,7 +27,9 @@ def answer(loop: Loop, ask: Ask, given: Mapping[str, Any], reads: Reads) -> Any:
     if isinstance(ask, AskUpdate):
         return updated(loop, Here(ask.tokens, ask.step), ask.x, ask.h, ask.start, ask.scores, ask.step)
     if loop.checkpoint and torch.is_grad_enabled():  # the backward pass computes the iteration again
-        return checkpoint(_iterate, loop, *ask, given, use_reentrant=False)
+        # torch notices writes into tensors that are arguments themselves, not into those of a mapping.
+        seen = (tensor for tensor in tensors(given) if not tensor.is_inference())
+        return checkpoint(_iterate, loop, *ask, given, *seen, use_reentrant=False)
     return _iterate(loop, *ask, given)
 
 
@@ -38,8 +41,10 @@ def _iterate(
     past: list[KV] | None,
     keep: bool,
     given: Mapping[str, Any],
+    *unread: Tensor,
 ) -> tuple[Tensor, list[KV] | None]:
     """The block's output, and all tokens' keys and values if the next iteration may need them."""
+    del unread
     view = view_of(tokens, step, loop.causal, past, keep, loop.one_call)
     out = run(loop.block, x, view, given, tokens.live.shape)
     return out, view.present if keep else None
