@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._given import shown
 from ._modes import without_gradients
 from ._types import Hidden, Score
 
@@ -57,7 +58,14 @@ def score_predictions(owner: str, measure: Callable[..., Tensor], head: nn.Modul
 
 def vocabulary_of(owner: str, head: nn.Module, nothing: Tensor) -> int:
     """The size of the head's vocabulary, found by a call without tokens."""
-    logits = head(nothing)
+    try:
+        logits = head(nothing)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{owner} expected a head that maps (n, dim) to logits (n, vocabulary), but {type(head).__name__} failed "
+            f"on states {shown(nothing)}: {error}. Give it the module that computes logits, of the width and dtype of "
+            "the states."
+        ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(

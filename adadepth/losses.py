@@ -62,7 +62,7 @@ class BottomKPenalty:
     def k(self, at: int) -> float:
         """The share at training step `at`."""
         first, last = self.warmup
-        return self.k_max if at >= last else self.k_max * max(0, at - first) / (last - first)
+        return self.k_max if at >= last else self.k_max * max(0, at - first) / (last - first or 1)
 
     def __call__(
         self, values: Float[Tensor, "batch seq gated"], live: Bool[Tensor, "batch seq steps"], at: int
@@ -142,6 +142,10 @@ def per_iteration_loss(
             f"per_iteration_loss expected labels of shape (batch, seq) = {tuple(states.shape[:2])}, got "
             f"{tuple(labels.shape)}. For a language model shift them: states[:, :-1] with ids[:, 1:]."
         )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"per_iteration_loss expected labels to be integers, the numbers of words, got {labels.dtype}. Pass ids."
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"per_iteration_loss needs chunk >= 1, got {chunk}.")
     steps, tokens = states.shape[2], states.flatten(0, 1)
@@ -156,7 +160,14 @@ def _nats(states: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     logits = head(states.flatten(0, 1))
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     each = labels.long().repeat_interleave(states.shape[1])
-    return F.cross_entropy(logits, each, reduction="none").view(states.shape[:2])
+    try:
+        return F.cross_entropy(logits, each, reduction="none").view(states.shape[:2])
+    except IndexError as error:
+        raise ValueError(
+            f"per_iteration_loss expected labels from 0 to {logits.shape[1] - 1}, the last word of the head, or -100 "
+            f"where there is none, got one outside: {error} Write such labels as -100: labels.masked_fill(labels == "
+            "..., -100)."
+        ) from error
 
 
 def depth_prior(

@@ -278,3 +278,29 @@ def test_a_head_that_makes_no_logits_is_refused(kind: type[ad.Gate], head: nn.Mo
         f"{got} for (0, 6). Give it the module that computes logits; if the norm is outside the loop, include it: "
         "nn.Sequential(norm, lm_head)."
     )
+
+
+@pytest.mark.plain
+@predictive
+@pytest.mark.parametrize(
+    ("head", "got"),
+    [
+        (
+            nn.Linear(DIM, VOCABULARY, dtype=torch.float64),
+            "Linear failed on states (0, 6) torch.float32: mat1 and mat2",
+        ),
+        (nn.Linear(DIM + 1, VOCABULARY), "Linear failed on states (0, 6) torch.float32: mat1 and mat2 shapes"),
+        (nn.Embedding(VOCABULARY, DIM), "Embedding failed on states (0, 6) torch.float32: Expected tensor"),
+        (torch.zeros(VOCABULARY, DIM), "Tensor failed on states (0, 6) torch.float32: 'Tensor' object"),
+    ],
+    ids=["dtype", "width", "embedding", "tensor"],
+)
+def test_a_head_that_does_not_take_the_states_is_refused(kind: type[ad.Gate], head: nn.Module, got: str) -> None:
+    h, previous = (torch.randn(4, DIM) for _ in range(2))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        kind(head)(h, previous, 1)
+    message = str(caught.value)
+    assert message.startswith(
+        f"{kind.__name__} expected a head that maps (n, dim) to logits (n, vocabulary), but {got}"
+    )
+    assert message.endswith(". Give it the module that computes logits, of the width and dtype of the states.")

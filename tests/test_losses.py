@@ -78,6 +78,8 @@ def test_before_its_warm_up_the_penalty_is_zero() -> None:
     trace = traced(0, ad.Threshold(0.0))
     assert ad.BottomKPenalty(0.2, warmup=(10, 30))(trace.gates, trace.live, at=3).item() == 0
     assert ad.BottomKPenalty(0.2)(trace.gates, trace.live, at=0).item() > 0
+    assert ad.BottomKPenalty(0.2, warmup=(10, 10))(trace.gates, trace.live, at=3).item() == 0
+    assert ad.BottomKPenalty(0.2)(trace.gates, trace.live, at=-1).item() == 0
 
 
 def test_padding_alone_is_not_punished() -> None:
@@ -287,6 +289,29 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ad.per_iteration_loss(torch.zeros(2, 4, 3, DIM), nn.Linear(DIM, WORDS), torch.zeros(2, 3).long()),
         "per_iteration_loss expected labels of shape (batch, seq) = (2, 4), got (2, 3). For a language model shift "
         "them: states[:, :-1] with ids[:, 1:].",
+    ),
+    **{
+        f"labels of {dtype}": (
+            lambda dtype=dtype: ad.per_iteration_loss(  # type: ignore[misc]
+                torch.zeros(2, 3, 3, DIM), nn.Linear(DIM, WORDS), torch.zeros(2, 3, dtype=dtype)
+            ),
+            f"per_iteration_loss expected labels to be integers, the numbers of words, got {dtype}. Pass ids.",
+        )
+        for dtype in (torch.float32, torch.bool)
+    },
+    "another index for no label": (
+        lambda: ad.per_iteration_loss(torch.zeros(2, 3, 3, DIM), nn.Linear(DIM, WORDS), torch.full((2, 3), -1)),
+        f"per_iteration_loss expected labels from 0 to {WORDS - 1}, the last word of the head, or -100 where there is "
+        "none, got one outside: Target -1 is out of bounds. Write such labels as -100: labels.masked_fill(labels == "
+        "..., -100).",
+    ),
+    "a head of another dtype": (
+        lambda: ad.per_iteration_loss(
+            torch.zeros(2, 3, 3, DIM), nn.Linear(DIM, WORDS, dtype=torch.float64), torch.zeros(2, 3).long()
+        ),
+        "per_iteration_loss expected a head that maps (n, dim) to logits (n, vocabulary), but Linear failed on states "
+        f"(0, {DIM}) torch.float32: mat1 and mat2 must have the same dtype, but got Float and Double. Give it the "
+        "module that computes logits, of the width and dtype of the states.",
     ),
     "chunk": (
         lambda: ad.per_iteration_loss(torch.zeros(2, 3, 4, DIM), nn.Linear(DIM, WORDS), torch.zeros(2, 3).long(), 0),
