@@ -47,7 +47,19 @@ class Gate(Called, nn.Module, ABC):
 
 @final
 class Logit(nn.Linear):
-    """The last linear map of a gate, in float32 or wider, whatever the dtype of its parameters and of autocast."""
+    """The last linear map of a gate, in float32 or wider, whatever the dtype of its parameters and of autocast.
+
+    Its bias starts at `open_at`, also where weights are made by `reset_parameters`, as after the meta device.
+    """
+
+    def __init__(self, dim: int, open_at: float) -> None:
+        self.open_at = open_at
+        super().__init__(dim, 1)
+
+    def reset_parameters(self) -> None:
+        """Initialise the weights anew."""
+        super().reset_parameters()
+        nn.init.constant_(self.bias, self.open_at)
 
     def forward(self, input: Tensor) -> Tensor:
         """The logits."""
@@ -76,7 +88,7 @@ class LinearGate(Gate):
         super().__init__()
         _at_least_one("LinearGate", dim=dim)
         self.dim, self.bias = dim, bias
-        self.proj = _open_at(bias, dim)
+        self.proj = Logit(dim, bias)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -154,19 +166,13 @@ class PerIterationMLPGate(Gate):
 def _mlp(owner: str, dim: int, hidden: int | None, bias: float) -> nn.Sequential:
     hidden = 4 * dim if hidden is None else hidden
     _at_least_one(owner, dim=dim, hidden=hidden)
-    last = _open_at(bias, hidden)
+    last = Logit(hidden, bias)
     return nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), last)
 
 
 def _apply(owner: str, mlp: nn.Module, h: Tensor) -> Tensor:
     _check_width(owner, mlp[0].in_features, h)  # type: ignore[index]
     return _chance(mlp, h)
-
-
-def _open_at(bias: float, dim: int) -> "Logit":
-    last = Logit(dim, 1)
-    nn.init.constant_(last.bias, bias)
-    return last
 
 
 def _chance(logit: nn.Module, h: Tensor) -> Tensor:

@@ -121,7 +121,8 @@ class Ponder(Update):
     Both belong to the model: they are referred to, not registered. If the model's are replaced, assign the new
     ones here. `scale`: for models that multiply E by √dim. `logit_scale` and `softcap`: for models that multiply
     their logits or bound them, `softcap · tanh(logit_scale · logit / softcap)`.
-    Raises: `ValueError` if they are not an `nn.Embedding` and an `nn.Linear` with weights of the same shape.
+    Raises: `ValueError` if they are not an `nn.Embedding` and an `nn.Linear` with weights of the same shape, or if `h`
+    has another width.
     Source: PonderLM, Zeng et al. 2025, arXiv 2505.20674; scaled by s: AdaPonderLM, arXiv 2603.01914.
     """
 
@@ -148,6 +149,11 @@ class Ponder(Update):
         """`x + scale·s·softmax(head(h)) E`."""
         del start, step
         self._check()
+        if h.shape[-1] != (dim := self.embedding.weight.shape[1]):
+            raise ValueError(
+                f"Ponder expected h of shape (..., {dim}), the width of its embedding, got {tuple(h.shape)}. The "
+                "block's state must have the width of the embedding."
+            )
         mixed = expected_embedding(h, self.head, self.embedding, self.logit_scale, self.softcap).to(x.dtype)
         return torch.addcmul(x, scores[..., -1:], mixed, value=self.scale)
 
@@ -224,7 +230,12 @@ class ReZero(Update):
         _check_update("ReZero", update)
         super().__init__()
         self.update, self.scales, self.reads_step = update, update.scales, update.reads_step
-        self.alpha = nn.Parameter(torch.zeros(1))
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set alpha to 0, also after the meta device."""
+        nn.init.zeros_(self.alpha)
 
     def forward(self, x: Hidden, h: Hidden, start: Hidden, scores: ScoreHistory, step: int) -> Hidden:
         """Interpolates by alpha from `x` to the result of `update`."""

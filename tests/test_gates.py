@@ -60,6 +60,22 @@ def test_on_the_meta_device() -> None:
     assert gate(h, h, 0).shape == (2, 5)
 
 
+@pytest.mark.parametrize("name", LEARNED)
+def test_weights_that_are_made_anew_after_the_meta_device_start_as_declared(name: str) -> None:
+    """As FSDP's `param_init_fn` does."""
+    with torch.device("meta"):
+        made = nn.ModuleList([LEARNED[name](2.0), ad.ReZero(ad.Interpolate())])
+    for weight in made.to_empty(device="cpu").parameters():
+        nn.init.constant_(weight, torch.nan)
+    for part in made.modules():
+        if part._parameters:
+            part.reset_parameters()  # type: ignore[operator]
+    last = [part for part in made.modules() if isinstance(part, nn.Linear) and part.out_features == 1]
+    assert last and all(the(Tensor, part.bias).tolist() == [2.0] for part in last)
+    assert all(bool(weight.isfinite().all()) for weight in made.parameters())
+    assert the(ad.ReZero, made[1]).alpha.tolist() == [0.0]
+
+
 @pytest.mark.parametrize(
     ("gate", "want"),
     [
