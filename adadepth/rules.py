@@ -7,7 +7,8 @@ weight that continues, not the weight that exits: for a very small score s, `rem
 exited token back.
 
 With a cache the rows hold the new tokens alone. A rule that reads other tokens of its row, even only earlier ones,
-would therefore decide differently in decoding. Such a rule is for training only: wrap it in `TrainingOnly`.
+would therefore decide differently in decoding. Such a rule is for training only: wrap it in `TrainingOnly`. A loop with
+a cache tries each rule once, on random scores, and refuses one that reads its row.
 """
 
 from dataclasses import dataclass
@@ -53,6 +54,16 @@ def _check_tau(owner: str, tau: float | Tensor) -> None:
         raise ValueError(f"{owner} expected tau to be a number, got {tau}.")
 
 
+def _check_fits(owner: str, tau: float | Tensor, remaining: Tensor) -> None:
+    """Check that `tau` broadcasts with the rows."""
+    shape = tuple(tau.shape) if isinstance(tau, Tensor) else ()
+    if any(own != wanted and 1 not in (own, wanted) for own, wanted in zip(shape, remaining.shape, strict=False)):
+        raise ValueError(
+            f"{owner} expected tau of shape (batch, 1) or (batch, seq) with (batch, seq) = {tuple(remaining.shape)}, "
+            f"got shape {shape}. Make a rule with thresholds for this batch."
+        )
+
+
 def _check_rule(owner: str, rule: object) -> None:
     """Check a rule that another one wraps; `TrainingOnly` must be the outermost."""
     if isinstance(rule, type) or not callable(rule):
@@ -71,7 +82,7 @@ class Threshold:
 
     Arguments: `tau`, a number or a tensor `(batch, 1)` or `(batch, seq)`, in the unit of the scores. For a sigmoid
     gate, 0 means that no token exits, and 1.1 that all tokens exit after one iteration.
-    Raises: `ValueError` if `tau` is NaN or of another shape.
+    Raises: `ValueError` if `tau` is NaN or of another shape, also at the call.
     Source: AdaPonderLM, arXiv 2603.01914: m^{i+1} = m^i · 1(s^i ≥ τ), τ = 1e-4.
     """
 
@@ -83,6 +94,7 @@ class Threshold:
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
         """`remaining` where the newest score is at least `tau`, else 0."""
         del positions
+        _check_fits("Threshold", self.tau, remaining)
         return torch.where(scores[..., -1] >= self.tau, remaining, 0)
 
 
@@ -93,7 +105,7 @@ class SurvivalThreshold:
 
     Arguments: `tau`, a number or a tensor `(batch, 1)` or `(batch, seq)`, in the unit of the product. If it is drawn
     uniformly from [0, 1] for each token, the exits are samples of the exit probabilities of `Survival`.
-    Raises: `ValueError` if `tau` is NaN or of another shape.
+    Raises: `ValueError` if `tau` is NaN or of another shape, also at the call.
     Source: Ouro, arXiv 2510.25741: exit once the cumulative exit probability reaches 1 - tau.
     """
 
@@ -105,6 +117,7 @@ class SurvivalThreshold:
     def __call__(self, scores: ScoreHistoryRows, remaining: WeightRows, positions: PositionRows) -> WeightRows:
         """`remaining` where the product of the scores is at least `tau`, else 0."""
         del positions
+        _check_fits("SurvivalThreshold", self.tau, remaining)
         return torch.where(scores.prod(-1) >= self.tau, remaining, 0)
 
 

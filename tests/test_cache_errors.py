@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,6 +222,10 @@ NEW: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ad.KVReuseCache(capacity=0),
         "KVReuseCache needs capacity >= 1, or None to grow, got capacity=0.",
     ),
+    "a capacity that is a bool": (
+        lambda: ad.KVReuseCache(capacity=True),
+        "KVReuseCache needs capacity >= 1, or None to grow, got capacity=True.",
+    ),
     "a capacity that is no number": (
         lambda: ad.KVReuseCache(capacity="8"),  # type: ignore[arg-type]
         "KVReuseCache needs capacity >= 1, or None to grow, got capacity='8'.",
@@ -396,3 +401,7 @@ def test_a_score_that_is_nan_leaves_the_cache_as_it_was(layout: LayoutName) -> N
     with pytest.raises(ValueError, match="scored NaN at iteration 0"):
         LOOP(x, cache=cache)
     assert_equal_caches(cache, twin)
+
+
+def test_a_capacity_may_be_an_integer_of_numpy() -> None:
+    assert ad.KVReuseCache(capacity=np.int64(8)).capacity == 8  # type: ignore[arg-type]

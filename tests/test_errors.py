@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +93,23 @@ def called(**options: Any) -> ad.Output:
     return loop()(X, **options)
 
 
+PER_ROW = " For one depth per row pass a tensor, of shape (batch, 1)."
+
+
+class Attends(nn.Module):
+    """Calls attention with options."""
+
+    takes_view = True
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, x: Tensor, view: ad.TokenView) -> Tensor:
+        q = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        return x + view.attend(q, q, q, **self.options).transpose(1, 2).flatten(2)
+
+
 def row_mask() -> Tensor:
     return torch.ones(2, 4, dtype=torch.bool)
 
@@ -120,7 +138,11 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "max_depth": (lambda: loop()(X, max_depth=4), "max_depth expected an int from 1 to steps=3, got 4."),
     "a fraction": (lambda: called(max_depth=2.0), "max_depth expected an int from 1 to steps=3, got 2.0."),
-    "a list": (lambda: called(min_depth=[2]), "min_depth expected an int from 1 to steps=3, got [2]."),
+    "a list": (lambda: called(min_depth=[2]), f"min_depth expected an int from 1 to steps=3, got [2].{PER_ROW}"),
+    "an array": (
+        lambda: called(max_depth=np.array([1, 2])),
+        f"max_depth expected an int from 1 to steps=3, got [1 2].{PER_ROW}",
+    ),
     "a bool": (lambda: loop()(X, min_depth=True), "min_depth expected an int from 1 to steps=3, got True."),
     "min_depth": (lambda: loop()(X, min_depth=0), "min_depth expected an int from 1 to steps=3, got 0."),
     "depth dtype": (
@@ -244,6 +266,42 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         lambda: loop(Multihead(need_weights=False, key_padding_mask=torch.zeros(2, 5).bool()), causal=False)(X),
         "nn.MultiheadAttention was called with a key_padding_mask. In a loop the wrapper makes the mask: pass padding "
         "as looped(x, mask=...).",
+    ),
+    "no softcap": (
+        lambda: loop(Attends(softcap=0.0))(X),
+        "view.attend expected softcap, a bound of the scores, above 0, got 0.0. Pass None to leave them unbounded.",
+    ),
+    "sinks of other heads": (
+        lambda: loop(Attends(sinks=torch.zeros(4)))(X),
+        "view.attend expected sinks of shape (heads,) = (2,), one score for each head of the queries, got a tensor of "
+        "shape (4,) torch.float32.",
+    ),
+    "sinks as a number": (
+        lambda: loop(Attends(sinks=1.0))(X),
+        "view.attend expected sinks of shape (heads,) = (2,), one score for each head of the queries, got 1.0.",
+    ),
+    **{
+        f"a window of {window}": (
+            lambda window=window: loop(Attends(window=window))(X),  # type: ignore[misc]
+            f"view.attend expected window, an int from 1, and a causal wrapper, got window={window} and "
+            "RecurrentWrapper(causal=True).",
+        )
+        for window in (0, 2.5, True)
+    },
+    "thresholds of another batch": (
+        lambda: loop(gate=ad.LinearGate(8), rule=ad.Threshold(torch.zeros(4, 1)))(X),
+        "Threshold expected tau of shape (batch, 1) or (batch, seq) with (batch, seq) = (2, 5), got shape (4, 1). Make "
+        "a rule with thresholds for this batch.",
+    ),
+    "thresholds of other tokens": (
+        lambda: loop(gate=ad.LinearGate(8), rule=ad.Lookahead(ad.SurvivalThreshold(torch.zeros(1, 9))))(X),
+        "SurvivalThreshold expected tau of shape (batch, 1) or (batch, seq) with (batch, seq) = (2, 5), got shape "
+        "(1, 9). Make a rule with thresholds for this batch.",
+    ),
+    "ponder of another width": (
+        lambda: loop(gate=ad.LinearGate(8), update=ad.Ponder(nn.Embedding(9, 6), nn.Linear(6, 9)))(X),
+        "Ponder expected h of shape (..., 6), the width of its embedding, got (2, 5, 8). The block's state must have "
+        "the width of the embedding.",
     ),
     "gate width": (
         lambda: ad.LinearGate(7)(X, X, 0),

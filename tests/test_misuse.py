@@ -1,6 +1,7 @@
 """What people do by mistake with a wrapper, and the message that says what was meant, whole."""
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import adadepth as ad
+from adadepth.serving import DepthBatch
 
 pytestmark = [
     pytest.mark.plain,
@@ -91,6 +93,10 @@ def assigned(name: str, piece: object) -> Callable[[], None]:
 def with_cache(looped: ad.RecurrentWrapper, cache: object) -> None:
     with torch.no_grad():
         looped(X, cache=cache)  # type: ignore[arg-type]
+
+
+def served(looped: ad.RecurrentWrapper) -> DepthBatch:
+    return DepthBatch(looped.eval(), ad.KVReuseCache(capacity=8), 1, 8)
 
 
 def with_the_cache_of_another() -> None:
@@ -205,6 +211,25 @@ ERRORS: dict[str, tuple[Callable[[], object], str]] = {
         "RecurrentWrapper does not take attention_mask. Pass real tokens as mask=, (batch, seq) bool. It takes x, "
         "mask, start, min_depth, max_depth, block_kwargs, states, cache.",
     ),
+    "src_key_padding_mask": (
+        lambda: loop()(X, src_key_padding_mask=torch.ones(4, 4)),  # type: ignore[call-arg]
+        "RecurrentWrapper does not take src_key_padding_mask. Pass real tokens as mask=, (batch, seq) bool, True for "
+        "real tokens. It takes x, mask, start, min_depth, max_depth, block_kwargs, states, cache.",
+    ),
+    **{
+        f"a rule that reads its row, {name}": (
+            lambda call=call: call(ad.NotBefore(3, best)),  # type: ignore[misc]
+            "The rule best decides differently about tokens without the others of their row, and with a cache it gets "
+            "the new tokens alone. If it is for training only, say so: adadepth.TrainingOnly(rule). To decode, it must "
+            "treat each token on its own, and read positions instead of columns.",
+        )
+        for name, call in {
+            "with a cache": lambda rule: with_cache(loop(ad.LinearGate(DIM), rule).eval(), ad.KVReuseCache()),
+            "in check_looped": lambda rule: ad.check_looped(loop(ad.LinearGate(DIM), rule), X),
+            "served": lambda rule: served(loop(ad.LinearGate(DIM), rule)).begin([0], X[:1]),
+            "served, for some rows": lambda rule: served(loop(ad.LinearGate(DIM))).begin([0], X[:1], rule=rule),
+        }.items()
+    },
     "past_key_values": (
         lambda: loop()(X, past_key_values=None),  # type: ignore[call-arg]
         "RecurrentWrapper does not take past_key_values. Pass a cache as cache=adadepth.KVReuseCache(). It takes x, "
@@ -402,6 +427,23 @@ WARNINGS: dict[str, tuple[Callable[[], object], str]] = {
         "Says scored 1.67 at iteration 0, and Interpolate multiplies by it. End a learned gate in a sigmoid; for a "
         "score that is not in [0, 1], use adadepth.Replace() or adadepth.Ungated(...).",
     ),
+    "logits as chances": (
+        lambda: loop(Says(lambda h: h.sum(-1).abs() + 1.5), ad.NotBefore(2, ad.Survival())).eval()(X * 0),
+        "Says scored 1.67 at iteration 0, and Survival reads it as a chance. End a learned gate in a sigmoid; for a "
+        "score that is not in [0, 1], use adadepth.Threshold(tau).",
+    ),
+    **{
+        f"criterion with {name}": (
+            lambda rule=rule: loop(ad.ConvergenceGate(), rule),  # type: ignore[misc]
+            f"RecurrentWrapper has an exit criterion, ConvergenceGate, whose score is a measurement, but {name} reads "
+            "a score as a chance. Use adadepth.Threshold(tau), with tau in the unit of the measurement.",
+        )
+        for name, rule in {
+            "Survival": ad.TrainingOnly(ad.Survival()),
+            "ACT": ad.Lookahead(ad.NotBefore(2, ad.ACT())),
+            "SurvivalThreshold": ad.SurvivalThreshold(0.5),
+        }.items()
+    },
     "dropout with a cache": (
         lambda: with_cache(ad.RecurrentWrapper(nn.Sequential(block(), nn.Dropout(0.1)), 2), ad.KVReuseCache()),
         "A cache is used in training mode, with dropout: what it holds is random. Call looped.eval() first.",
@@ -415,11 +457,18 @@ def test_what_may_be_meant_is_warned_of(name: str) -> None:
     with pytest.warns() as caught:
         call()
     texts = [str(warning.message) for warning in caught]
-    if name == "logits that scale":
+    if name.startswith("logits"):
         message = re.sub(r"scored \S+ at", "scored 1.5 at", message)
         texts = [re.sub(r"scored \S+ at", "scored 1.5 at", text) for text in texts]
     assert texts == [message]
-    assert name in ("logits that scale", "dropout with a cache") or caught[0].filename == __file__
+    assert name.startswith("logits") or name == "dropout with a cache" or caught[0].filename == __file__
+
+
+def test_a_score_of_any_unit_may_be_compared_with_a_threshold() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop(Says(lambda h: h.sum(-1).abs() + 1.5), ad.Lookahead(ad.Threshold(2.0))).eval()(X)
+        loop(ad.ConvergenceGate(), ad.NotBefore(2, ad.Threshold(0.1))).eval()(X)
 
 
 def test_what_wraps_a_piece_may_be_assigned_in_its_place() -> None:
@@ -428,6 +477,51 @@ def test_what_wraps_a_piece_may_be_assigned_in_its_place() -> None:
     looped.gate, looped.rule, looped.update = None, None, None  # type: ignore[assignment]
     assert isinstance(looped.update, ad.Replace)
     assert looped(X).trace.depth.eq(3).all()
+
+
+class Linear(nn.Module):
+    """A rule that learns from the scores of each token, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.calls = nn.Parameter(torch.ones(4)), 0
+
+    def forward(self, scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.where((scores @ self.weight[: scores.shape[-1]]).sigmoid() > 0.7, remaining, 0)
+
+
+def early(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    """Reads where a token is."""
+    return torch.where((scores[..., -1] > 0.5) | (positions % 3 == 0), remaining, 0)
+
+
+def at_random(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+    return remaining * (torch.rand_like(remaining) > 0.5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 1), (1, 4), (4, 4)])
+def test_a_rule_that_treats_each_token_on_its_own_decodes(shape: tuple[int, int]) -> None:
+    tau = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+    def own(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        return torch.where(scores[..., -1] >= tau, remaining, 0)
+
+    def by_position(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        return torch.where(scores[..., -1] >= tau.flatten()[positions % tau.numel()], remaining, 0)
+
+    for rule in (own, by_position, Linear(), early, at_random, ad.Lookahead(own), ad.NotBefore(2, early)):
+        with_cache(loop(ad.LinearGate(DIM, bias=0.0), rule).eval(), ad.KVReuseCache())
+
+
+def test_a_rule_is_tried_alone_once() -> None:
+    looped, rule = loop(ad.LinearGate(DIM, bias=0.0)).eval(), Linear()
+    counts = []
+    for _ in range(3):
+        looped.rule, rule.calls = rule, 0
+        with_cache(looped, ad.KVReuseCache())
+        counts.append(rule.calls)
+    assert counts[0] > counts[1] == counts[2] <= 2
 
 
 class RuleModule(nn.Module):

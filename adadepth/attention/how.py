@@ -1,11 +1,13 @@
 """The options of an attention call beside queries, keys and values, and the computation itself."""
 
+from numbers import Real
 from typing import Any, NamedTuple, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._given import named
 from .context import active
 from .dispatch import uncaught
 
@@ -33,6 +35,22 @@ class How(NamedTuple):
     window: int | None
     softcap: float | None
     sinks: Tensor | None
+
+    def check_scores(self, heads: int) -> None:
+        """Check the options that change the scores.
+
+        Raises: `ValueError`.
+        """
+        if isinstance(self.softcap, Real) and not self.softcap > 0:
+            raise ValueError(
+                f"view.attend expected softcap, a bound of the scores, above 0, got {self.softcap}. Pass None to leave "
+                "them unbounded."
+            )
+        if self.sinks is not None and (not isinstance(self.sinks, Tensor) or self.sinks.shape != (heads,)):
+            raise ValueError(
+                f"view.attend expected sinks of shape (heads,) = ({heads},), one score for each head of the queries, "
+                f"got {named(self.sinks)}."
+            )
 
     def ask(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
         """The attended values `(rows, heads, queries, head_dim)`; if `allowed` is given, it replaces `causal`.

@@ -7,6 +7,7 @@ and values, keeps the old ones of all other tokens, and computes attention. It h
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
@@ -15,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from .._given import named
 from .._types import Attended, Keys, Queries, Values
 from .context import Here, Together
 from .how import How
@@ -133,13 +135,14 @@ class TokenView(ABC):
         of `v`.
         Arguments:
             window: a token attends to itself and to the `window - 1` tokens before it in its row.
-            softcap: bounds the scores: `softcap · tanh(score / softcap)`.
+            softcap: above 0, bounds the scores: `softcap · tanh(score / softcap)`.
             sinks: `(heads,)`, for each head the score of one more key, to which all tokens attend and whose value
                 is 0. PyTorch's kernels have neither softcap nor sinks, so with them all scores are held in memory.
             dropout_p, scale, enable_gqa: as for `F.scaled_dot_product_attention`.
 
         Raises: `ValueError` if the shapes are not those of the block's input; if the block calls attention more often
-        than in the iteration before; if the window is below 1, or given in a loop that is not causal.
+        than in the iteration before; if the window is no int from 1, or given in a loop that is not causal; if
+        softcap is not above 0, or sinks have another shape.
         Source: softcap: Gemma 2, arXiv 2408.00118, section 2; learned sinks: Xiao et al. 2023,
         arXiv 2309.17453, section 3.3, as gpt-oss has them.
         """
@@ -150,6 +153,8 @@ class TokenView(ABC):
             self._check_window(window)
         if not self.bare:
             self.check_shapes(q, k, v)
+        if softcap is not None or sinks is not None:
+            how.check_scores(q.shape[1])
         return self.answer(q, k, v, how)
 
     def answer(self, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor:
@@ -205,9 +210,9 @@ class TokenView(ABC):
         )
 
     def _check_window(self, window: int) -> None:
-        if window < 1 or not self.causal:
+        if isinstance(window, bool) or not isinstance(window, Integral) or window < 1 or not self.causal:
             raise ValueError(
-                f"view.attend expected window >= 1 and a causal wrapper, got window={window} and "
+                f"view.attend expected window, an int from 1, and a causal wrapper, got window={named(window)} and "
                 f"RecurrentWrapper(causal={self.causal})."
             )
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
 
-from .._given import shown
+from .._given import integer, shown
 from .grids import Grids
 from .layouts import Layout, chosen, longer, zeros
 from .pages import Pages
@@ -52,9 +52,10 @@ class KVReuseCache:
     def __init__(self, layout: LayoutName = "filled", capacity: int | None = None) -> None:
         if layout not in get_args(LayoutName):
             raise ValueError(f"KVReuseCache expected layout to be one of {get_args(LayoutName)}, got {layout!r}.")
-        if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+        most = integer(capacity)
+        if capacity is not None and (most is None or most < 1):
             raise ValueError(f"KVReuseCache needs capacity >= 1, or None to grow, got capacity={capacity!r}.")
-        self.layout, self.capacity = layout, capacity
+        self.layout, self.capacity = layout, most
         self.reset()
 
     def reset(self) -> None:

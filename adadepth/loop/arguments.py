@@ -3,7 +3,9 @@
 import functools
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from .._given import name_of, shown
 from .._nested import tensors
 from ..cache.kv_reuse import KVReuseCache
-from ..rules import TrainingOnly
+from ..rules import Rule, TrainingOnly
 from .bounds import Bounds, Depth
+from .checks import READ_SCORES, inside
 from .trace import Output
+
+_alone: WeakValueDictionary[int, Any] = WeakValueDictionary()  # rules that were checked, by id
 
 S = TypeVar("S")
 P = ParamSpec("P")
@@ -26,6 +31,7 @@ _MEANT = {
     "attention_mask": "Pass real tokens as mask=, (batch, seq) bool.",
     "padding_mask": "Pass real tokens as mask=, (batch, seq) bool.",
     "key_padding_mask": "Pass real tokens as mask=, (batch, seq) bool, True for real tokens.",
+    "src_key_padding_mask": "Pass real tokens as mask=, (batch, seq) bool, True for real tokens.",
     "past_key_values": "Pass a cache as cache=adadepth.KVReuseCache().",
     "position_ids": "The loop counts positions, from real tokens: read adadepth.positions() inside the block.",
     "output_hidden_states": "For the state of every iteration, pass states=True.",
@@ -150,7 +156,8 @@ def check_cache(cache: object, looped: nn.Module) -> None:
         raise ValueError(
             f"cache expected an adadepth.KVReuseCache, got {got}. Begin with cache=adadepth.KVReuseCache()."
         )
-    check_decodes(looped.rule)
+    if looped.causal:  # otherwise the cache refuses the wrapper, and no rule would help
+        check_decodes(looped.rule)
     if looped.training and any(isinstance(p, _DropoutNd) and p.p for p in looped.modules()):
         warnings.warn(
             "A cache is used in training mode, with dropout: what it holds is random. Call looped.eval() first.",
@@ -169,3 +176,47 @@ def check_decodes(rule: object) -> None:
             "would decide differently. Decode with a rule that treats each token on its own, such as "
             "adadepth.Threshold(tau)."
         )
+    check_alone(rule)
+
+
+def check_alone(rule: object) -> None:
+    """Check, on fixed random scores, that a rule decides about tokens as it would without the others of their row.
+
+    It runs once for each rule. Those of this library do not need it.
+    Raises: `ValueError`.
+    """
+    rule = inside(rule)
+    if rule is None or isinstance(rule, READ_SCORES) or _alone.get(id(rule)) is rule:
+        return
+    if _reads_row(cast(Rule, rule)):
+        raise ValueError(
+            f"The rule {name_of(rule)} decides differently about tokens without the others of their row, and with a "
+            "cache it gets the new tokens alone. If it is for training only, say so: adadepth.TrainingOnly(rule). To "
+            "decode, it must treat each token on its own, and read positions instead of columns."
+        )
+    with suppress(TypeError):  # not every object can be referred to weakly
+        _alone[id(rule)] = rule
+
+
+def _reads_row(rule: Rule) -> bool:
+    """Whether a rule gives another result for a part of a row; False if it is random, or made for other rows."""
+    generator = torch.Generator().manual_seed(0)
+    for draw in range(8):
+        scores = torch.rand(1, 8, 1 + draw % 4, generator=generator, device="cpu")
+        row = (scores, torch.ones(1, 8, device="cpu"), torch.arange(8, device="cpu").unsqueeze(0))
+
+        def of(part: slice, row: tuple[Tensor, ...] = row) -> Tensor:
+            scores, remaining, positions = (given[:, part].clone() for given in row)
+            return rule(scores, remaining, positions)
+
+        try:
+            whole = of(slice(None))
+            if not torch.equal(whole, of(slice(None))):
+                return False
+            for part in (slice(4), slice(4, None), slice(7, None)):
+                alone, wanted = of(part).float(), whole[:, part].float()
+                if alone.shape == wanted.shape and not torch.allclose(alone, wanted, atol=1e-4, equal_nan=True):
+                    return True
+        except Exception:  # such as thresholds for each token of another row, or on another device
+            return False
+    return False

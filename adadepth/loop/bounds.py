@@ -1,11 +1,12 @@
 """Depths from outside: ints shorten the loop and are branched on in Python, tensors select for each token."""
 
-from operator import index
+from numbers import Real
 from typing import NamedTuple, SupportsIndex, final
 
 import torch
 from torch import Tensor
 
+from .._given import integer
 from .._types import WeightRows
 
 Depth = SupportsIndex | Tensor | None
@@ -79,7 +80,8 @@ def _checked(name: str, depth: Depth, steps: int, shape: tuple[int, int], device
         return depth.to(device)
     if depth is None:
         return None
-    whole = depth if isinstance(depth, int) else index(depth) if hasattr(depth, "__index__") else 0  # such as NumPy's
-    if isinstance(depth, bool) or not 1 <= whole <= steps:
-        raise ValueError(f"{name} expected an int from 1 to steps={steps}, got {depth}.")
-    return whole
+    count = integer(depth)
+    if count is None or not 1 <= count <= steps:
+        per_row = "" if isinstance(depth, Real) else " For one depth per row pass a tensor, of shape (batch, 1)."
+        raise ValueError(f"{name} expected an int from 1 to steps={steps}, got {depth}.{per_row}")
+    return count

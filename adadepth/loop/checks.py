@@ -3,21 +3,21 @@
 import inspect
 import warnings
 from collections.abc import Mapping
-from operator import index
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from .._given import name_of, named
+from .._given import integer, name_of, named
 from ..attention.prepare import prepare
 from ..gates import Gate
-from ..rules import ACT, Rule, Survival, SurvivalThreshold, Threshold
+from ..rules import ACT, Lookahead, NotBefore, Rule, Survival, SurvivalThreshold, Threshold, TrainingOnly
 from ..updates import InputInjection, Replace, Ungated, Update
 
 PARTS = ("block", "gate", "rule", "update")
 _ORDER = "The order is block, steps, gate, rule, update."
-_READ_SCORES = (Threshold, SurvivalThreshold, Survival, ACT)
+READ_CHANCES = (SurvivalThreshold, Survival, ACT)  # they take a score for the chance that the token continues
+READ_SCORES = (Threshold, *READ_CHANCES)
 
 
 def check_part(name: str, part: Any) -> Any:
@@ -63,11 +63,11 @@ def check_steps(steps: Any) -> int:
 
     Raises: `ValueError`.
     """
-    if isinstance(steps, bool) or not hasattr(steps, "__index__"):
+    if (count := integer(steps)) is None:
         raise ValueError(f"RecurrentWrapper expected steps to be an int, got {named(steps)}. {_ORDER}")
-    if (steps := index(steps)) < 1:
-        raise ValueError(f"RecurrentWrapper needs steps >= 1, got steps={steps}.")
-    return steps
+    if count < 1:
+        raise ValueError(f"RecurrentWrapper needs steps >= 1, got steps={count}.")
+    return count
 
 
 def _holds(kind: type[nn.Module], part: object) -> bool:
@@ -102,10 +102,18 @@ def _named(part: object) -> str:
 
 def warn_of(gate: nn.Module | None, rule: object, update: nn.Module, steps: int) -> None:
     """Warn of combinations of pieces that are allowed but seldom intended."""
-    if gate is None and isinstance(rule, _READ_SCORES):
+    rule = inside(rule)
+    if gate is None and isinstance(rule, READ_SCORES):
         warnings.warn(
             f"RecurrentWrapper has {type(rule).__name__} as its rule, which reads scores, but no gate: every score is "
             "1. Give it a gate, or no rule.",
+            stacklevel=3,
+        )
+    if getattr(gate, "measures", False) and isinstance(rule, READ_CHANCES):
+        warnings.warn(
+            f"RecurrentWrapper has an exit criterion, {type(gate).__name__}, whose score is a measurement, but "
+            f"{type(rule).__name__} reads a score as a chance. Use adadepth.Threshold(tau), with tau in the unit of "
+            "the measurement.",
             stacklevel=3,
         )
     if gate is not None and rule is None and isinstance(update, Replace | InputInjection | Ungated):
@@ -128,6 +136,13 @@ def warn_of(gate: nn.Module | None, rule: object, update: nn.Module, steps: int)
         )
 
 
+def inside(rule: object) -> object:
+    """The rule inside those that only change when it decides, or for what it is."""
+    while isinstance(rule, Lookahead | NotBefore | TrainingOnly):
+        rule = rule.rule
+    return rule
+
+
 def check_together(gate: nn.Module | None, update: nn.Module) -> None:
     """Check that the update does not multiply by the score of an exit criterion.
 
@@ -147,9 +162,9 @@ class Identity:
 
 
 def check_scores(looped: Any, step: int, least_and_most: list[float]) -> None:
-    """Check, from their minimum and maximum, that scores are not NaN, and are in [0, 1] if the update scales.
+    """Check, from their minimum and maximum, that scores are not NaN, and are in [0, 1] if they must be.
 
-    Raises: `ValueError`. Warns once of a score outside [0, 1] that scales.
+    Raises: `ValueError`. Warns once of a score outside [0, 1] that scales, or that the rule reads as a chance.
     """
     low, high = least_and_most
     if low != low:
@@ -158,14 +173,24 @@ def check_scores(looped: Any, step: int, least_and_most: list[float]) -> None:
             "parameters, or in the block's output: without a gate, looped(x, states=True).states holds the state of "
             "every iteration."
         )
-    if (low < 0 or high > 1) and getattr(looped.update, "scales", False) and not looped.__dict__.get("_warned"):
+    if (low < 0 or high > 1) and (why := _wants_chances(looped)) and not looped.__dict__.get("_warned"):
         looped.__dict__["_warned"] = True
+        use, instead = why
         warnings.warn(
-            f"{type(looped.gate).__name__} scored {low if low < 0 else high:.3g} at iteration {step}, and "
-            f"{type(looped.update).__name__} multiplies by it. End a learned gate in a sigmoid; for a score that is "
-            "not in [0, 1], use adadepth.Replace() or adadepth.Ungated(...).",
+            f"{type(looped.gate).__name__} scored {low if low < 0 else high:.3g} at iteration {step}, and {use}. End a "
+            f"learned gate in a sigmoid; for a score that is not in [0, 1], use {instead}.",
             stacklevel=2,
         )
+
+
+def _wants_chances(looped: Any) -> tuple[str, str] | None:
+    """What in the loop needs scores in [0, 1], and what to use instead of it; None if nothing does."""
+    rule = inside(looped.rule)
+    if getattr(looped.update, "scales", False):
+        return f"{type(looped.update).__name__} multiplies by it", "adadepth.Replace() or adadepth.Ungated(...)"
+    if isinstance(rule, READ_CHANCES):
+        return f"{type(rule).__name__} reads it as a chance", "adadepth.Threshold(tau)"
+    return None
 
 
 def check_state(looped: nn.Module, state: Mapping[str, Any], prefix: str) -> None:

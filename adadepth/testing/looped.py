@@ -13,19 +13,21 @@ from .._nested import each
 from .._types import HiddenRows, MaskRows
 from ..cache.kv_reuse import KVReuseCache
 from ..loop.agreement import EXACT, Case, altered, check_some_mode, coarsest, draws_noise, off, untouched
-from ..loop.arguments import check_rows
+from ..loop.arguments import check_alone, check_rows
 from ..loop.selfcheck import mixed, shortened
 from ..loop.whole_rows import check_whole_rows
 from ..loop.wrapper import RecurrentWrapper
+from ..rules import TrainingOnly
 
 
 def check_looped(looped: RecurrentWrapper, x: HiddenRows, mask: MaskRows | None = None, **call: Any) -> None:
     """Runs a wrapper packed, dense and with a cache on your own input, and compares.
 
     Packed and dense execution are compared at mixed depths, and at the depths that the wrapper's rule decides. If the
-    wrapper is causal, one pass is also compared with a prompt and later tokens with a cache, in evaluation mode. The
-    check runs in the wrapper's current mode, without dropout, in its own dtype and to its precision. What draws random
-    numbers is not compared. It does not change the wrapper.
+    wrapper is causal, one pass is also compared with a prompt and later tokens with a cache, in evaluation mode; and
+    its rule, if it is not `TrainingOnly`, must decide about tokens without the others of their row. The check runs in
+    the wrapper's current mode, without dropout, in its own dtype and to its precision. What draws random numbers is not
+    compared. It does not change the wrapper.
 
     Arguments: `looped`; `x`, `mask` and `call`, as you will call it: a batch of real size, `start=`, `block_kwargs=`,
     `min_depth=` and `max_depth=`.
@@ -47,6 +49,8 @@ def check_looped(looped: RecurrentWrapper, x: HiddenRows, mask: MaskRows | None 
         depth = altered(looped, skip=True, self_check=False)(x, mask=mask, **call).trace.depth
         check_some_mode(looped, Case(x, real, depth, more))
         if looped.causal:
+            if not isinstance(looped.rule, TrainingOnly):
+                check_alone(looped.rule)
             with evaluating(looped):
                 _check_cache(looped, Case(x, real, mixed(x, looped.steps), more))
 
