@@ -397,6 +397,10 @@ def test_noise_that_seldom_acts_is_no_difference() -> None:
             {"c": torch.ones(3, 1, DIM), "d": 1},
             "A block is called as block(x, **block_kwargs), but AdaLN does not take d. It takes x, c.",
         ),
+        (
+            {"c": torch.ones(3, 1, DIM), "x": torch.ones(3, 1, DIM)},
+            "AdaLN gets x from the loop, but block_kwargs has it too. Leave it out there.",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(given_: dict[str, Tensor] | None, message: str) -> None:

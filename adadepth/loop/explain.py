@@ -95,6 +95,8 @@ def _arguments(block: nn.Module, given: Mapping[str, Any]) -> str | None:
             f"{type(block).__name__} has takes_view = True, so it is called as block(x, view, **block_kwargs), but it "
             f"takes ({', '.join(takes.parameters)}). Write forward(self, x, view), and call view.attend(q, k, v) in it."
         )
+    if twice := [name for name in [*takes.parameters][: 1 + takes_view(block)] if name in given]:
+        return f"{type(block).__name__} gets {twice[0]} from the loop, but block_kwargs has it too. Leave it out there."
     unknown = [name for name in given if name not in takes.parameters]
     if any(p.kind is p.VAR_KEYWORD for p in takes.parameters.values()):
         unknown = []
