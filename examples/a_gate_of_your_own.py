@@ -36,6 +36,8 @@ def patience(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
 class Anchored(ad.Update):
     """The state by its score, drawn back to where the loop began: `x + s·(h - x) + pull·(start - h)`."""
 
+    scales = True  # it multiplies by a score
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.pull = nn.Parameter(torch.full((dim,), 0.1))
