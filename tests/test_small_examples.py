@@ -104,7 +104,7 @@ def test_a_gate_a_rule_and_an_update_of_ones_own(capsys: pytest.CaptureFixture[s
     assert len(depths) > 1 and "1" not in depths  # patience: nobody leaves after the first iteration
 
 
-@pytest.mark.parametrize(("piece", "lines"), [("TurnGate", 20), ("patience", 5), ("Anchored", 9)])
+@pytest.mark.parametrize(("piece", "lines"), [("TurnGate", 20), ("patience", 5), ("Anchored", 11)])
 def test_a_piece_is_short(piece: str, lines: int) -> None:
     assert len(inspect.getsource(getattr(a_gate_of_your_own, piece)).splitlines()) <= lines
 
