@@ -514,6 +514,24 @@ def test_a_rule_that_treats_each_token_on_its_own_decodes(shape: tuple[int, int]
         with_cache(loop(ad.LinearGate(DIM, bias=0.0), rule).eval(), ad.KVReuseCache())
 
 
+def test_a_rule_that_draws_is_tried_without_a_trace() -> None:
+    looped, drawn = loop(ad.LinearGate(DIM), None).eval(), list[Tensor]()
+
+    def coin(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
+        drawn.append(torch.rand(()))
+        return remaining
+
+    looped.rule = coin
+    torch.manual_seed(0)
+    with_cache(looped, ad.KVReuseCache())
+    before = len(drawn)
+    assert before > 2  # the first times it was tried
+    torch.manual_seed(0)
+    with_cache(looped, ad.KVReuseCache())
+    again = drawn[before:]
+    assert len(again) == 2 and again == drawn[before - 2 : before]
+
+
 def test_a_rule_is_tried_alone_once() -> None:
     looped, rule = loop(ad.LinearGate(DIM, bias=0.0)).eval(), Linear()
     counts = []

@@ -188,7 +188,9 @@ def check_alone(rule: object) -> None:
     rule = inside(rule)
     if rule is None or isinstance(rule, READ_SCORES) or _alone.get(id(rule)) is rule:
         return
-    if _reads_row(cast(Rule, rule)):
+    with torch.random.fork_rng(devices=[]):
+        reads = _reads_row(cast(Rule, rule))
+    if reads:
         raise ValueError(
             f"The rule {name_of(rule)} decides differently about tokens without the others of their row, and with a "
             "cache it gets the new tokens alone. If it is for training only, say so: adadepth.TrainingOnly(rule). To "
