@@ -55,7 +55,7 @@ class AdaptiveServingMixin:
         kept: AdaptiveBatchingManager | None = getattr(self, "_cached_continuous_batching_manager", None)
         if kept is not None and generation_config is None:
             return kept
-        config, defaults, configured_depth = _prepared(model, generation_config, {})
+        config, defaults, draft_depth = _prepared(model, generation_config, {}, draft_depth)
         configured(config, {})
         if config.eos_token_id is None:
             config.eos_token_id = -1  # none: the manager would ask the model's configuration, which generate does not
@@ -71,7 +71,7 @@ class AdaptiveServingMixin:
             rows, capacity = fitting(model, memory, Wanted(rows, capacity, hints.num_requests), _CAPACITY, layout)
         rows, capacity = rows or min(_ROWS, hints.num_requests or _ROWS), capacity or _CAPACITY
         width = width or batching.max_batch_tokens or max(1, rows // 2)
-        sizes = Sizes(rows, width, capacity, layout, configured_depth if draft_depth is None else draft_depth)
+        sizes = Sizes(rows, width, capacity, layout, draft_depth)
         return AdaptiveBatchingManager(model, config, batching, sizes, defaults)
 
     @contextmanager
@@ -136,7 +136,7 @@ class AdaptiveServingMixin:
             return {}
         model: Any = self
         inputs = [*map(ids_of, inputs)]
-        config, own, configured_depth = _prepared(model, generation_config, options)
+        config, own, draft_depth = _prepared(model, generation_config, options, draft_depth)
         configured(GenerationConfig(), own)
         total, longest = len(inputs) * (config.num_return_sequences or 1), max(map(len, inputs))
         new = most_new_tokens(config, longest)
@@ -155,7 +155,7 @@ class AdaptiveServingMixin:
             width=width,
             capacity=capacity,
             layout=layout,
-            draft_depth=configured_depth if draft_depth is None else draft_depth,
+            draft_depth=draft_depth,
             memory=memory,
         ) as manager:
             ids = manager.add_requests(inputs, record_timestamps=record_timestamps, **own)
@@ -165,17 +165,19 @@ class AdaptiveServingMixin:
 
 
 def _prepared(
-    model: Any, config: GenerationConfig | None, options: dict[str, Any]
+    model: Any, config: GenerationConfig | None, options: dict[str, Any], draft_depth: int | None
 ) -> tuple[GenerationConfig, dict[str, Any], int | None]:
-    """A complete configuration of requests, the options and attributes that are not its own, and its `draft_depth`.
+    """A complete configuration of requests, the options and attributes that are not its own, and the draft depth.
 
-    `max_length` is None unless it was chosen: transformers sets it to 20, which `generate` takes as new tokens.
+    The draft depth is that of the configuration unless `draft_depth` is given. `max_length` is None unless it
+    was chosen: transformers sets it to 20, which `generate` takes as new tokens.
     """
     lengths = [options.get("max_length"), model.generation_config.max_length, config and config.max_length]
     config, others = model._prepare_generation_config(config, **options)
     if all(length is None for length in lengths):
         config.max_length = None
-    draft_depth: int | None = others.pop("draft_depth", None)
+    configured_depth = others.pop("draft_depth", None)
+    draft_depth = configured_depth if draft_depth is None else draft_depth
     if "revise_drafts" not in options:  # it is in a configuration, for `generate` alone
         others.pop("revise_drafts", None)
     return config, {name: vars(config).pop(name) for name in OWN if name in vars(config)} | others, draft_depth
