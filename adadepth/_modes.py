@@ -31,16 +31,27 @@ def _keeping_no_casts() -> Iterator[None]:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """A context with `modules` in eval mode and without gradients; at the end, every part has its mode from before."""
+    """A context with `modules` in eval mode and without gradients; at the end, every part has its mode from before.
+
+    Quantised layers stay in training mode: in evaluation, bitsandbytes packs them on a CPU, and they lose gradients.
+    """
     before = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
+    for part, _ in before:
+        if _quantised(part):
+            part.training = True
     try:
         with without_gradients():
             yield
     finally:
         for part, training in before:
             part.training = training
+
+
+def _quantised(part: nn.Module) -> bool:
+    """Whether a layer's own weights are integers."""
+    return any(not (w.is_floating_point() or w.is_complex()) for w in part.parameters(recurse=False))
 
 
 def without_autocast(kind: str) -> AbstractContextManager[Any]:

@@ -196,6 +196,27 @@ def capped(block: Capped, x: Tensor, tokens: Tokens) -> Tensor:
     return x + block.out(out.flatten(1))
 
 
+class Quantised(nn.Linear):
+    """A linear layer with integer weights, as of bitsandbytes on a CPU: its first pass in evaluation mode packs them.
+
+    Packed weights compute in half precision and give no gradient.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, bias=False)
+        self.weight = nn.Parameter(torch.randint(-8, 8, (dim, dim), dtype=torch.int8), requires_grad=False)
+
+    @property
+    def packed(self) -> bool:
+        return hasattr(self.weight, "packed")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.weight.packed = True  # type: ignore[attr-defined]
+        y = F.linear(x.detach() if self.packed else x, self.weight.to(x.dtype) / 50)
+        return y.bfloat16().to(y.dtype) if self.packed else y
+
+
 class Stepped(PreNorm):
     """Knows its iteration and its tokens' positions, through functions that need no view."""
 

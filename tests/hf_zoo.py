@@ -27,6 +27,7 @@ from adadepth.hf import AdaptiveForCausalLM, adapt
 
 VOCAB, DIM, LAYERS, WINDOW, STEPS = 37, 16, 4, 3, 3
 EOS, PAD = 2, 0
+BLOCKS = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}  # bitsandbytes packs weights in blocks of 64
 
 _ENDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": PAD}
 _SIZES = _ENDS | {"hidden_size": DIM, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 24}
@@ -79,13 +80,19 @@ class _Norm(nn.RMSNorm):
     """What the models' own norms compute, but in the dtype of their input: theirs round to float32."""
 
 
-def original(kind: str, dtype: torch.dtype = torch.float64) -> Any:
-    """The model as it is, with weights large enough for tokens to differ; in float64 exact to float64."""
+def original(kind: str, dtype: torch.dtype = torch.float64, **sizes: int) -> Any:
+    """The model as it is, with weights large enough for tokens to differ; in float64 exact to float64.
+
+    `sizes` replace those of its configuration.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(ZOO[kind](), attn_implementation="sdpa").to(dtype).eval()
+    config = ZOO[kind]()
+    config.update(sizes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype).eval()
+    std = 0.5 * (DIM / config.hidden_size) ** 0.5
     for name, weight in model.named_parameters():
         scales = weight.dim() == 1 and name.endswith("weight")
-        nn.init.normal_(weight, mean=float(scales), std=0.1 if scales else 0.5)
+        nn.init.normal_(weight, mean=float(scales), std=0.1 if scales else std)
     for parent in list(model.modules()) if dtype is torch.float64 else ():
         for at, norm in parent.named_children():
             if type(norm).__name__.endswith("RMSNorm"):

@@ -13,7 +13,7 @@ import adadepth as ad
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from hf_zoo import DIM, IDS, LABELS, MASK, STEPS, logits, near, original
+from hf_zoo import BLOCKS, IDS, LABELS, MASK, STEPS, logits, near, original
 from transformers import AutoModelForCausalLM
 
 from adadepth.hf import AdaptiveForCausalLM, adapt, load_gates
@@ -33,13 +33,14 @@ def int8() -> Any:
 
 
 def quantised(path: Path, config: Any) -> Any:
-    original("llama", torch.float32).save_pretrained(path / "base")
+    original("llama", torch.float32, **BLOCKS).save_pretrained(path / "base")
     return AutoModelForCausalLM.from_pretrained(path / "base", quantization_config=config, device_map="cpu")
 
 
 def adapted(base: Any) -> AdaptiveForCausalLM:
     torch.manual_seed(1)
-    return adapt(base, STEPS, ad.LinearGate(DIM), ad.Threshold(0.5), ad.Interpolate(), layers=slice(1, 3))
+    gate = ad.LinearGate(base.config.hidden_size)
+    return adapt(base, STEPS, gate, ad.Threshold(0.5), ad.Interpolate(), layers=slice(1, 3))
 
 
 @pytest.mark.parametrize("config", [int4, int8])
@@ -63,7 +64,7 @@ def test_adapters_on_four_bits(tmp_path: Path) -> None:
     wrapped = peft.get_peft_model(model, layers).train()
     assert type(model.base.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"  # of peft
     assert model.is_activation_checkpointing
-    optimizer = torch.optim.SGD([weight for weight in wrapped.parameters() if weight.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([weight for weight in wrapped.parameters() if weight.requires_grad], lr=0.03)
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
@@ -74,7 +75,7 @@ def test_adapters_on_four_bits(tmp_path: Path) -> None:
     grads = {name: weight.grad for name, weight in wrapped.named_parameters() if weight.requires_grad}
     assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
     assert any("loop.gate" in name and grad.abs().sum() > 0 for name, grad in grads.items())
-    wrapped.eval()
+    # Not in evaluation mode: there bitsandbytes packs weights on some CPUs, which peft does not merge rightly.
     trained = logits(wrapped)
     assert (logits(wrapped.merge_and_unload()) - trained).abs().max() < trained.abs().max()  # rounded to four bits
 

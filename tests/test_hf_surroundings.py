@@ -20,6 +20,7 @@ import adadepth as ad
 transformers = pytest.importorskip("transformers")
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
+from blocks_zoo import Quantised
 from hf_small import SMALL, small
 from hf_zoo import DIM, IDS, LABELS, LAYERS, MASK, PAD, POSITIONS, SPANS, STEPS, VOCAB, logits, near, original, spread
 from narrow import last_maps, the
@@ -34,6 +35,14 @@ from adadepth.hf.cache import CACHE
 @pytest.fixture(params=SPANS, ids=str)
 def model(request: pytest.FixtureRequest) -> AdaptiveForCausalLM:
     return spread("llama", request.param)
+
+
+def test_adapting_does_not_pack_quantised_layers() -> None:
+    base = original("llama", torch.float32)
+    layer = base.model.layers[1].self_attn.o_proj = Quantised(DIM).eval()
+    adapted = adapt(base, STEPS)
+    assert not layer.packed
+    assert not any(part.training for part in adapted.modules())
 
 
 # The backbone.

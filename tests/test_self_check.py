@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from blocks_zoo import BLOCKS, DIM, PreNorm, looped
+from blocks_zoo import BLOCKS, DIM, PreNorm, Quantised, looped
 from narrow import the
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_upper_left
@@ -379,6 +379,35 @@ def test_scores_that_rounding_changes_are_no_fault(
     assert loop._checked
     loop.skip = False
     assert not torch.allclose(packed, loop(x, max_depth=mixed_depths(x)).trace.scores, rtol=0.01, atol=0)
+
+
+class Coarse(PreNorm):
+    """Rounds in another way for another number of rows, by as much as half precision does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 2e-3 * len(x)
+
+
+def test_quantised_layers_may_round_as_in_half_precision() -> None:
+    loop = ad.RecurrentWrapper(Coarse(DIM, True), STEPS)
+    x = torch.randn(3, 32, DIM)
+    with pytest.raises(ValueError, match="Coarse mixes tokens"):
+        loop(x, max_depth=mixed_depths(x))
+    loop.block.quantised = Quantised(DIM)
+    loop(x, max_depth=mixed_depths(x))
+    assert loop._checked
+
+
+def test_checks_do_not_pack_quantised_layers() -> None:
+    block = nn.Sequential(PreNorm(DIM, True), Quantised(DIM))
+    loop = ad.RecurrentWrapper(block, STEPS)
+    x = torch.randn(3, 32, DIM, requires_grad=True)
+    ad.check_looped(loop, x.detach(), max_depth=mixed_depths(x))
+    loop(x, max_depth=mixed_depths(x)).hidden.sum().backward()
+    assert loop._checked
+    assert all(part.training for part in loop.modules())
+    assert the(Tensor, x.grad).abs().sum() > 0
+    assert not block[1].packed
 
 
 def noise(like: Tensor, per: str) -> Tensor:

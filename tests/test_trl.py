@@ -17,7 +17,7 @@ trl = pytest.importorskip("trl")
 
 from datasets import Dataset
 from hf_words import tokenizer
-from hf_zoo import DIM, STEPS, original, spread
+from hf_zoo import BLOCKS, STEPS, original, spread
 
 from adadepth.hf import AdaptiveForCausalLM, traces
 from examples import tune_hf
@@ -45,9 +45,9 @@ def common(path: Path, **options: Any) -> dict[str, Any]:
     return {"output_dir": str(path), **defaults, **options}
 
 
-def adapted(layers: slice | None = SLICE) -> AdaptiveForCausalLM:
+def adapted(layers: slice | None = SLICE, dtype: torch.dtype = torch.float32) -> AdaptiveForCausalLM:
     """Its gates learn from the loss as well: the update weighs by them."""
-    model = spread("llama", layers, torch.float32)
+    model = spread("llama", layers, dtype)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model
 
@@ -263,21 +263,22 @@ def test_a_resumed_training_keeps_its_multiplier(tmp_path: Path) -> None:
 
 
 def test_saved_adapters_as_the_page_shows_them(tmp_path: Path) -> None:
-    model = tune_hf.with_lora(adapted(), rank=2)
+    model = tune_hf.with_lora(adapted(dtype=torch.float64), rank=2)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.requires_grad:
                 weight.add_(0.05)
     model.save_pretrained(tmp_path / "adapters")
-    merged = tune_hf.with_saved_lora(adapted(), str(tmp_path / "adapters"))
+    merged = tune_hf.with_saved_lora(adapted(dtype=torch.float64), str(tmp_path / "adapters"))
     assert isinstance(merged, AdaptiveForCausalLM)
     merged.save_pretrained(tmp_path / "merged")
-    again = AdaptiveForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    again = AdaptiveForCausalLM.from_pretrained(tmp_path / "merged")
     given = batch()
     with torch.no_grad():
         expected = model.eval()(**given).logits
-        assert not torch.allclose(adapted().eval()(**given).logits, expected, atol=1e-3)
-        torch.testing.assert_close(again(**given).logits, expected)
+        assert not torch.allclose(adapted(dtype=torch.float64).eval()(**given).logits, expected, atol=1e-3)
+        torch.testing.assert_close(merged.eval()(**given).logits, expected)
+    torch.testing.assert_close(again.state_dict(), merged.state_dict(), rtol=0, atol=0)
 
 
 def test_adapters_as_the_page_shows_them(tmp_path: Path) -> None:
@@ -287,8 +288,8 @@ def test_adapters_as_the_page_shows_them(tmp_path: Path) -> None:
     assert any("lora_B" in name for name in learned) and any("loop.gate" in name for name in learned)
     assert all("lora" in name or "modules_to_save" in name for name in learned)
     pytest.importorskip("bitsandbytes")
-    original("llama", torch.float32).save_pretrained(tmp_path / "base")
-    quantised = tune_hf.with_qlora(str(tmp_path / "base"), STEPS, DIM, rank=2)
+    original("llama", torch.float32, **BLOCKS).save_pretrained(tmp_path / "base")
+    quantised = tune_hf.with_qlora(str(tmp_path / "base"), STEPS, BLOCKS["hidden_size"], rank=2)
     assert any("4bit" in type(part).__name__ for part in quantised.modules())
     loss = quantised(**batch()).loss
     loss.backward()

@@ -97,6 +97,8 @@ def coarsest(looped: nn.Module, x: Tensor) -> torch.dtype:
     """The least exact dtype in use."""
     kind = x.device.type
     used = {x.dtype, *(p.dtype for p in looped.parameters())}
+    if used - EXACT.keys():
+        used.add(torch.bfloat16)  # kernels for quantised weights may compute in it
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         used.add(torch.get_autocast_dtype(kind))
     if kind == "cuda" and torch.get_float32_matmul_precision() != "highest":
