@@ -11,7 +11,7 @@ INSTALL = $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo programs puzzles retrofit reproduce-small ablations test test-fast test-unhooked test-shapes test-every \
-	lint style types docs notebooks dist wheel-test lowest changelog release-check notes bench
+	test-packages lint style types docs notebooks dist wheel-test lowest changelog release-check notes bench
 INSTALLED = $(VENV)/.adadepth-installed
 
 # A recent pip, which --upgrade-deps gets, finds packages in half of the time that an old Python's takes.
@@ -76,6 +76,16 @@ test-shapes: $(INSTALLED)  ## the tests marked shapes, with every annotated shap
 
 test-every: $(INSTALLED)  ## what test leaves out: more cases of the same kinds
 	$(PYTEST) --dist load -m every
+
+# Blocks and trainers of other packages. Those ALONE are installed without what they require: their blocks need less,
+# and a torchvision that does not fit the torch breaks imports. All are compiled here: a warning is an error in a test.
+PACKAGES = diffusers ftfy jsonargparse kagglehub lightning openai-whisper sentencepiece torchao x-transformers
+ALONE = litgpt open-clip-torch timm torchtune vit-pytorch
+
+test-packages: $(INSTALLED)  ## tests that are skipped where their packages are absent; installs these
+	$(filter-out --no-compile,$(INSTALL)) -e '.[dev,trl]' $(PACKAGES)
+	$(filter-out --no-compile,$(INSTALL)) --no-deps $(ALONE)
+	$(PYTEST) tests/test_by_hand.py tests/test_foreign_blocks.py tests/test_hf_quantised.py tests/test_trl.py
 
 lint: style types  ## ruff, codespell and mypy
 

@@ -1,4 +1,4 @@
-"""Modules of packages that may be absent, and that import others of which nothing is called here."""
+"""Modules of packages that may be absent. They import others of which nothing is called here, present or not."""
 
 import importlib
 import importlib.abc
@@ -17,7 +17,7 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Stands in for packages that others import on the way, and that no block of ours calls."""
 
     def __init__(self, *packages: str) -> None:
-        self.packages = [name for name in packages if importlib.util.find_spec(name) is None]
+        self.packages = packages
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
         ours = name.split(".")[0] in self.packages
@@ -46,15 +46,21 @@ class Anything(types.ModuleType):
 
 @contextmanager
 def without(*packages: str) -> Iterator[None]:
-    """Import as if `packages` were here; afterwards nothing of it is left."""
+    """Import with stand-ins for `packages`; afterwards nothing of them is left."""
     absent = Absent(*packages)
-    sys.meta_path.append(absent)
+    installed = _pop(packages)
+    sys.meta_path.insert(0, absent)
     try:
         yield
     finally:
         sys.meta_path.remove(absent)
-        for name in [name for name in sys.modules if name.split(".")[0] in absent.packages]:
-            del sys.modules[name]
+        _pop(packages)
+        sys.modules.update(installed)
+
+
+def _pop(packages: tuple[str, ...]) -> dict[str, types.ModuleType]:
+    """Remove the modules of packages from those that are imported."""
+    return {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] in packages}
 
 
 def load(module: str, *unused: str) -> Any:

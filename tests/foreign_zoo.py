@@ -316,8 +316,8 @@ BLOCKS: dict[str, Foreign] = {
     "whisper decoder, cross-attention": Foreign(
         "whisper",
         per_token(whisper(cross_attention=True)),
-        given=lambda batch, seq: {"xa": memory(batch)},
-        alone=lambda apart, x, xa: apart.block(x, xa[0], mask=True),
+        given=lambda batch, seq: {"xa": memory(batch), "mask": True},
+        alone=lambda apart, x, xa, mask: apart.block(x, xa[0], mask=mask),
     ),
     "vit-pytorch": Foreign("vit_pytorch", vit_pytorch, causal=False),
 }
@@ -376,7 +376,7 @@ REFUSED: dict[str, tuple[Foreign, str]] = {
             litgpt(),
             given=lambda batch, seq: {name: t[0] for name, t in zip(("cos", "sin"), angles(1, seq), strict=True)},
         ),
-        r"block_kwargs\['cos'\] expected a tensor of shape \(batch, seq, ...\)",
+        r"block_kwargs\['cos'\] has shape \(7, 8\), which does not fit \(batch, seq\) = \(3, 7\)",
     ),
     "cos and sin not given": (Foreign("litgpt", litgpt()), "also needs cos, sin"),
     "causal by the wrapper alone": (

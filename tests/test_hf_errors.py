@@ -79,6 +79,17 @@ ADAPT = {
         "is in a mask, and only the loop makes masks. Its layers may mix tokens outside of attention, or count "
         "positions without position_ids. Loop its layers by hand: adadepth.RecurrentWrapper(layers, steps).",
     ),
+    "a base that does not run": (
+        lambda: adapt(raising(rows=2), 2),
+        "adapt expected a model that runs, but LlamaForCausalLM raised RuntimeError: 2 rows in a pass of a few tokens "
+        "without a loop. Make it run by itself, then adapt it.",
+    ),
+    "layers that need all rows": (
+        lambda: adapt(raising(rows=1), 2),
+        "LlamaForCausalLM cannot be looped as it is: a pass of a few tokens raised RuntimeError: 1 rows. Its layers "
+        "may mix tokens outside of attention, or count positions without position_ids. Loop its layers by hand: "
+        "adadepth.RecurrentWrapper(layers, steps).",
+    ),
     "meta": (
         lambda: adapt(original("llama").to("meta"), 2),
         "The model's weights are on the meta device, so there is nothing to check. Pass check=False, and call "
@@ -110,6 +121,18 @@ ADAPT = {
 def convolving() -> Any:
     base = original("llama")
     base.model.layers[1].mlp.extra = nn.Conv1d(1, 1, 1)
+    return base
+
+
+def raising(rows: int) -> Any:
+    """A layer that fails on so many rows."""
+
+    def fail(module: nn.Module, given: tuple[Tensor]) -> None:
+        if len(given[0]) == rows:
+            raise RuntimeError(f"{rows} rows.")
+
+    base = original("llama")
+    base.model.layers[1].mlp.register_forward_pre_hook(fail)
     return base
 
 

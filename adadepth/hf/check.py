@@ -44,7 +44,7 @@ def check(model: Any) -> None:
         except (ValueError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise _refusal(model, f"a pass of a few tokens raised {type(error).__name__}: {error}") from error
+            raise _refusal(model, f"a pass of a few tokens raised {_said(error)}") from error
 
 
 @final
@@ -68,8 +68,7 @@ class _Check(NamedTuple):
 
     def run(self) -> None:
         """All comparisons, the plainest first."""
-        with _original(self.model):
-            expected = self.model.base(input_ids=self.ids, use_cache=False).logits
+        expected = self._expected()
         with windows() as seen:
             once = self.model(self.ids, max_depth=1).logits
         self._same(once, expected, torch.ones_like(self.mask), "at depth 1 it does not give what the original gives")
@@ -82,6 +81,23 @@ class _Check(NamedTuple):
         cache = AdaptiveCache()
         parts = [self._logits(slice(None), columns, cache) for columns in PASSES]
         self._same(torch.cat(parts, 1), whole, self.mask, "with a cache it does not give what it gives without")
+
+    def _expected(self) -> Tensor:
+        """The logits of the original.
+
+        Raises: `ValueError` if it does not run.
+        """
+        try:
+            with _original(self.model):
+                logits: Tensor = self.model.base(input_ids=self.ids, use_cache=False).logits
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"adapt expected a model that runs, but {type(self.model.base).__name__} raised {_said(error)} in a "
+                "pass of a few tokens without a loop. Make it run by itself, then adapt it."
+            ) from error
+        return logits
 
     def _logits(self, rows: slice, columns: slice, cache: AdaptiveCache | None = None) -> Tensor:
         depth = self.depth[rows, columns]
@@ -110,6 +126,10 @@ def _far(got: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
 
 def _all_continue(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
     return remaining
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).removesuffix('.')}"
 
 
 def _refusal(model: Any, what: str) -> ValueError:
