@@ -1,4 +1,4 @@
-"""Reads integers, and describes a wrong argument, or a piece, in an error message."""
+"""Reads integers, and describes a wrong argument, a piece or an exception in an error message."""
 
 import inspect
 import operator
@@ -17,6 +17,12 @@ def integer(given: Any) -> int | None:
         return operator.index(given)
     except TypeError:
         return None
+
+
+def text_of(error: Exception) -> str:
+    """The name and the text of an exception; the name alone if it has no text."""
+    name, text = type(error).__name__, str(error)
+    return f"{name}: {text}" if text else name
 
 
 def named(given: object) -> str:

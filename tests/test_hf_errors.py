@@ -84,6 +84,11 @@ ADAPT = {
         "adapt expected a model that runs, but LlamaForCausalLM raised RuntimeError: 2 rows in a pass of a few tokens "
         "without a loop. Make it run by itself, then adapt it.",
     ),
+    "a base that fails an assertion without a text": (
+        lambda: adapt(raising(rows=2, error=AssertionError()), 2),
+        "adapt expected a model that runs, but LlamaForCausalLM raised AssertionError in a pass of a few tokens "
+        "without a loop. Make it run by itself, then adapt it.",
+    ),
     "layers that need all rows": (
         lambda: adapt(raising(rows=1), 2),
         "LlamaForCausalLM cannot be looped as it is: a pass of a few tokens raised RuntimeError: 1 rows. Its layers "
@@ -124,12 +129,12 @@ def convolving() -> Any:
     return base
 
 
-def raising(rows: int) -> Any:
+def raising(rows: int, error: Exception | None = None) -> Any:
     """A layer that fails on so many rows."""
 
     def fail(module: nn.Module, given: tuple[Tensor]) -> None:
         if len(given[0]) == rows:
-            raise RuntimeError(f"{rows} rows.")
+            raise error or RuntimeError(f"{rows} rows.")
 
     base = original("llama")
     base.model.layers[1].mlp.register_forward_pre_hook(fail)

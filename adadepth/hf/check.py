@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from .._given import text_of
 from .._modes import evaluating
 from ..loop.agreement import coarsest, untouched
 from ..updates import Replace
@@ -44,7 +45,7 @@ def check(model: Any) -> None:
         except (ValueError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise _refusal(model, f"a pass of a few tokens raised {_said(error)}") from error
+            raise _refusal(model, f"a pass of a few tokens raised {text_of(error).removesuffix('.')}") from error
 
 
 @final
@@ -94,8 +95,9 @@ class _Check(NamedTuple):
             raise
         except Exception as error:
             raise ValueError(
-                f"adapt expected a model that runs, but {type(self.model.base).__name__} raised {_said(error)} in a "
-                "pass of a few tokens without a loop. Make it run by itself, then adapt it."
+                f"adapt expected a model that runs, but {type(self.model.base).__name__} raised "
+                f"{text_of(error).removesuffix('.')} in a pass of a few tokens without a loop. Make it run by itself, "
+                "then adapt it."
             ) from error
         return logits
 
@@ -126,10 +128,6 @@ def _far(got: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
 
 def _all_continue(scores: Tensor, remaining: Tensor, positions: Tensor) -> Tensor:
     return remaining
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).removesuffix('.')}"
 
 
 def _refusal(model: Any, what: str) -> ValueError:

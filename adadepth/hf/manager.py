@@ -17,6 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestStatus
 
+from .._given import text_of
 from ..cache.kv_reuse import LayoutName
 from .cache import AdaptiveCache
 from .drafts import Drafts
@@ -257,9 +258,8 @@ def _output(state: Any, depth: list[int]) -> AdaptiveGenerationOutput:
 
 
 def _failed(state: Any, error: Exception, depth: list[int]) -> AdaptiveGenerationOutput:
-    text, kind = str(error), type(error).__name__
-    said = text if text and isinstance(error, ValueError) else f"{kind}: {text}" if text else kind
-    state.status, state.error = RequestStatus.FAILED, said
+    own = str(error) if isinstance(error, ValueError) else ""
+    state.status, state.error = RequestStatus.FAILED, own or text_of(error)
     return _output(state, depth)
 
 

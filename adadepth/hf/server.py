@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
 from transformers.cli.serving import chat_completion, completion, response, server, utils
 
+from .._given import text_of
 from ..rules import Threshold
 from .clients import Departures
 from .counts import metrics
@@ -60,8 +61,7 @@ class Handles:
                 raise
             LOG.warning("a body could not be read", exc_info=error)
             raise ValueError(
-                f"A request expected a body as OpenAI's clients send it, got one that raises {type(error).__name__}: "
-                f"{error}"
+                f"A request expected a body as OpenAI's clients send it, got one that raises {text_of(error)}"
             ) from error
         if not isinstance(answer, JSONResponse):
             return answer
